@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.cli.signals import waking
 from server.cli.terminal import progress
 from server.errors import InvalidRequest, UnknownName
 from server.settings import Settings, given_path
@@ -54,11 +55,12 @@ async def opened(settings: Settings, base: Base) -> AsyncIterator[House]:
     from server.metrics import Metrics
     from server.tasks.mailbox import Mailbox
 
-    with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
+    loop = asyncio.get_running_loop()
+    with waking(loop), tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
         # Nothing restarts a command whose machine is slow.
         changed = {"state_dir": Path(scratch), "adapter_dir": None, "step_limit": math.inf}
         own = settings.model_copy(update=changed)
-        mailbox = Mailbox(asyncio.get_running_loop())
+        mailbox = Mailbox(loop)
         building = asyncio.ensure_future(asyncio.to_thread(build, own, base, Metrics(), mailbox))
         try:
             house = await asyncio.shield(building)

@@ -1,12 +1,15 @@
 """How a process is asked to end, and who hears of it meanwhile.
 
-Owns which signals that are and whose handlers come back. What is done about them is the commands'.
+Owns which signals that are, whose handlers come back, and that a loop which waits is woken. What is done about them is
+the commands'.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -48,3 +51,21 @@ def heard(handler: Handler, *numbers: signal.Signals) -> Iterator[Callable[[], N
         yield give_back
     finally:
         give_back()
+
+
+@contextlib.contextmanager
+def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """While inside, a signal wakes the loop, which runs on the main thread: also one that comes between the
+    interpreter's last look for signals and the wait for events, which otherwise waits for something else to happen.
+    """
+    read, written = socket.socketpair()
+    with read, written:
+        read.setblocking(False)
+        written.setblocking(False)
+        loop.add_reader(read, read.recv, 4096)
+        before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)  # a full one wakes as well
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            loop.remove_reader(read)
