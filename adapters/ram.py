@@ -221,22 +221,19 @@ class Ram:
     def _serve(self) -> None:
         if self._closed:
             return
-        was_short, self._short = self._short, False
+        short = False
         for want in tuple(self._waiting):
             costs = {digest: self.size(digest) for digest in want.digests}
             if (total := sum(costs.values())) > self.capacity:  # one has turned out to be larger than was thought
                 self._waiting.remove(want)
                 self._refuse(want, _no_room(total, self.capacity))
                 continue
-            if self._short and any(digest not in self._lru for digest in costs):
+            if short and any(digest not in self._lru for digest in costs):
                 continue
             if not self._lru.reserve(costs, self._evict_last):
-                self._short = True
-                self._listen()
-                if not was_short:
-                    self._bell.put(True)
-                short = self._lru.used + sum(c for d, c in costs.items() if d not in self._lru) - self.capacity
-                self._effects.append(lambda short=short: self._pressure(short))  # type: ignore[misc]
+                short = True
+                lacking = self._lru.used + sum(c for d, c in costs.items() if d not in self._lru) - self.capacity
+                self._effects.append(lambda lacking=lacking: self._pressure(lacking))  # type: ignore[misc]
                 continue
             self._waiting.remove(want)
             want.missing = {digest for digest in costs if digest not in self._weights}
@@ -248,6 +245,10 @@ class Ram:
                     self._workers.submit(self._load, digest)
             if not want.missing:
                 self._deliver(want)
+        if short and not self._short:
+            self._listen()
+            self._bell.put(True)
+        self._short = short  # at once: the bell's thread looks at it without the lock
 
     def _load(self, digest: str) -> None:
         """One load, on a worker. Without the lock."""

@@ -120,7 +120,7 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, after the look that it may be at."""
+        """End the thread, after the folder that it may be at."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -158,6 +158,8 @@ class Watch:
             if gone[MAX_LINES:]:
                 log.info("%d more are served from the store; their folders are gone", len(gone) - MAX_LINES)
         for folder in there:
+            if self._stop.is_set():  # there may be hundreds to take in, and the process has seconds
+                return
             if isinstance(why := states[folder], str):  # what cannot be read is not gone
                 self._away.pop(folder, None)
                 self._refuse(folder, (), f"cannot be read: {why}")

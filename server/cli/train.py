@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -157,20 +156,18 @@ def _about(recipe: Recipe) -> Iterator[None]:
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether the process was asked to end, by Ctrl-C or as the system does. Asked again, it does at once."""
-    asked = threading.Event()
-    since = 0.0
+    asked, since = False, 0.0
 
     def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal since
-        if not asked.is_set():
-            since = time.monotonic()
-            asked.set()
+        nonlocal asked, since
+        if not asked:
+            asked, since = True, time.monotonic()
         elif time.monotonic() - since > SAME_SIGNAL:
             give_back()
             signal.raise_signal(number)
 
     with heard(ask, signal.SIGINT, signal.SIGTERM) as give_back:
-        yield asked.is_set
+        yield lambda: asked
 
 
 def _tell_failure(recipe: Recipe, error: AdapterError | ServerError, as_json: bool) -> None:

@@ -190,17 +190,23 @@ class Grammars:
     def _next(self) -> _Asked | None:
         """The first request of the tenant whose turn it is, which has its next one after all others."""
         with self._lock:
-            tenant = next(iter(self._asked), None)
-            if tenant is None:
-                self._at_work = False
-                return None
-            own = self._asked[tenant] = self._asked.pop(tenant)
-            return own[0]
+            while self._asked:
+                tenant = next(iter(self._asked))
+                own = self._asked.pop(tenant)
+                while own and own[0].whole.cancelled():  # which is so a moment before `_drop` hears of it
+                    own.popleft()
+                if own:
+                    self._asked[tenant] = own
+                    return own[0]
+            self._at_work = False
+            return None
 
     def _drop(self, tenant: str, asked: _Asked | None) -> None:
-        assert asked is not None, "it is among those of its tenant until now"
+        """One that is over, unless `_next` has come across it before."""
         with self._lock:
-            own = self._asked[tenant]
+            own = self._asked.get(tenant)
+            if asked is None or own is None or asked not in own:
+                return
             own.remove(asked)
             if not own:
                 del self._asked[tenant]

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -181,8 +182,9 @@ def _alone(folder: Path, stop: threading.Event) -> Any:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if stop.wait(0.1):
+                if stop.is_set():
                     break
+                time.sleep(0.1)  # not `stop.wait`: it holds a lock that a signal's handler, on this thread, would want
         yield not stop.is_set()
 
 

@@ -300,7 +300,7 @@ class Jobs:
         except OSError as failure:
             log.exception("job %s failed", job.id)
             error = {"code": "failed", "message": refused(failure), "param": None}
-        except Exception:
+        except BaseException:  # a library's panic is no Exception, and the jobs behind this one wait for the thread
             log.exception("job %s failed", job.id)
             error = {
                 "code": "internal",

@@ -94,7 +94,7 @@ class Sources:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[R] = loop.create_future()
 
-        def settle(result: R | None, error: BaseException | None) -> None:
+        def settle(result: R | None, error: Exception | None) -> None:
             if done.done():
                 return
             if error is not None:
@@ -106,8 +106,8 @@ class Sources:
             result, error = None, None
             try:
                 result = fetch(*args, **options)
-            except Exception as e:
-                error = e
+            except BaseException as e:  # a panic of a library is no Exception, and who waits has to hear of it
+                error = e if isinstance(e, Exception) else RuntimeError(str(e))
             if given_up.is_set():
                 shutil.rmtree(place, ignore_errors=True)
             elif not loop.is_closed():

@@ -142,6 +142,20 @@ def test_pressure_goes_on_until_there_is_room(make_ram: MakeRam, source: Source)
     got(waiting)
 
 
+def test_who_looks_without_the_lock_sees_all_the_while_that_somebody_waits(source: Source) -> None:
+    """As the thread does that asks for room again and again, and sleeps where nobody waits."""
+    seen: list[bool] = []
+    ram = Ram(SIZE, load=source.load, size=lambda digest: bool(seen.append(ram._short)) or SIZE)
+    held = got(ram.fetch(["a"]))
+    waiting = ram.fetch(["b"])
+    seen.clear()
+    assert ram.used == SIZE
+    assert seen and all(seen)
+    del held
+    got(waiting)
+    ram.close()
+
+
 class Reluctant(list[int]):
     """Pressure that is heard, and gives way at the fifth call."""
 
@@ -372,8 +386,8 @@ def test_many_threads_never_pass_the_budget(make_ram: MakeRam, source: Source) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
-    assert not failures
+        thread.join(2 * SECONDS)  # a client that waits in vain gives up after half of that
+    assert not failures and not any(thread.is_alive() for thread in threads)
     until(lambda: ram.held == 0)
 
 

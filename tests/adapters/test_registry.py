@@ -1056,6 +1056,7 @@ def test_many_clients_and_publishers_at_once(registry: Registry, folders: list[P
     stop.set()
     for thread in clients:
         thread.join(60)
+    assert not any(thread.is_alive() for thread in clients + publishers)
     assert not failures and len(registry._leases) == 0 and not device.kept
     registry.publish_now("c", folders[0])
     assert stored(registry) == set(registry._store.journal.referenced())

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -534,6 +535,7 @@ def test_kill_minus_nine_while_registering(tmp_path: Path, folders: list[Path]) 
                     break
             time.sleep(0.003 * run)
             process.kill()
+        assert process.returncode == -signal.SIGKILL
         store = Store(root)
         assert set(check_whole(store)) & {"a", "b"}
         publish(store, "c", folders[0])

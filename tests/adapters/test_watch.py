@@ -818,6 +818,24 @@ def test_the_thread_looks_and_ends(scene: Scene) -> None:
     assert scene.served() == {"a": a}
 
 
+def test_its_end_waits_for_one_folder_and_not_for_all(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that ends has seconds. What was not come to is not taken for gone."""
+    served = [scene.put(f"a{n}", n) for n in range(4)]
+    scene.look(2)
+    for n in range(4):
+        scene.put(f"a{n}", 10 + n)
+    assert scene.registry is not None
+    publish = scene.registry.publish_now
+
+    def asked_to_end(*what: Any, **how: Any) -> Any:
+        scene.watch.stop()
+        return publish(*what, **how)
+
+    monkeypatch.setattr(scene.registry, "publish_now", asked_to_end)
+    now = scene.look(2)
+    assert now["a0"] != served[0] and [now[f"a{n}"] for n in range(1, 4)] == served[1:]
+
+
 def test_looks_that_take_long_are_rarer(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """By processor time, of which they take a fiftieth at most."""
     watch, waits, used = Watch(scene.registry, scene.directory, interval=1.0), [], iter([0.0, 0.01, 5.0, 5.5, 6.0, 6.1])

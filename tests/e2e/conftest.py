@@ -120,10 +120,13 @@ def serving(state: Path, *flags: str, log: Path | None = None) -> Iterator[Live]
         live.client.close()
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
-        out.close()
+            process.wait()
+            pytest.fail(f"the server does not end:\n{Path(out.name).read_text()[-4000:]}")
+        finally:
+            out.close()
 
 
 @pytest.fixture(scope="session")

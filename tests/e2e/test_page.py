@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from tests.e2e.conftest import Live, serving
 from tests.waiting import SECONDS, until
 
 pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
 pytestmark = [pytest.mark.e2e, pytest.mark.part("chromium")]
 
@@ -76,7 +77,19 @@ def page(browser: Browser, house: Live, request: pytest.FixtureRequest) -> Itera
     context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, base_url=house.url)
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=house.url)
     context.set_default_timeout(1000 * SECONDS)
-    opened = context.new_page()
+    with watched(context, house.url) as opened:
+        opened.goto("/")
+        expect(opened.locator("#status[data-ready]")).to_be_visible()
+        expect(opened.get_by_label("Key")).to_be_hidden()
+        expect(opened.locator(".side .task option")).not_to_have_count(1)
+        yield opened
+    context.close()
+
+
+@contextmanager
+def watched(opener: Browser | BrowserContext, url: str) -> Iterator[Page]:
+    """A page that is closed at the end, and that has written no error and asked none but the server at `url`."""
+    opened = opener.new_page()
     wrong: list[str] = []
     hosts: set[str] = set()
 
@@ -87,14 +100,12 @@ def page(browser: Browser, house: Live, request: pytest.FixtureRequest) -> Itera
     opened.on("console", heard)
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("request", lambda sent: hosts.add(urlsplit(sent.url).netloc))
-    opened.goto("/")
-    expect(opened.locator("#status[data-ready]")).to_be_visible()
-    expect(opened.get_by_label("Key")).to_be_hidden()
-    expect(opened.locator(".side .task option")).not_to_have_count(1)
-    yield opened
-    context.close()
+    try:
+        yield opened
+    finally:
+        opened.close()
     assert not wrong
-    assert hosts == {urlsplit(house.url).netloc}
+    assert hosts == {urlsplit(url).netloc}
 
 
 def ask(page: Page, prompt: str = FILM, tokens: int | None = None) -> None:
@@ -1194,9 +1205,9 @@ def test_both_themes_are_readable(page: Page) -> None:
 def test_a_server_with_keys_asks_for_one(
     browser: Browser, tmp_path: Path, embedded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "keys").write_text("boss:secret-two\n")
-    with serving(tmp_path / "state", "--admin-keys-file", str(tmp_path / "keys")) as live:
-        opened = browser.new_page()
+    keys = tmp_path / "keys"
+    keys.write_text("boss:secret-two\n")
+    with serving(tmp_path / "state", "--admin-keys-file", str(keys)) as live, watched(browser, live.url) as opened:
         opened.goto(live.url)
         expect(opened.get_by_role("alert")).to_contain_text("A key is needed: give it under Key.")
         expect(opened.locator("#status")).to_have_text("no key")
@@ -1229,26 +1240,23 @@ def test_a_server_with_keys_asks_for_one(
         expect(opened.locator("#status")).to_have_text("no key")
         expect(opened.locator("select.task option")).to_have_count(1)
         assert not opened.locator(".answer").inner_text(), "what the key has shown has gone with it"
-        opened.close()
 
 
 def test_a_browser_that_keeps_nothing(browser: Browser, house: Live) -> None:
-    opened = browser.new_page()
-    for storage in ("localStorage", "sessionStorage"):
-        blocked = "{ get() { throw new DOMException('blocked', 'SecurityError'); } }"
-        opened.add_init_script(f"Object.defineProperty(window, '{storage}', {blocked});")
-    opened.goto(house.url)
-    opened.locator("select.task").select_option("sentiment")
-    ask(opened)
-    figures(opened)
-    opened.get_by_role("button", name="Change between light and dark").click()
-    expect(opened.locator("html[data-theme=dark]")).to_have_count(1)
-    opened.close()
+    with watched(browser, house.url) as opened:
+        for storage in ("localStorage", "sessionStorage"):
+            blocked = "{ get() { throw new DOMException('blocked', 'SecurityError'); } }"
+            opened.add_init_script(f"Object.defineProperty(window, '{storage}', {blocked});")
+        opened.goto(house.url)
+        opened.locator("select.task").select_option("sentiment")
+        ask(opened)
+        figures(opened)
+        opened.get_by_role("button", name="Change between light and dark").click()
+        expect(opened.locator("html[data-theme=dark]")).to_have_count(1)
 
 
 def test_under_a_prefix_that_a_proxy_takes_off(browser: Browser, house: Live) -> None:
     """Everything that the page asks for is under it, and so is what it gives to be copied."""
-    opened = browser.new_page()
     strays: list[str] = []
 
     def proxied(route: Route) -> None:
@@ -1257,17 +1265,17 @@ def test_under_a_prefix_that_a_proxy_takes_off(browser: Browser, house: Live) ->
             strays.append(path)
         route.fulfill(response=route.fetch(url=house.url + path.removeprefix("/llm")))
 
-    opened.route("**/*", proxied)
-    opened.goto(f"{house.url}/llm/")
-    opened.locator("select.task").select_option("sentiment")
-    ask(opened)
-    figures(opened)
-    opened.get_by_role("tab", name="Tasks").click()
-    expect(opened.get_by_role("tabpanel").get_by_text("sentiment").first).to_be_visible()
-    opened.get_by_role("link", name="API").click()
-    expect(opened.get_by_text("/v1/chat/completions").first).to_be_visible()
-    assert opened.url == f"{house.url}/llm/docs"
-    opened.close()
+    with watched(browser, house.url) as opened:
+        opened.route("**/*", proxied)
+        opened.goto(f"{house.url}/llm/")
+        opened.locator("select.task").select_option("sentiment")
+        ask(opened)
+        figures(opened)
+        opened.get_by_role("tab", name="Tasks").click()
+        expect(opened.get_by_role("tabpanel").get_by_text("sentiment").first).to_be_visible()
+        opened.get_by_role("link", name="API").click()
+        expect(opened.get_by_text("/v1/chat/completions").first).to_be_visible()
+        assert opened.url == f"{house.url}/llm/docs"
     assert not strays
 
 

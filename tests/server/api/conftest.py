@@ -123,7 +123,8 @@ def serving(app: Any) -> Iterator[int]:
         yield port
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(SECONDS)
+        assert not thread.is_alive(), "the server does not end"
 
 
 def wait_ready(client: httpx.Client) -> None:

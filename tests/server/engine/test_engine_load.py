@@ -107,6 +107,7 @@ def test_a_thousand_at_once_are_answered_or_refused_in_time(bench: Callable[...,
         time.sleep(0.005)
     assert all(h.reason for h in heard)
     assert len(heard) + len(refused) == 1000 and refused
+    assert any(h.reason == "length" for h in heard)
     assert all(1 <= error.retry_after <= 30 for error in refused)
     for h in heard:
         if h.reason == "error":

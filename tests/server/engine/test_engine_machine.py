@@ -258,6 +258,7 @@ def engine_machine(bench: Any, tools: Any, overlapped: bool) -> type[RuleBasedSt
                     assert heard.tokens == tools.solo(heard, self.bench.runner.vocab)
                 if heard.reason == "error":
                     assert heard.error is not None
+                    assert "could not be placed" not in str(heard.error), "which is how a fault of the engine is told"
             self.bench.check_empty()
 
     return EngineMachine

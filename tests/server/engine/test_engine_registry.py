@@ -242,7 +242,7 @@ def test_traffic_over_adapters_that_come_and_go_leaves_nothing_behind(open_house
     stop.set()
     for thread in threads:
         thread.join(60)
-    assert not failures
+    assert not failures and not any(thread.is_alive() for thread in threads)
     assert house.registry.memory()["leases"] == 0
     for name in names:
         with suppress(UnknownAdapter):

@@ -307,6 +307,31 @@ def test_what_is_left_of_a_request_that_nobody_waits_for_is_dropped(
     assert compiled == ["gone", "bad"]
 
 
+def test_whoever_leaves_as_their_turn_ends_takes_nobody_elses(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A future says that it is cancelled before the request is dropped for it, and turns go on meanwhile."""
+    grammars, begun, go_on = Grammars(tiny_text, tiny_text.size), threading.Event(), threading.Event()
+    compile, drop = grammars._compile, grammars._drop
+
+    def slow(schema: str) -> Any:
+        begun.set()
+        assert go_on.wait(10)
+        return compile(schema)
+
+    def late(*of: Any) -> None:
+        go_on.set()
+        for thread in threading.enumerate():
+            if thread.name == "loramux-grammar":
+                thread.join(10)
+        drop(*of)
+
+    monkeypatch.setattr(grammars, "_compile", slow)
+    monkeypatch.setattr(grammars, "_drop", late)
+    gone = grammars.ask(POINT, 1)
+    assert begun.wait(10) and gone.cancel()
+    monkeypatch.setattr(grammars, "_drop", drop)
+    assert grammars.ask(POINT, 1).result(10)
+
+
 def test_a_request_that_is_done_before_its_asker_goes_on_is_done_once(
     tiny_text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:

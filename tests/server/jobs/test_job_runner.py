@@ -24,13 +24,17 @@ from server.jobs.training import Training, _Heard
 from tests.waiting import SECONDS, until
 
 
+class Panic(BaseException):
+    """What a library in Rust raises where its code panics."""
+
+
 class Work:
     """Waits until a test lets it go on, or the job is stopped."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.go = threading.Event()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.killed = False
         self.deaf = False
 
@@ -131,6 +135,7 @@ def test_an_evaluation_does_not_wait_for_a_training(make, work):
         (Conflict("half of a pair: \ud800"), "failed"),
         (OSError(28, "No space left on device", "/a/secret/spec.json"), "failed"),
         (ZeroDivisionError("a secret"), "internal"),
+        (Panic("a secret"), "internal"),
     ],
 )
 def test_a_failure_is_told_and_the_next_job_runs(make, work, error, code):

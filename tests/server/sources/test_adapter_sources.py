@@ -305,6 +305,20 @@ async def test_a_source_that_hangs_is_given_up_and_what_it_writes_later_is_taken
     await asyncio.to_thread(until, lambda: not list((tmp_path / "scratch").iterdir()))
 
 
+async def test_a_panic_of_a_library_is_heard_of_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        pass
+
+    def fetch(*what: object) -> Path:
+        raise Panic("in a thread")
+
+    monkeypatch.setattr("server.sources.hub.fetch_adapter", fetch)
+    sources = Sources(tmp_path / "adapters", tmp_path / "scratch", hub_allow=["solo/one"], seconds=SECONDS)
+    with pytest.raises(RuntimeError, match="in a thread"):
+        async with sources.open("solo/one"):
+            pass
+
+
 def test_a_folder_beside_the_directory_whose_name_goes_on_is_outside(tmp_path: Path) -> None:
     for name in ("adapters", "adapters-secret"):
         (tmp_path / name).mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -187,7 +188,8 @@ def test_answers_are_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.01)
     quality = Quality(tmp_path / "quality.db")
     quality.answered(answered("one", Subject.of("t", [], "base")))
-    until(lambda: not quality._pending)
+    with closing(sqlite3.connect(tmp_path / "quality.db")) as beside:
+        until(lambda: beside.execute("SELECT count(*) FROM answers").fetchone() == (1,))
     quality.close()
 
 
@@ -670,6 +672,7 @@ def test_kill_minus_nine_while_scores_are_written(tmp_path: Path) -> None:
                 break
         process.kill()
         confirmed = max([confirmed, *map(int, process.stdout.read().split())])
+    assert process.returncode == -signal.SIGKILL and confirmed >= 100
     quality, subject = Quality(file), Subject.of("t", [], "base")
     totals = quality.totals(subject, "accuracy", "feedback")
     with sqlite3.connect(file) as db:
