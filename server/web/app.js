@@ -99,7 +99,8 @@ document.getElementById("docs").addEventListener("click", async (event) => {
   if (!key.get()) return;
   event.preventDefault();
   try {
-    const page = new DOMParser().parseFromString(await getText("/docs"), "text/html");
+    const text = (await getText("/docs")).replace(/<style>.*?<\/style>/s, ""); // which the policy of this page refuses
+    const page = new DOMParser().parseFromString(text, "text/html");
     const dialog = document.getElementById("api-page");
     for (const link of page.querySelectorAll("a")) link.replaceWith(...link.childNodes); // nor can those in it
     dialog.lastElementChild.replaceChildren(...page.querySelector("main").childNodes);

@@ -89,7 +89,7 @@ def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
     """What runs is finished; what is new is told that it comes too late, and when to come back."""
     with serving(tmp_path, "--drain", "5m") as live:
         begun, lines = threading.Event(), []
-        reader = threading.Thread(target=_stream, args=(live, 1200, begun, lines))
+        reader = threading.Thread(target=_stream, args=(live, 500, begun, lines))
         reader.start()
         assert begun.wait(30)
         live.process.send_signal(signal.SIGTERM)

@@ -95,7 +95,7 @@ def watched(opener: Browser | BrowserContext, url: str) -> Iterator[Page]:
 
     def heard(message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and not message.text.startswith(REFUSED):
-            wrong.append(message.text)
+            wrong.append(f"{message.text} at {message.location}")
 
     opened.on("console", heard)
     opened.on("pageerror", lambda error: wrong.append(str(error)))
@@ -552,7 +552,8 @@ def test_a_server_that_hangs_in_an_engine_with_other_words(page: Page) -> None:
     page.route("**/stats", lambda route: None)
     page.evaluate(
         """() => { const before = window.fetch; window.fetch = (...given) => before(...given).catch((error) => {
-            throw error.name === "TimeoutError" ? new DOMException("Fetch is aborted", "AbortError") : error; }); }"""
+            throw error.name === "TimeoutError" ? new DOMException("Fetch is aborted", "AbortError") : error; });
+            const timeout = AbortSignal.timeout.bind(AbortSignal); AbortSignal.timeout = () => timeout(500); }"""
     )
     expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
     expect(page.get_by_role("alert")).to_contain_text("the server does not answer")

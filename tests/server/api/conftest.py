@@ -137,7 +137,8 @@ def wait_ready(client: httpx.Client) -> None:
 
 @pytest.fixture
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server's watch looks ten times a second, at folders that have been still for two tenths."""
+    """A server's watch looks ten times a second, at folders that have been still, and are gone, after some tenths."""
+    monkeypatch.setattr("adapters.watch.GONE_SECONDS", 0.3)
     monkeypatch.setattr(assembly, "Watch", partial(Watch, interval=0.1, still=0.2))
 
 
