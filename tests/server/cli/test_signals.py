@@ -1,4 +1,4 @@
-"""Signals and a loop that waits."""
+"""Signals, and a loop that waits."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from server.engine.request import Delivery, Request, Sampling
 from server.engine.text import Text
 from server.errors import EngineFailed, InvalidRequest, QueueFull
 from server.model.vocabulary import Vocabulary, from_gguf
+from tests.server.engine.conftest import Panic
 from tests.waiting import until
 
 POINT = {
@@ -426,8 +427,6 @@ print("begun", end="")
 
 
 def test_a_panic_of_the_library_is_one_requests_failure(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Panic(BaseException): ...
-
     def panics(schema: str) -> Any:
         raise Panic("at line 1")
 

@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -675,3 +676,18 @@ def test_the_seconds_of_two_runs_are_those_of_both():
     tell(Event("step", 1, 4, tokens=7, seconds=0.5))
     [line] = told
     assert (line["step"], line["steps"], line["tokens"], line["seconds"]) == (10, 9, 97, 9.5)
+
+
+def test_a_signal_ends_the_wait_for_another_process(tmp_path, monkeypatch):
+    """Whose handler runs on the thread that waits: it wants nothing which that holds."""
+    stop = threading.Event()
+    monkeypatch.setattr(child, "time", SimpleNamespace(sleep=lambda seconds: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(stop, "wait", lambda timeout: pytest.fail("it holds the lock that `set` wants"))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    try:
+        with (tmp_path / child.LOCK).open("w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with child._alone(tmp_path, stop) as held:
+                assert not held
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -21,11 +21,8 @@ from server.jobs.records import CANCELLED, EVALUATION, EVENTS, STATE, TRAINING, 
 from server.jobs.runner import Active, Jobs, Stopped
 from server.jobs.spec import DATA, NEEDED_TO_RUN, RESULT, UNFINISHED
 from server.jobs.training import Training, _Heard
+from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS, until
-
-
-class Panic(BaseException):
-    """What a library in Rust raises where its code panics."""
 
 
 class Work:

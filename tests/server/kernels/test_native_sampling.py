@@ -89,7 +89,7 @@ def rows_of(kind: str, count: int, vocab: int) -> np.ndarray:
 
 
 @cache
-def engines(vocab: int, kind: str, temperature: float, *limits: tuple[str, Any]) -> list[Pick]:
+def oracle(vocab: int, kind: str, temperature: float, *limits: tuple[str, Any]) -> list[Pick]:
     """What the engine's sampler picks, which each library is compared with."""
     requests = requests_of(40, temperature=temperature, **dict(limits))
     return pick(rows_of(kind, 40, vocab), requests, native=False)
@@ -102,7 +102,7 @@ def test_tokens_are_those_of_the_engines_sampler(vocab: int, kind: str, limits: 
     rows = rows_of(kind, 40, vocab)
     for temperature in (1e-30, 0.3, 1.0, 5.0):
         requests = requests_of(40, temperature=temperature, **limits)
-        assert pick(rows, requests, native=True) == engines(vocab, kind, temperature, *limits.items())
+        assert pick(rows, requests, native=True) == oracle(vocab, kind, temperature, *limits.items())
 
 
 def draw(rows: np.ndarray, noise: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[int]:

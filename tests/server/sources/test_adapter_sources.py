@@ -15,6 +15,7 @@ import pytest
 from server.errors import InvalidRequest, NoCapacity, QueueFull
 from server.sources import Sources, folder, retries, urls
 from server.sources.budget import Budget, Spend
+from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS, until
 
 RELEASE = threading.Event()
@@ -306,9 +307,6 @@ async def test_a_source_that_hangs_is_given_up_and_what_it_writes_later_is_taken
 
 
 async def test_a_panic_of_a_library_is_heard_of_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Panic(BaseException):
-        pass
-
     def fetch(*what: object) -> Path:
         raise Panic("in a thread")
 
