@@ -29,7 +29,7 @@ from server.engine.sampler import Pick, Sampler
 from server.engine.scheduler import Limits, Scheduler
 from server.engine.slots import Room, Slots
 from server.engine.text import Detokenizer, Text
-from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotReady
+from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotFinite, NotReady
 
 log = logging.getLogger(__name__)
 
@@ -398,7 +398,7 @@ class Engine:
 
     def _end(self, request: Request, delivery: Delivery) -> None:
         """End a request that the scheduler still has."""
-        self._scheduler.end(request, time.monotonic(), trusted=delivery.error is None)
+        self._scheduler.end(request, time.monotonic(), trusted=not isinstance(delivery.error, NotFinite))
         self._last(request, delivery)
 
     def _last(self, request: Request, delivery: Delivery) -> None:

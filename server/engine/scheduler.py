@@ -10,10 +10,10 @@ half of what it has left, or less. Where a step of all its rows would take too l
 
 Requests enter when their blocks and their slots can be reserved together, in the queue's order. A request whose
 adapters are not in memory is passed over until they are; one that finds no room is passed over too, until it has
-waited `age_limit` seconds for it: then nothing else enters before it does. So it is for room in RAM, where slots hold
-it. What less urgent requests hold, running or waiting, is given up for a more urgent one. Where adapters are copied to
-a device, a request whose own are copied now has its first tokens computed a step later, so that the copy goes on
-beside this one.
+waited `age_limit` seconds for it: then nothing else enters before it does, but for what runs on the base alone where
+slots are all that it lacks. So it is for room in RAM, where slots hold it. What less urgent requests hold, running or
+waiting, is given up for a more urgent one that lacks it. Where adapters are copied to a device, a request whose own are
+copied now has its first tokens computed a step later, so that the copy goes on beside this one.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class Scheduler:
         self._root = root
         self._blocked: dict[Request, float] = {}
         """Those that had their weights and found no room, and since when."""
+        self._slotless: set[Request] = set()
+        """Those of them that had room for their tokens when they were last tried: slots are what they lack."""
+        self._spared = 0
+        """Blocks that are left to one that nobody else may pass by."""
         self._coming: dict[Key, Request] = {}
         """The full blocks that running requests are about to compute: who shares them waits instead of repeating it."""
         self._changed = False
@@ -288,8 +292,9 @@ class Scheduler:
         victims = [r for r in self.running if r.priority > urgent]
         if not victims:
             return
-        if self._has_place(plan) and not any(r.priority == urgent for r in self._blocked):
-            if not (self.slots.hold_ram and self._owes_room(now)):
+        blocked = [r for r in self._blocked if r.priority == urgent]
+        if self._has_place(plan) and self._slotless.issuperset(blocked):
+            if not blocked and not (self.slots.hold_ram and self._owes_room(now)):
                 return
             used = {digest for r in self.running if r.priority <= urgent for digest in r.mix.digests}
             victims = [r for r in victims if not used.issuperset(r.mix.digests)]  # whose slots fall idle
@@ -372,7 +377,7 @@ class Scheduler:
     # -- waiting requests
 
     def _enter(self, now: float, plan: Plan) -> None:
-        if not self._changed or not self.waiting or self._room(0, plan) <= 0:
+        if not self._changed or not self.waiting:
             return
         owing = self._owes_room(now)
         self._changed = owing  # a request that is refused changes it again
@@ -380,16 +385,17 @@ class Scheduler:
         while not self._is_full(plan):
             request = next(candidates, None)
             if request is None:
-                return
+                break
             if owing and not (self._needs_no_ram(request) or self.loads.came_for(request)):
                 continue
             try:
                 self._try(request, now, plan)
             except Exception as e:
                 self._refuse(plan, request, e, now)
+        else:
+            self._changed = True  # the rest is still to be tried
         if self.slots.room is not None and not owing:
             self._prefetch(now, plan)
-        self._changed = True  # the rest is still to be tried
 
     def _needs_no_ram(self, request: Request) -> bool:
         """Whether what it runs on is not in RAM for it: the base alone, or copies that are there."""
@@ -433,15 +439,20 @@ class Scheduler:
         return pressed and self.loads.waited(self.waiting.priority, now) > self.limits.age_limit
 
     def _candidates(self, now: float) -> Iterator[Request]:
+        self._spared = 0
+        without_slots = False
         starving = self._starving(now)
         if starving is not None:
             yield starving
-            if starving.state in (State.QUEUED, State.LOADING):  # nobody passes it by
-                return
+            if starving.state in (State.QUEUED, State.LOADING):  # nobody passes it by who could take what it lacks
+                if starving not in self._slotless:
+                    return
+                self._spared = self.kv.blocks_for(starving.goal)
+                without_slots = True
         for request in self.waiting.in_order():
             if request.priority > self.waiting.priority:
                 return
-            if request is not starving:
+            if request is not starving and not (without_slots and request.mix):
                 yield request
 
     def _starving(self, now: float) -> Request | None:
@@ -481,15 +492,16 @@ class Scheduler:
         fresh = [digest for digest in request.mix.digests if not self.slots.holds(digest)]
         need = self.kv.blocks_for(request.goal) - len(found)
         spare = len(self.running)  # each of the others may need a block soon
-        slots = None
+        fits, slots = need + spare + self._spared <= self.kv.available, None
         try:
-            if need + spare <= self.kv.available:
+            if fits:
                 slots = self.slots.reserve(request.mix, weights)
         finally:
             if slots is None:
                 self.kv.free(found)
         if slots is None:
             self._blocked.setdefault(request, now)
+            (self._slotless.add if fits else self._slotless.discard)(request)
             return
         blocks = self.kv.reserve(need)
         assert blocks is not None, "there was room"
@@ -520,3 +532,4 @@ class Scheduler:
         if self.loads.leave(request):
             self._changed = True  # who was refused that place may stand before this one in the queue
         self._blocked.pop(request, None)
+        self._slotless.discard(request)

@@ -145,12 +145,12 @@ class Slots:
         return digest in self._slot_of
 
     def _costs(self, mix: Mix, weights: Sequence[LoraWeights] | None) -> dict[str, int]:
-        """What each adapter of a mix takes; never less than lets as many be resident as there are slots."""
+        """What each adapter of a mix takes; never so little that more could be resident than there are slots."""
         if self.room is None:
             return dict.fromkeys(mix.digests, 1)
         if weights is None:
             return {digest: self._held.cost(digest) for digest in mix.digests}
-        least = -(-self.room.nbytes // self.count)
+        least = self.room.nbytes // (self.count + 1) + 1  # so many fit, and one more does not
         costs = {each.digest: max(least, self.room.cost(each)) for each in weights}
         total = sum(costs.values())
         if total > self.room.nbytes:

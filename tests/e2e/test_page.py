@@ -35,6 +35,8 @@ REFUSED = "Failed to load resource"
 FILM = "A stirring, funny film that never lets go."
 ENDLESS = "Count: one, two, three,"
 """What the base alone, at temperature 0, goes on with for longer than any test takes to stop it."""
+OFTEN = "{ const wait = setTimeout; setTimeout = (call, ms) => wait(call, ms === 2000 ? 250 : ms); }"
+"""The page asks for what is new every two seconds, which most tests wait for once or more."""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def page(browser: Browser, house: Live, request: pytest.FixtureRequest) -> Itera
 def watched(opener: Browser | BrowserContext, url: str) -> Iterator[Page]:
     """A page that is closed at the end, and that has written no error and asked none but the server at `url`."""
     opened = opener.new_page()
+    opened.add_init_script(OFTEN)
     wrong: list[str] = []
     hosts: set[str] = set()
 
@@ -127,6 +130,13 @@ def body_of(page: Page, act: Callable[[], None]) -> dict:
     with page.expect_request(lambda sent: "/generate" in sent.url) as caught:
         act()
     return json.loads(caught.value.post_data or "")
+
+
+def looks(page: Page, times: int) -> None:
+    """Returns once the page has asked for what is new so often, and was answered."""
+    for _ in range(times):
+        with page.expect_response("**/stats"):
+            pass
 
 
 def job_told(name: str, **given: object) -> dict:
@@ -526,14 +536,14 @@ def test_what_was_asked_for_before_is_not_drawn_after(page: Page, house: Live) -
     assert drawn.evaluate("node => node.isConnected")
     house.client.post("/adapters/formal/unpin").raise_for_status()
 
-    looks: list[Route] = []
-    page.route("**/jobs", lambda route: looks.append(route))
+    listings: list[Route] = []
+    page.route("**/jobs", lambda route: listings.append(route))
     page.get_by_role("tab", name="Jobs").click()
-    until(lambda: page.wait_for_timeout(10) or len(looks) > 1)
-    looks[1].fulfill(json={"jobs": [job_told("late", status="paused")]})
+    until(lambda: page.wait_for_timeout(10) or len(listings) > 1)
+    listings[1].fulfill(json={"jobs": [job_told("late", status="paused")]})
     drawn = page.locator(".job .state", has_text="paused").element_handle()
     with page.expect_request("**/stats"):
-        looks[0].fulfill(json={"jobs": [job_told("late")]})
+        listings[0].fulfill(json={"jobs": [job_told("late")]})
     assert drawn.evaluate("node => node.isConnected")
     page.unroute_all()
 
@@ -840,9 +850,7 @@ def test_tasks_are_asked_for_again_when_they_are_due_or_may_be_others(page: Page
     page.reload()
     page.get_by_role("tab", name="Tasks").click()
     expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
-    for _ in range(3):
-        with page.expect_response("**/stats"):
-            pass
+    looks(page, 3)
     expect(page.get_by_role("alert")).to_be_visible()
     assert len(asked) == 1
     if event == "a restart":
@@ -887,8 +895,7 @@ def test_the_page_lives_on_while_tasks_are_asked_for(page: Page) -> None:
     page.route("**/performance", lambda route: held.append(route))
     page.get_by_role("tab", name="Tasks").click()
     until(lambda: page.wait_for_timeout(10) or held)
-    with page.expect_response("**/stats"):  # the next look finds the round under way
-        pass
+    looks(page, 1)  # finds the round under way
     page.route("**/stats", busy)
     expect(page.locator("#status")).to_contain_text("77 running")
     page.unroute_all()
@@ -954,7 +961,7 @@ def test_what_fails_is_said_and_stays(page: Page, house: Live) -> None:
     page.get_by_role("button", name="Retire formal").click()
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("guarded")
-    page.wait_for_timeout(2500)
+    looks(page, 3)
     expect(alert).to_be_visible()
     page.get_by_role("button", name="Close the message").click()
     expect(alert).to_be_hidden()
@@ -1063,7 +1070,7 @@ def test_many_are_searched_and_few_are_not(page: Page, house: Live) -> None:
             field.fill("TONE 2")
             expect(shown).to_have_count(1)
             expect(shown).to_contain_text("tone-2")
-            page.wait_for_timeout(2500)  # a poll later it still is
+            looks(page, 3)  # and then it still is
             expect(shown).to_have_count(1)
             field.fill("retire")  # what can be done with each is no word of it
             expect(page.get_by_text("Nothing here has that in it.").locator("visible=true")).to_have_count(1)
@@ -1216,7 +1223,7 @@ def test_a_server_with_keys_asks_for_one(
             """() => { window.said = 0; new MutationObserver(() => { window.said += 1; }).observe(
             document.getElementById('alert'), {childList: true, subtree: true, characterData: true}); }"""
         )
-        opened.wait_for_timeout(4500)
+        looks(opened, 3)
         assert opened.evaluate("window.said") == 0, "a screen reader would say it again and again"
         expect(opened.get_by_label("Key")).to_be_visible()
         for wrong in ("\u043a\u043b\u044e\u0447", "secret\u201d"):

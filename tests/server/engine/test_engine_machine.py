@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from adapters.weights import LoraWeights, Mix
 from server.engine.kv_cache import KVCache, next_key, root_key
 from server.engine.request import State
-from server.engine.slots import Slots
+from server.engine.slots import Room, Slots
 
 SMALL = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -88,6 +88,7 @@ class KVMachine(RuleBasedStateMachine):
 class SlotsMachine(RuleBasedStateMachine):
     """Mixes take slots and give them back; a model says who holds what."""
 
+    room: Room | None = None
     held = Bundle("held")
     names = st.sampled_from([f"{i:x}" * 64 for i in range(6)])
 
@@ -96,7 +97,7 @@ class SlotsMachine(RuleBasedStateMachine):
         self.placed: dict[int, str] = {}
         self.fail = False
         self.holders: dict[str, int] = {}
-        self.slots = Slots(4, self.place, self.clear)
+        self.slots = Slots(4, self.place, self.clear, self.room)
 
     def place(self, slot: int, weights: LoraWeights) -> None:
         if self.fail:
@@ -129,6 +130,17 @@ class SlotsMachine(RuleBasedStateMachine):
             self.holders[digest] = self.holders.get(digest, 0) + 1
         return mix
 
+    @rule(digests=st.sets(names, min_size=1, max_size=4), spared=st.sets(names, max_size=2), fail=st.booleans())
+    def offer(self, digests: set[str], spared: set[str], fail: bool) -> None:
+        mix = Mix(tuple((d, 0.5) for d in sorted(digests)))
+        before = set(self.placed.values())
+        self.fail = fail
+        try:
+            self.slots.offer(mix, [LoraWeights("n", d, {}) for d in mix.digests], spared)
+        except MemoryError:
+            assert fail
+        assert before & spared <= set(self.placed.values()) <= before | digests
+
     @rule(mix=consumes(held))
     def free(self, mix: Mix) -> None:
         self.slots.free(mix)
@@ -155,11 +167,18 @@ def test_kv_cache_machine() -> None:
     run_state_machine_as_test(KVMachine, settings=SMALL)
 
 
-def test_slots_machine() -> None:
-    run_state_machine_as_test(SlotsMachine, settings=SMALL)
+class RoomMachine(SlotsMachine):
+    """The same where adapters take bytes, which the slots do not divide: all of them are small."""
+
+    room = Room(101, lambda weights: 1 + int(weights.digest[0], 16))
 
 
-def engine_machine(bench: Any, tools: Any, overlapped: bool) -> type[RuleBasedStateMachine]:
+@pytest.mark.parametrize("machine", [SlotsMachine, RoomMachine])
+def test_slots_machine(machine: type[SlotsMachine]) -> None:
+    run_state_machine_as_test(machine, settings=SMALL)
+
+
+def engine_machine(bench: Any, tools: Any, **options: Any) -> type[RuleBasedStateMachine]:
     class EngineMachine(RuleBasedStateMachine):
         """Requests of all kinds, loads that end in any order or fail, cancels, faults; at the end all is given back."""
 
@@ -168,7 +187,7 @@ def engine_machine(bench: Any, tools: Any, overlapped: bool) -> type[RuleBasedSt
             self.fetch = tools.Fetcher(ready={"a0", "a1", "a2"})
             self.bench = bench(
                 fetch=self.fetch, blocks=16, max_batch=3, max_slots=3, max_step_tokens=8, max_queue=6, age_limit=0.0,
-                overlapped=overlapped,
+                **options,
             )  # fmt: skip
             self.all: list[Any] = []
 
@@ -264,6 +283,9 @@ def engine_machine(bench: Any, tools: Any, overlapped: bool) -> type[RuleBasedSt
     return EngineMachine
 
 
+@pytest.mark.parametrize("room", [None, Room(101, lambda weights: 20)], ids=["in RAM", "copied"])
 @pytest.mark.parametrize("overlapped", [False, True], ids=["plain", "overlapped"])
-def test_engine_machine(bench: Any, tools: Any, overlapped: bool, caplog: pytest.LogCaptureFixture) -> None:
-    run_state_machine_as_test(engine_machine(bench, tools, overlapped), settings=SMALL)
+def test_engine_machine(
+    bench: Any, tools: Any, overlapped: bool, room: Room | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_state_machine_as_test(engine_machine(bench, tools, overlapped=overlapped, room=room), settings=SMALL)

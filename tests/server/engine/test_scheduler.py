@@ -11,6 +11,7 @@ import pytest
 
 from server.engine.scheduler import LENT_ROWS, OUTPUT_COST, REST
 from server.engine.slots import Room
+from server.errors import InvalidRequest, NotFinite
 
 
 def prompt(seed: int, length: int = 10) -> list[int]:
@@ -384,6 +385,92 @@ def test_while_room_is_owed_nobody_keeps_a_slot_from_falling_idle_and_then_all_a
     assert hot.request.state is tools.State.RUNNING, "the room has been found, though the load takes long"
     b.fetch.finish()
     b.settle()
+    b.check_empty()
+
+
+def test_who_lacks_slots_alone_holds_none_up_that_need_none(bench: Any, tools: Any) -> None:
+    """Its blocks are left to it, and who would keep a slot from falling idle does wait."""
+    b = bench(max_slots=1, age_limit=0.0, blocks=20)
+    holds = b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
+    b.engine.step()
+    lacks = b.submit(prompt(2, 30), mix=tools.mix_of("a2"), max_tokens=2)
+    for _ in range(2):
+        b.engine.step()
+    again = b.submit(prompt(3), mix=tools.mix_of("a1"), max_tokens=2)
+    base, large = b.submit(prompt(4), max_tokens=2), b.submit(prompt(5, 40), max_tokens=2)
+    b.engine.step()
+    assert base.tokens and holds.reason is None
+    assert {each.request.state for each in (lacks, again, large)} == {tools.State.QUEUED}
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (holds, lacks, again, base, large))
+    assert lacks.request.first_token < min(again.request.first_token, large.request.first_token)
+    assert b.engine.stats()["preemptions"] == 0
+    b.check_empty()
+
+
+def test_who_lacks_blocks_is_passed_by_none_that_need_no_slot(bench: Any, tools: Any) -> None:
+    b = bench(blocks=8, age_limit=0.0)
+    b.submit(prompt(1, 16), max_tokens=12)
+    b.engine.step()
+    lacks = b.submit(prompt(2, 16), mix=tools.mix_of("a2"), max_tokens=2)
+    for _ in range(2):
+        b.engine.step()
+    base = b.submit(prompt(3, 2), max_tokens=1)
+    b.engine.step()
+    assert lacks.request.state is base.request.state is tools.State.QUEUED
+    b.settle()
+    b.check_empty()
+
+
+def test_no_less_urgent_work_is_thrown_away_where_the_urgent_gain_nothing_by_it(bench: Any, tools: Any) -> None:
+    """The slot that is lacked is held by one as urgent; the one whose slot would fall idle does give way."""
+    b = bench(max_slots=2)
+    held = b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=12)
+    on_base = b.submit(prompt(2), max_tokens=12, priority=1)
+    shares = b.submit(prompt(3), mix=tools.mix_of("a1"), max_tokens=12, priority=1)
+    b.engine.step()
+    lacks = b.submit(prompt(4), mix=tools.mix_of("a2", "a3"), max_tokens=2)
+    for _ in range(4):
+        b.engine.step()
+    assert b.engine.stats()["preemptions"] == 0 and held.reason is None and lacks.request.state is tools.State.QUEUED
+    b.settle()
+    gives_way = b.submit(prompt(5), mix=tools.mix_of("a4"), max_tokens=12, priority=1)
+    b.engine.step()
+    urgent = b.submit(prompt(6), mix=tools.mix_of("a2", "a3"), max_tokens=2)
+    for _ in range(3):
+        b.engine.step()
+    assert b.engine.stats()["preemptions"] == 1 and urgent.tokens
+    b.settle()
+    for heard in (held, on_base, shares, lacks, gives_way, urgent):
+        assert heard.tokens == tools.solo(heard, b.runner.vocab)
+    b.check_empty()
+
+
+def test_a_wrong_constraint_casts_no_doubt_on_what_was_computed(bench: Any, tools: Any) -> None:
+    """What many share is found again after it; numbers that are not finite do cast doubt."""
+
+    class Refuses:
+        def mask(self) -> Any:
+            raise InvalidRequest("the schema is too complex", "schema")
+
+    b = bench()
+    shared = prompt(1, 24)
+    b.submit(shared, max_tokens=1)
+    b.settle()
+    wrong = b.submit([*shared, 7], constraint=Refuses())
+    b.settle()
+    assert isinstance(wrong.error, InvalidRequest)
+    after = b.submit([*shared, 8], max_tokens=1)
+    b.settle()
+    assert after.request.cached == 24
+    b.runner.before = lambda batch: float("nan")
+    broken = b.submit([*shared, 9], max_tokens=1)
+    b.settle()
+    assert isinstance(broken.error, NotFinite)
+    b.runner.before = lambda batch: None
+    last = b.submit([*shared, 5], max_tokens=1)
+    b.settle()
+    assert last.request.cached == 0
     b.check_empty()
 
 

@@ -199,6 +199,29 @@ def test_so_many_small_adapters_as_there_are_slots_and_no_more(tools: Any) -> No
     assert slots.resident == [tools.digest_of("a2"), tools.digest_of("a3")]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 8])
+def test_a_mix_of_as_many_small_adapters_as_there_are_slots_fits(tools: Any, count: int) -> None:
+    """Whatever the bytes, which the slots need not divide."""
+    for nbytes in (100, 101, 1021):
+        slots = Slots(count, lambda slot, weights: None, lambda slot: None, Room(nbytes, lambda weights: 1))
+        names = [f"a{i}" for i in range(count)]
+        assert slots.reserve(tools.mix_of(*names), weights_of(tools, *names)) is not None
+        assert slots.reserve(tools.mix_of("b"), weights_of(tools, "b")) is None
+
+
+def test_adapters_are_copied_ahead_of_who_waits_for_blocks(bench: Any, tools: Any) -> None:
+    made = bench(room=Room(100, lambda weights: 10), blocks=8)
+    runs = made.submit([5, 6] * 10, max_tokens=4)
+    made.engine.step()
+    waits = made.submit([5, 6, 7, 8] * 3, mix=tools.mix_of("a2"), max_tokens=2)
+    made.engine.step()
+    assert waits.request.state is tools.State.QUEUED and made.engine.holds(tools.digest_of("a2"))
+    made.settle()
+    for heard in (runs, waits):
+        assert heard.tokens == tools.solo(heard, made.runner.vocab)
+    made.check_empty()
+
+
 def test_the_slot_of_what_cannot_be_placed_is_another_s(tools: Any) -> None:
     def place(slot: int, weights: LoraWeights) -> None:
         if weights.name == "a1":
