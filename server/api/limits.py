@@ -142,7 +142,8 @@ class BodyLimit:
         if declared is not None and declared > limit:
             await refuse(answer(_too_large(limit, upload)), scope, receive, send)
         elif upload:
-            await self.app(scope, _counted(patient(receive, self.body_time), limit), send)
+            body = _Streamed(scope, receive, send, limit, self.body_time)
+            await self.app(scope, body.receive, body.send)
         else:
             await self._whole(scope, receive, send, limit)
 
@@ -193,7 +194,7 @@ async def refuse(reply: Answer, scope: Scope, receive: Receive, send: Send, more
 
 def _withholds(scope: Scope) -> bool:
     """Whether the client keeps its body back until it is told to go on, which it has not been."""
-    return bool(scope["state"].get("withholds", bool)())
+    return bool(scope.get("state", {}).get("withholds", bool)())
 
 
 async def _drain(receive: Receive) -> None:
@@ -207,20 +208,36 @@ async def _drain(receive: Receive) -> None:
                 size += len(message.get("body", b""))
 
 
-def _counted(receive: Receive, limit: int) -> Receive:
-    size = 0
+class _Streamed:
+    """An upload, counted while a route reads it, and its answer. What a route that refuses it has left of the body is
+    read and thrown away before, as `refuse` does: a connection that is closed then would be reset, and the answer lost.
+    """
 
-    async def counting() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > limit:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, seconds: float) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._patient = patient(receive, seconds)
+        self._limit, self._size = limit, 0
+        self._rest = True
+        """Whether more of the body may come that is worth waiting for."""
+
+    async def receive(self) -> Message:
+        """Raises BodyTooLarge, BodyTooSlow."""
+        self._rest = False  # of who is too slow, or sends too much, no more is waited for
+        message = await self._patient()
+        self._size += len(message.get("body", b""))
+        if self._size > self._limit:
             if message.get("more_body"):
-                await _drain(receive)
-            raise _too_large(limit, True)
+                await _drain(self._patient)
+            raise _too_large(self._limit, True)
+        self._rest = bool(message.get("more_body"))
         return message
 
-    return counting
+    async def send(self, message: Message) -> None:
+        """The first part of an answer waits for the rest of the body."""
+        rest, self._rest = self._rest, False
+        if rest and message["type"] == "http.response.start" and not _withholds(self._scope):
+            await _drain(self._receive)
+        await self._send(message)
 
 
 def patient(receive: Receive, seconds: float) -> Receive:

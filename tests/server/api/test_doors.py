@@ -428,6 +428,24 @@ def test_who_asks_before_it_sends_its_body_hears_so_too_of_a_route_that_does_not
             assert answer.read().startswith(b'{"error"')
 
 
+@pytest.mark.parametrize(("draining", "status"), [(True, 503), (False, 400)])
+def test_who_sends_an_upload_that_no_route_reads_hears_so(start: Any, draining: bool, status: int) -> None:
+    """Though its connection is closed then: it has sent all of it, and is not reset."""
+    live = start()
+    if draining:
+        live.runtime.drain()
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            b"POST /adapters HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 16777216\r\n"
+            b"Content-Type: multipart/form-data; boundary=x; charset=punycode\r\n\r\n"
+        )
+        connection.sendall(bytes(16 << 20))
+        with connection.makefile("rb") as answer:
+            assert answer.readline().startswith(b"HTTP/1.1 %d " % status)
+            assert b'\r\n\r\n{"error"' in answer.read(), "to the connection's end"
+
+
 @pytest.mark.parametrize(
     "head",
     [

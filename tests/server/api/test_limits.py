@@ -147,6 +147,38 @@ def test_an_upload_over_the_limit_is_read_to_its_end() -> None:
     assert house.got == [b"12345"] and not house.pieces
 
 
+@pytest.mark.parametrize("looked_at", [0, 1, 3])
+@pytest.mark.parametrize("withholds", [False, True])
+def test_the_answer_of_a_route_that_leaves_an_upload_unread_waits_for_its_end(looked_at: int, withholds: bool) -> None:
+    """Else a connection that is to be closed is reset, and the answer lost. Who has not sent its body hears at once."""
+
+    async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(looked_at):
+            await receive()
+        await send({"type": "http.response.start", "status": 412, "headers": []})
+        left.append(len(house.pieces))
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    house, left = House([b"1", b"2", b"3"]), list[int]()
+    scope = {"type": "http", "method": "PUT", "path": "/adapters/mine", "headers": MULTIPART}
+    scope["state"] = {"withholds": lambda: withholds}
+    limit = BodyLimit(refuses, max_body=10, max_upload=10, body_time=60.0)
+    asyncio.run(asyncio.wait_for(limit(scope, house.receive, house.send), 5))
+    assert left == [3 - looked_at if withholds else 0] and house.asked == 3 - left[0]
+    assert [message["type"] for message in house.sent] == ["http.response.start", "http.response.body"]
+
+
+async def test_of_an_upload_that_is_too_slow_no_more_is_waited_for() -> None:
+    async def told(scope: Scope, receive: Receive, send: Send) -> None:
+        with pytest.raises(limits.BodyTooSlow):
+            await receive()
+        await send({"type": "http.response.start", "status": 408, "headers": []})
+
+    house, scope = House([]), {"type": "http", "method": "POST", "path": "/adapters", "headers": MULTIPART}
+    await asyncio.wait_for(BodyLimit(told, 10, 10, body_time=0.01)(scope, stalls, house.send), 5)
+    assert [message["status"] for message in house.sent] == [408]
+
+
 async def test_after_its_body_nobody_is_waited_for_too_long() -> None:
     left: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
 
