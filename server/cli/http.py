@@ -48,10 +48,12 @@ class Protocol(H11Protocol):
     """Bytes that the client had yet to take at the last look, if all who write have waited for it since."""
     _in_vain = 0
     """Looks in a row that found nothing taken."""
+    _bodiless = False
+    """Whether HEAD is asked: a body in its answer is no HTTP, of which nothing more could be said on the connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.conn.next_event = _checked(self.conn.next_event)  # type: ignore[method-assign]
+        self.conn.next_event = _checked(self.conn.next_event, self._asked)  # type: ignore[method-assign]
         self._expect()
         self._looks = self.loop.call_later(self.timeout_keep_alive, self._look)
 
@@ -61,6 +63,18 @@ class Protocol(H11Protocol):
         if self._looks is not None:
             self._looks.cancel()
             self._looks = None
+
+    def _asked(self, method: bytes) -> None:
+        self._bodiless = method == b"HEAD"
+
+    def shutdown(self) -> None:
+        """Where nothing more can be said uvicorn's own raises, and the server would end without its last words to all
+        others.
+        """
+        if self.conn.our_state is h11.ERROR:
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -139,14 +153,15 @@ class Protocol(H11Protocol):
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        with contextlib.suppress(h11.LocalProtocolError):  # of HEAD there is no body to be sent
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+        data = h11.Data(data=b"" if self._bodiless else body)
+        for event in (h11.Response(status_code=400, headers=headers), data, h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
 
-def _checked(next_event: Callable[[], Event]) -> Callable[[], Event]:
-    """`next_event` of a connection whose bodies have one end, and come in pieces worth their while.
+def _checked(next_event: Callable[[], Event], asked: Callable[[bytes], None]) -> Callable[[], Event]:
+    """`next_event` of a connection whose bodies have one end, and come in pieces worth their while. `asked` hears each
+    request's method, and once all of that has come, an empty one.
 
     Of a body with a length and chunks too (RFC 9112, 6.1), or with chunks in HTTP/1.0, a proxy in between may see
     another end, and let pass as a part of the body what is the next request here. And each piece is an event of its
@@ -160,6 +175,7 @@ def _checked(next_event: Callable[[], Event]) -> Callable[[], Event]:
         event = next_event()
         if isinstance(event, h11.Request):
             pieces = size = 0
+            asked(event.method)
             named = {name for name, _ in event.headers}
             if b"transfer-encoding" in named and (b"content-length" in named or event.http_version < b"1.1"):
                 raise h11.RemoteProtocolError("where the body ends is told twice, or in chunks to HTTP/1.0")
@@ -167,6 +183,8 @@ def _checked(next_event: Callable[[], Event]) -> Callable[[], Event]:
             pieces, size = pieces + 1, size + len(event.data)
             if pieces > PIECES and size < pieces * PIECE:
                 raise h11.RemoteProtocolError(f"chunks of less than {PIECE} bytes on average are too many")
+        elif isinstance(event, h11.EndOfMessage):
+            asked(b"")
         return event
 
     return checked

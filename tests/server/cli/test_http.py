@@ -42,6 +42,57 @@ def test_what_breaks_within_a_body(answered: int) -> None:
     assert (b"invalid_http" in written) == (answered == 0) and protocol.transport.close.called
 
 
+HEADS = [
+    b"HEAD / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"HEAD / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n",
+    b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\nno request\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize(("asked", "body"), [*((head, False) for head in HEADS[:2]), (HEADS[2], True)])
+def test_what_is_no_http_has_a_body_in_its_answer_unless_head_was_asked(asked: bytes, body: bool) -> None:
+    """And the connection is in order for its end."""
+    written: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+
+    async def ask() -> None:
+        config = uvicorn.Config(app, http=Protocol, ws="none", log_config=None, access_log=False)
+        config.load()
+        connection = Protocol(config, ServerState(), {})
+        transport = Mock()
+        transport.get_extra_info.return_value, transport.is_closing.return_value = None, False
+        transport.write = written.append
+        connection.connection_made(transport)
+        connection.data_received(asked)
+        if body:  # else the request is answered before it gets there
+            await asyncio.gather(*connection.tasks)
+        assert connection.conn.our_state is h11.MUST_CLOSE and transport.close.called
+        connection.shutdown()
+        connection.connection_lost(None)
+
+    asyncio.run(ask())
+    assert b"HTTP/1.1 400" in b"".join(written) and b"".join(written).endswith(b"}") is body
+
+
+def test_a_connection_on_which_nothing_more_can_be_said_is_closed_at_the_end() -> None:
+    async def end() -> None:
+        config = uvicorn.Config(lambda: None, http=Protocol, ws="none", log_config=None, access_log=False)
+        config.load()
+        connection = Protocol(config, ServerState(), {})
+        transport = Mock()
+        transport.get_extra_info.return_value = None
+        connection.connection_made(transport)
+        connection.conn.send_failed()
+        connection.shutdown()
+        assert transport.close.called
+        connection.connection_lost(None)
+
+    asyncio.run(end())
+
+
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])
 def test_an_upgrade_is_answered_as_if_none_was_asked_for(protocol: str, caplog: pytest.LogCaptureFixture) -> None:
     """And costs no line of the log, which any client could fill so."""

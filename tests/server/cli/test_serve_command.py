@@ -183,15 +183,18 @@ def test_a_drain_ends_when_its_time_is_over() -> None:
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 BODILESS = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+TWO_ENDS = b"HEAD / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-@pytest.mark.parametrize("asked", [[GET], [GET, GET], [GET, BODILESS]], ids=["closed", "written", "read"])
+@pytest.mark.parametrize(
+    "asked", [[GET], [GET, GET], [GET, BODILESS], [GET, TWO_ENDS]], ids=["closed", "written", "read", "no http"]
+)
 def test_a_server_ends_though_a_client_does_not_read(
     asked: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever it has asked for behind an answer that it leaves unread, and without a fault in the log."""
     monkeypatch.setattr("server.cli.serve.LAST_WORDS", 1)
-    runtime, begun = Runtime(Settings(drain=0.0)), []
+    runtime, begun, ended = Runtime(Settings(drain=0.0)), [], []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -205,16 +208,22 @@ def test_a_server_ends_though_a_client_does_not_read(
         await send({"type": "http.response.body", "body": bytes(16 << 20)})
 
     server = _server(runtime.settings, Boundary(app, runtime.unread, runtime.closes), runtime)
+
+    def run() -> None:
+        server.run(sockets=[listener])
+        ended.append("without an exception")
+
     with listen("127.0.0.1", 0) as listener, socket.socket() as client:
-        running = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        running = threading.Thread(target=run, daemon=True)
         running.start()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.connect(listener.getsockname())
         client.sendall(b"".join(asked))
-        until(lambda: len(begun) == len(asked))
+        refused = asked.count(TWO_ENDS)
+        until(lambda: (len(begun), caplog.text.count("Invalid HTTP")) == (len(asked) - refused, refused))
         runtime.drain()
         running.join(20)
-        assert not running.is_alive()
+        assert not running.is_alive() and ended
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
