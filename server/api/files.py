@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.types import Receive, Scope, Send
 
@@ -30,11 +32,20 @@ PURPOSE = "fine-tune"
 
 
 class _WholeFile(FileResponse):
-    """A file, all of it whatever range is asked for, as HTTP allows: Starlette refuses some in a form of its own."""
+    """A file that is open already, and closed however its answer ends: deleted meanwhile, it is sent to its end.
+
+    All of it whatever range is asked for, as HTTP allows: Starlette refuses some in a form of its own.
+    """
+
+    def __init__(self, file: BinaryIO, headers: Mapping[str, str]) -> None:
+        about = os.fstat(file.fileno())
+        super().__init__(file.name, headers=headers, media_type="application/octet-stream", stat_result=about)
+        self._file = file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
-        await super().__call__({**scope, "headers": asked}, receive, send)
+        with self._file as file:
+            pieces = iter(partial(file.read, self.chunk_size), b"")
+            await StreamingResponse(pieces, headers=self.headers)(scope, receive, send)
 
 
 _FORM = {
@@ -117,13 +128,12 @@ async def get_file(file_id: Id, parts: Ready) -> dict[str, Any]:
 async def content(file_id: Id, parts: Ready) -> Response:
     """A file's content."""
     path = parts.files.path(file_id)
-    if not path.is_file():
-        raise UnknownName(f"the content of {file_id} is gone from the server's disk; upload it again", "file_id")
-    return _WholeFile(
-        path,
-        media_type="application/octet-stream",
-        headers={"x-content-type-options": "nosniff", "accept-ranges": "none"},
-    )
+    try:
+        file = path.open("rb")
+    except (FileNotFoundError, IsADirectoryError):
+        why = f"the content of {file_id} is gone from the server's disk; upload it again"
+        raise UnknownName(why, "file_id") from None
+    return _WholeFile(file, {"x-content-type-options": "nosniff", "accept-ranges": "none"})
 
 
 @router.delete("/{file_id}", response_model=schemas.FileDeleted, responses=errors(400, 404, 409, 503))

@@ -6,6 +6,8 @@ published of any job is shown with the same work on a thread of the server's own
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -26,7 +28,9 @@ import pytest
 import server.app
 from adapters.errors import StoreFailed
 from server.api.assembly import build
+from server.api.files import content
 from server.jobs import child, process, training
+from server.jobs.files import Files
 from server.jobs.publishing import Publishing
 from server.jobs.records import Job, Progress
 from server.jobs.requests import config_of
@@ -809,6 +813,40 @@ def test_a_file_that_is_gone_from_the_disk_is_told_as_that(live: Any, client: op
     live.house.parts.files.path(id).unlink()
     answer = live.http.get(f"/v1/files/{id}/content")
     assert answer.status_code == 404 and "upload it again" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("end", ["whole", "left", "broken"])
+async def test_a_file_that_is_deleted_while_it_is_sent_is_sent_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """And is closed then, or when its client leaves."""
+    files, opened, sent = Files(tmp_path / "files"), list[Any](), list[Any]()
+    file = files.add(lambda path: path.write_bytes(bytes(200_000)), "a.jsonl", "fine-tune")
+    path_open = Path.open
+
+    def noted(path: Path, *mode: str) -> Any:
+        opened.append(path_open(path, *mode))
+        return opened[-1]
+
+    async def receive() -> Any:
+        if end != "left":
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if end == "broken":
+            raise ValueError("broken")
+        sent.append(message)
+
+    monkeypatch.setattr(Path, "open", noted)
+    answer = await content(file.id, SimpleNamespace(files=files))  # type: ignore[arg-type]
+    files.delete(file.id)
+    with pytest.raises(ValueError, match="broken") if end == "broken" else contextlib.nullcontext():
+        await answer({"type": "http", "method": "GET", "headers": []}, receive, send)
+    assert [stream.closed for stream in opened] == [True]
+    if end == "whole":
+        assert (b"content-length", b"200000") in sent[0]["headers"]
+        assert b"".join(message["body"] for message in sent[1:]) == bytes(200_000) and not sent[-1]["more_body"]
 
 
 def test_the_last_jobs_and_messages_are_shown(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
