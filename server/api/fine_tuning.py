@@ -44,15 +44,16 @@ async def create(body: schemas.FineTuningBody, parts: Ready) -> Response:
     asked = _asked(body)
 
     def add() -> Job:
-        request = checked(asked, parts.training)
-        job = parts.jobs.records.prepare(TRAINING, body.suffix or "", request, "ftjob", {})
-        folder = parts.jobs.records.folder(job.id)
-        try:
-            keep_init(request, parts.training, folder)
-            return parts.jobs.enter(job)
-        except Exception:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        with parts.files.held(asked.training_file, asked.validation_file):
+            request = checked(asked, parts.training)
+            job = parts.jobs.records.prepare(TRAINING, body.suffix or "", request, "ftjob", {})
+            folder = parts.jobs.records.folder(job.id)
+            try:
+                keep_init(request, parts.training, folder)
+                return parts.jobs.enter(job)
+            except Exception:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
     return json_response(_shown(parts, await asyncio.to_thread(add)))
 

@@ -71,12 +71,9 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
     """Run candidates of a task over examples with known answers, behind all other requests. Answers a job."""
     found = parts.tasks.get(task)
     candidates = _candidates(parts, found, body)
-    with called(adapters="candidates", file_id="file"):
+    with called(adapters="candidates"):
         for choice in candidates:  # a mix that no request could have is told now, not by the job
             parts.engine.check_mix(parts.registry.mix(choice))
-        if body.file is not None:
-            file = parts.files.get(body.file)
-            check_size(file.bytes, file.filename, "file")
     request = {
         "training_file": body.file,
         "candidates": candidates,
@@ -93,7 +90,12 @@ def _add(parts: Parts, task: str, request: dict[str, Any], examples: Sequence[sc
     if lines:
         _check_data(lines, request["metric"])
     files = {DATA: lines} if lines else {}
-    return parts.jobs.enter(parts.jobs.records.prepare(EVALUATION, task, request, "eval", files))
+    with parts.files.held(request["training_file"]):
+        if request["training_file"] is not None:
+            with called(file_id="file"):
+                file = parts.files.get(request["training_file"])
+            check_size(file.bytes, file.filename, "file")
+        return parts.jobs.enter(parts.jobs.records.prepare(EVALUATION, task, request, "eval", files))
 
 
 def _check_data(lines: bytes, metric: str) -> None:

@@ -13,7 +13,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,6 +48,8 @@ class Files:
         self._folder = folder
         self._lock = threading.Lock()
         self._files: dict[str, File] = {}
+        self._held = Counter[str]()
+        """Those that jobs are being asked for with, which `used_by` has yet to know."""
         for part in folder.glob(".new-*"):  # of an upload that the server's end cut short
             shutil.rmtree(part, ignore_errors=True)
         found: list[tuple[int, File]] = []
@@ -105,14 +109,28 @@ class Files:
         with self._lock:
             return sorted(self._files.values(), key=lambda file: file.created_at)[::-1]
 
+    @contextmanager
+    def held(self, *ids: str | None) -> Iterator[None]:
+        """None of these is deleted inside: from before it is looked up for a job until that job is entered."""
+        these = Counter(id for id in ids if id is not None)
+        with self._lock:
+            self._held += these
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= these
+
     def delete(self, id: str) -> None:
         """Raises UnknownName, and Conflict while a job needs it."""
         self.get(id)
-        user = self.used_by(id)
-        if user is not None:
-            raise Conflict(
-                f"{id} is what the job {user} works on; end that first, by POST /jobs/{user}/cancel", "file_id"
-            )
         with self._lock:
+            user = self.used_by(id)
+            if user is not None:
+                raise Conflict(
+                    f"{id} is what the job {user} works on; end that first, by POST /jobs/{user}/cancel", "file_id"
+                )
+            if self._held[id]:
+                raise Conflict(f"{id} is what a job will work on that is being asked for", "file_id")
             self._files.pop(id, None)
         shutil.rmtree(self._folder / id, ignore_errors=True)

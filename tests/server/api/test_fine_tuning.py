@@ -788,6 +788,30 @@ def entered(live: Any, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return asked
 
 
+def test_a_file_is_not_deleted_while_a_job_is_made_of_it(
+    live: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would succeed, and the job would fail."""
+    live.http.put("/tasks/mood", json={"prompt": "{input}", "labels": ["good", "bad"]}).raise_for_status()
+    learned, judged, scored = (upload(client) for _ in range(3))
+    jobs, deleted = live.house.parts.jobs, list[httpx.Response]()
+
+    def enter(job: Job) -> Job:
+        files = [id for id in (job.request["training_file"], job.request.get("validation_file")) if id is not None]
+        deleted.extend(httpx.delete(f"{live.url}/v1/files/{id}", timeout=30) for id in files)
+        return job
+
+    monkeypatch.setattr(jobs, "enter", enter)
+    create(client, training_file=learned, validation_file=judged)
+    asked = live.http.post("/tasks/mood/evaluate", json={"file": scored, "candidates": [[]]})
+    assert asked.status_code == 202 and [answer.status_code for answer in deleted] == [409] * 3
+    document = live.http.get("/openapi.json").json()
+    for answer in deleted:
+        check(document, answer)
+    for id in (learned, judged, scored):
+        assert live.http.delete(f"/v1/files/{id}").status_code == 200
+
+
 def test_files_are_listed_by_pages(live: Any, client: openai.OpenAI) -> None:
     oldest, middle, newest = (upload(client, name=f"{i}.jsonl") for i in range(3))
 

@@ -628,6 +628,21 @@ def test_files_come_back_and_those_in_use_stay(tmp_path):
     assert list((tmp_path / "files").iterdir()) == []
 
 
+def test_a_file_with_which_a_job_is_being_asked_for_stays(tmp_path: Path) -> None:
+    files = Files(tmp_path / "files")
+    file, other = (files.add(lambda path: path.write_bytes(b"abc"), "x.jsonl", "fine-tune") for _ in range(2))
+    with files.held(file.id, None), pytest.raises(StoreFailed), files.held(file.id, file.id):
+        files.delete(other.id)
+        raise StoreFailed("no space left")
+    with files.held(file.id):
+        with files.held(file.id):
+            pass
+        with pytest.raises(Conflict, match="being asked for"):
+            files.delete(file.id)
+    files.delete(file.id)
+    assert not files.all()
+
+
 def test_files_of_one_second_are_listed_newest_first_after_a_restart_too(tmp_path):
     files = Files(tmp_path / "files")
     names = [f"{i}.jsonl" for i in range(8)]
