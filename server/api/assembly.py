@@ -196,6 +196,7 @@ def build(settings: Settings, base: Base, metrics: Metrics, mailbox: Mailbox, so
     jobs.start()
     closing: list[Callable[[float], object]] = [
         lambda drain: parts.grammars.close(),
+        lambda drain: prompts.close(),
         lambda drain: quality.close(),
         lambda drain: registry.close(),
         engine.stop,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import resource
 import sys
 from collections.abc import Iterable
@@ -49,9 +48,9 @@ async def ready(parts: Ready) -> dict[str, str]:
     response_class=Response,
     responses={**errors(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-async def metrics(runtime: Running) -> Response:
+def metrics(runtime: Running) -> Response:  # on the framework's threads: the event loop's may all wait for a disk
     """Every series, in Prometheus's text format."""
-    return Response(await asyncio.to_thread(runtime.metrics.render), media_type=CONTENT_TYPE)
+    return Response(runtime.metrics.render(), media_type=CONTENT_TYPE)
 
 
 @router.get("/stats", response_model=schemas.Stats, responses=errors(503))

@@ -9,6 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from server.engine.text import INPUT, LONG, Text
@@ -29,6 +30,10 @@ looked at by its beginning first."""
 SEAM = 64
 """Tokens that a beginning may have more than it has amid the text."""
 
+THREADS = 2
+"""For what is long, and for nothing else: those of the event loop may all wait for a disk, or for each other. More
+would take the processors from the steps."""
+
 
 class Prompts:
     """A text's way into the context. `longest_token` is the most characters that one token stands for, `most_tokens`
@@ -41,16 +46,21 @@ class Prompts:
         self._longest_token = longest_token
         self._characters = room.context * longest_token
         self._most_tokens = most_tokens
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="loramux-prompts")
+
+    def close(self) -> None:
+        """Let go of what is not tokenized yet."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def of_input(self, task: Task | None, prompt: str) -> list[int]:
         """The ids of `prompt` in a task's template, or as it is. Raises InvalidRequest."""
         self._check_characters(len(prompt), "prompt")
         await self._check_beginning(prompt, USUAL * self.room.context)
         if task is None:
-            ids = await _off(len(prompt), lambda: self.text.encode(prompt))
+            ids = await self._off(len(prompt), lambda: self.text.encode(prompt))
         else:
             size = len(prompt) + _around(task)
-            ids = await _off(size, lambda: self.text.encode_task(task.prompt, task.format, task.system, prompt))
+            ids = await self._off(size, lambda: self.text.encode_task(task.prompt, task.format, task.system, prompt))
         self.room.check_prompt(len(ids))
         return ids
 
@@ -63,7 +73,7 @@ class Prompts:
         asked = "".join(m["content"] for m in messages if m["role"] != "assistant")  # templates drop of answers' parts
         await self._check_beginning(asked, USUAL * self.room.context, "messages")
         wrapped = messages if task is None else _wrapped(task, messages)
-        ids = await _off(size + _around(task) + MESSAGE * len(wrapped), lambda: self.text.encode_chat(wrapped))
+        ids = await self._off(size + _around(task) + MESSAGE * len(wrapped), lambda: self.text.encode_chat(wrapped))
         self.room.check_prompt(len(ids), "messages")
         return ids
 
@@ -91,11 +101,13 @@ class Prompts:
         self._check_characters(len(prompt), "prompt")
         text, format = self.text, task.format if task else "raw"
         template, system = (task.prompt, task.system) if task else (INPUT, None)
-        pieces = await _off(len(prompt) + _around(task), lambda: text.render_task(template, format, system, prompt))
+        pieces = await self._off(
+            len(prompt) + _around(task), lambda: text.render_task(template, format, system, prompt)
+        )
         whole = "".join(piece for piece in pieces if isinstance(piece, str))
         await self._check_beginning(whole, self.room.context)
         self._check_together(len(whole), len(labels), USUAL * self._most_tokens)
-        ids = await _off(len(whole), lambda: text.encode_pieces(pieces))
+        ids = await self._off(len(whole), lambda: text.encode_pieces(pieces))
         self._check_together(len(ids) - SEAM, len(labels), self._most_tokens)
 
         def in_time() -> Iterator[str]:
@@ -107,7 +119,7 @@ class Prompts:
                 yield label
 
         size = (len(whole) + sum(map(len, labels))) * len(labels)
-        scored = await _off(size, lambda: text.encode_continuations(pieces, ids, in_time(), format))
+        scored = await self._off(size, lambda: text.encode_continuations(pieces, ids, in_time(), format))
         longest = max((len(ids) for ids, _ in scored), default=0)
         if longest > self.room.context:
             raise self.room.exceeded(f"; prompt and label have {longest}: shorten them", "prompt")
@@ -124,16 +136,20 @@ class Prompts:
         """Whether a text, by itself, is more than so many tokens."""
         if len(text) > tokens * self._longest_token:
             return True
-        return len(await _off(len(text), lambda: self.text.encode(text, bos=False))) > tokens
+        return len(await self._off(len(text), lambda: self.text.encode(text, bos=False))) > tokens
 
     async def _check_beginning(self, text: str, over: int, param: str = "prompt") -> None:
         """Of a text of more than `over` characters: raises InvalidRequest if a beginning of it has too many tokens."""
         if len(text) <= over:
             return
         some = text[: USUAL * self.room.context]
-        if len(await _off(len(some), lambda: self.text.encode(some, bos=False))) > self.room.context + SEAM:
+        if len(await self._off(len(some), lambda: self.text.encode(some, bos=False))) > self.room.context + SEAM:
             why = f"has {len(text)} characters, of which the first {len(some)} alone are more tokens"
             raise self.room.exceeded(f"; {param} {why}: shorten it", param)
+
+    async def _off(self, size: int, call: Callable[[], T]) -> T:
+        """What `call` answers; on a thread where it would hold the event loop up."""
+        return call() if size <= LONG else await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def _check_together(self, size: int, count: int, most: int) -> None:
         """Raises NoCapacity for a prompt of this size, in tokens or characters, that `count` labels follow each, if all
@@ -175,8 +191,3 @@ def _wrapped(task: Task, messages: Sequence[Message]) -> list[Message]:
     if task.system is not None and messages[0]["role"] != "system":
         wrapped.insert(0, {"role": "system", "content": task.system})
     return wrapped
-
-
-async def _off(size: int, call: Callable[[], T]) -> T:
-    """What `call` answers; on a thread where it would hold the event loop up."""
-    return call() if size <= LONG else await asyncio.to_thread(call)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.engine.text import LONG
+from server.tasks.prompts import MESSAGE
 from server.tasks.subjects import Subject
+from tests.waiting import SECONDS, until
 
 BEST = {"prompt": "{input}", "labels": ["x", "y"], "route": {"best": ["a", "b"], "min_samples": 40}}
 
@@ -47,6 +53,34 @@ def test_answers_of_every_route_can_be_scored_by_their_task_alone(live: Any) -> 
     plain = live.generate("x").json()
     assert send(live, "mood", id=plain["id"], score=1) == 404
     assert live.http.get("/tasks/mood/performance").json()["versions"][0]["quality"][0]["mean"] == 1.0
+
+
+def test_feedback_that_waits_for_the_disk_holds_up_no_long_prompt_and_no_scrape(
+    live: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though as much of it waits as the event loop has threads."""
+    waiting, disk = list[str](), threading.Event()
+    messages = [{"role": "user", "content": "x"}] * (1 + LONG // MESSAGE)
+
+    def feedback(task: str, id: str, *asked: Any, **more: Any) -> None:
+        waiting.append(id)
+        assert disk.wait(SECONDS)
+
+    monkeypatch.setattr(live.house.parts.quality, "feedback", feedback)
+    most = min(32, (os.cpu_count() or 1) + 4)
+    with ThreadPoolExecutor(most) as clients:
+        scored = [clients.submit(send, live, "mood", id=str(i), score=1) for i in range(most)]
+        try:
+            until(lambda: len(waiting) == most)
+            long = live.http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages})
+            scrape = live.http.get("/metrics")
+        finally:
+            disk.set()
+        assert [answer.result(SECONDS) for answer in scored] == [204] * most
+    assert long.status_code == 400 and "tokens" in long.json()["error"]["message"] and scrape.status_code == 200
+    own = [thread for thread in threading.enumerate() if thread.name.startswith("loramux-prompts")]
+    live.stop()
+    until(lambda: own and not any(thread.is_alive() for thread in own))
 
 
 @pytest.mark.parametrize("body", [{}, {"score": 1, "expected": "x"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +35,11 @@ class Counting(Text):
 
 
 @pytest.fixture
-def prompts(tiny_base: Base) -> Prompts:
-    return Prompts(Counting(tiny_base.vocabulary), Room(CONTEXT, tiny_base.config.vocab_size), 100, 100 * CONTEXT)
+def prompts(tiny_base: Base) -> Iterator[Prompts]:
+    text, room = Counting(tiny_base.vocabulary), Room(CONTEXT, tiny_base.config.vocab_size)
+    prompts = Prompts(text, room, 100, 100 * CONTEXT)
+    yield prompts
+    prompts.close()
 
 
 LONG = "1 2 " * (CONTEXT * 100 // 4)
