@@ -123,7 +123,7 @@ def test_logits_are_close_to_the_reference(family: str) -> None:
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("family", ["llama-int4", "llama-bf16", "qwen2", "odd-widths"])
+@pytest.mark.parametrize("family", ["llama-int4", "llama-bf16", "qwen2", "odd-widths", "odd-kv"])
 def test_adapters_of_all_ranks_share_a_batch(family: str) -> None:
     """Ranks from 1 to 64, rows without an adapter, mixes, weights of -1, 0 and 2, prefills beside decodes."""
     native, reference = bases(family)
@@ -250,7 +250,7 @@ def test_steps_have_bytes_of_weights_where_no_scale_is_negative() -> None:
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("rows", [1, 3, 17, 300])
-@pytest.mark.parametrize("family", ["llama-int4", "odd-widths"])
+@pytest.mark.parametrize("family", ["llama-int4", "llama-nf4", "odd-widths", "odd-kv"])
 def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
     """All ranks in a step as far as its rows go, weights of -1, 0 and 2: close to the reference, and each sequence bit
     for bit as it is alone."""
@@ -261,6 +261,16 @@ def test_steps_of_one_to_many_rows(family: str, rows: int) -> None:
     count = min(rows, len(mixes))
     lengths = [rows * (i + 1) // count - rows * i // count for i in range(count)]
     close_in_one_step(native, reference, adapters, mixes, lengths)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["llama-int4", "llama-nf4", "llama-bf16", "odd-kv"])
+def test_a_mix_of_all_ranks_on_few_rows(family: str, rows: int) -> None:
+    native, reference = bases(family)
+    adapters = {i: adapter(native.config, i, rank) for i, rank in enumerate(RANKS)}
+    mix = tuple((i, (2.0, -1.0, 0.5, 0.0)[i % 4] * 0.25) for i in range(len(RANKS)))
+    close_in_one_step(native, reference, adapters, [mix] * rows, [1] * rows)
 
 
 @pytest.mark.parametrize("family", ["llama-int4", "llama-bf16"])
