@@ -1,13 +1,14 @@
 """Everything that is claimed of the GPU, in one run of less than ten minutes: one table, and JSON.
 
-    python -m benchmarks.gpu [--json FILE] [--only NAME ...] [--answers PART ...] [--check]
+    python benchmarks/gpu.py [--json FILE] [--only NAME ...] [--answers PART ...] [--check]
 
-Needs one GPU, torch, triton, safetensors, tokenizers and prometheus-client, and no network. Speed is measured on
-random weights of Qwen2.5-7B's shape. `--answers` takes a folder that `loramux quantize` wrote, or several that hold its
-files in parts (NAME.part0, NAME.part1, ... are joined), and compares greedy answers with the reference on the CPU.
+Needs one GPU, torch and the numpy that it shares arrays with, triton, safetensors, tokenizers and prometheus-client; no
+network, and nothing of this project installed. Speed is measured on random weights of Qwen2.5-7B's shape. `--answers`
+takes a folder that `loramux quantize` wrote, or several that hold its files in parts (NAME.part0, NAME.part1, ... are
+joined), and compares greedy answers with the reference on the CPU.
 `--check` runs everything on a tiny model, without a GPU in Triton's interpreter: that it runs, not how fast. Without
-either, the table says of each claim that it is not measured, and the exit status is 1. With `--json` the end of the
-resident set is drawn beside the file, as cliff.svg.
+either, the table says of each claim that it is not measured, and the exit status is 1. JSON goes to gpu.json, or to
+the FILE; the end of the resident set is drawn beside it, as cliff.svg.
 
 A fraction of the roofline is the time that the bytes of a step take at the bandwidth that is measured here first (base
 without its embedding table, distinct adapters, keys and values), over the time of the step: tokens drawn and brought to
@@ -34,6 +35,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and not __package__:
+    sys.path.insert(
+        0, str(Path(__file__).resolve().parents[1])
+    )  # as a file: the folder of these scripts is there alone
 
 if __name__ == "__main__" and "--check" in sys.argv and not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
@@ -403,17 +409,18 @@ def measure(bench: Bench, wanted: list[str]) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="gpu.json, if none is given and something measured")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS])
     parser.add_argument("--answers", nargs="+", type=Path, default=[], help="a quantized folder, or its parts")
     parser.add_argument("--check", action="store_true", help="a tiny model, and no claim")
     given = parser.parse_args(arguments)
-    if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(given.check, given.json)
+    why = None if given.check else unavailable()
+    file = given.json or (None if given.check or why is not None else Path("gpu.json"))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(given.check, file)
     bench.folders = given.answers
     wanted = [name for name in SECTIONS if name in given.only or name in ALWAYS]
-    why = None if given.check else unavailable()
     if why is not None:
         for section, claims in CLAIMS.items():
             bench.section = section

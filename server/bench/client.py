@@ -1,4 +1,4 @@
-"""A load client for any OpenAI-compatible server: streams /v1/completions and notes when each token came.
+"""A load client for any OpenAI-compatible server: streams completions or chats and notes when each token came.
 
 Owns the clock of a measurement and its summary. Knows nothing of what is behind the address.
 """
@@ -89,13 +89,14 @@ class Summary:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], due: float, adapter: int) -> Outcome:
-    """Send one streaming completion and read it to its end. A failure is an Outcome, never an exception.
+    """Send one streaming request, a chat if it has messages, and read it to its end. A failure is an Outcome, never an
+    exception.
 
     What arrives is only noted, and read once all is there: a client on the server's own machine takes its time.
     """
     received, marks = bytearray(), []
     try:
-        async with session.post(url, json=body) as response:
+        async with session.post(address(url, chat="messages" in body), json=body) as response:
             if response.status != 200:
                 why = _refusal(response.status, await response.text(errors="replace"))
                 if response.history:
@@ -136,8 +137,8 @@ def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[in
 
     `marks` say how many bytes had arrived when; the last line may be incomplete. Without a usage an event whose text is
     empty is no token, and left out: servers end a stream with one. With it all events count, since tokens that are not
-    shown come with empty ones, and an answer lasts until its last. One that has neither a finish_reason nor the word
-    that ends a stream was cut off.
+    shown come with empty ones, and an answer lasts until its last; but for the one that only opens a chat's answer. One
+    that has neither a finish_reason nor the word that ends a stream was cut off.
     """
     every: list[float] = []
     shown: list[float] = []
@@ -162,10 +163,13 @@ def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[in
             if event.get("usage"):
                 tokens = int(event["usage"]["completion_tokens"] or 0)
             if event.get("choices"):
-                every.append(marks[mark][1])
-                if event["choices"][0].get("text"):
+                choice = event["choices"][0]
+                delta, finish = choice.get("delta") or {}, choice.get("finish_reason")
+                text = choice.get("text") or delta.get("content") or delta.get("reasoning_content")
+                if text or finish is not None or "role" not in delta:
+                    every.append(marks[mark][1])
+                if text:
                     shown.append(every[-1])
-                finish = event["choices"][0].get("finish_reason")
                 if finish in UNFINISHED:
                     error = f"the answer ended early: its finish_reason is {finish!r}"
                 whole = whole or finish is not None
@@ -178,14 +182,14 @@ def read_events(received: bytes, marks: Sequence[tuple[int, float]]) -> tuple[in
     return tokens, times, error
 
 
-def address(url: str) -> str:
-    """Where completions are asked for: `url` may end in a slash, or in the /v1 that other clients want.
+def address(url: str, chat: bool = False) -> str:
+    """Where completions are asked for, or chats: `url` may end in a slash, or in the /v1 that other clients want.
 
     Raises BadSetting for what is no address.
     """
     if not re.match(r"(?i)https?://[^/]", url):
         raise BadSetting(f"{url!r} is no address of a server: give it as http://localhost:8000", "url")
-    return f"{url.rstrip('/').removesuffix('/v1').rstrip('/')}/v1/completions"
+    return f"{url.rstrip('/').removesuffix('/v1').rstrip('/')}/v1/{'chat/' if chat else ''}completions"
 
 
 def is_here(url: str) -> bool:
@@ -200,13 +204,13 @@ async def open_loop(
     url: str, arrivals: Sequence[Arrival], body: Body, timeout: float = 600, key: str = ""
 ) -> list[Outcome]:
     """Send each request at its time, whatever is still running. `key` is sent as the server wants it, if not empty."""
-    route = address(url)
+    address(url)  # what is none is told before anything is sent
 
     async def one(session: aiohttp.ClientSession, i: int, start: float) -> Outcome:
         arrival = arrivals[i]
         due = start + arrival.time
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        return await ask(session, route, body(arrival, i), due, arrival.adapter)
+        return await ask(session, url, body(arrival, i), due, arrival.adapter)
 
     async with _session(timeout, key) as session:
         start = time.perf_counter()
@@ -217,18 +221,33 @@ async def closed_loop(
     url: str, arrivals: Sequence[Arrival], body: Body, concurrency: int, timeout: float = 600, key: str = ""
 ) -> list[Outcome]:
     """Keep `concurrency` requests in flight until all are answered. `key` is as for `open_loop`."""
-    route = address(url)
+    address(url)
     queue = iter(range(len(arrivals)))
     outcomes: list[Outcome] = []
 
     async def worker(session: aiohttp.ClientSession) -> None:
         for i in queue:
             due = time.perf_counter()
-            outcomes.append(await ask(session, route, body(arrivals[i], i), due, arrivals[i].adapter))
+            outcomes.append(await ask(session, url, body(arrivals[i], i), due, arrivals[i].adapter))
 
     async with _session(timeout, key) as session:
         await asyncio.gather(*(worker(session) for _ in range(concurrency)))
     return outcomes
+
+
+async def residency(url: str, key: str = "", timeout: float = 10) -> dict[str, int] | None:
+    """What a loramux tells of the adapters in its RAM and of tokens that its prefix cache has found; None of a server
+    that tells neither."""
+    root = address(url).removesuffix("/v1/completions")
+    try:
+        async with _session(timeout, key) as session, session.get(f"{root}/stats") as response:
+            told = json.loads(await response.text()) if response.status == HTTPStatus.OK else {}
+        return {
+            "adapters_in_ram": int(told["adapters"]["versions"]),
+            "prefix_tokens_found": int(told["engine"]["prefix_cache"]["found_tokens"]),
+        }
+    except (TimeoutError, aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _session(timeout: float, key: str) -> aiohttp.ClientSession:

@@ -5,9 +5,7 @@ Owns arguments and output. What is measured, and how, is in the other modules of
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import secrets
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,22 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from server.bench import results
-from server.settings import given_path
+from server.bench import asking, results
+from server.bench.options import NEW, PROMPT, AsJson, Out, console, extra
 
 if TYPE_CHECKING:
-    from server.bench.client import Body
     from server.model.loader import Base
     from server.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Measure this server, its steps, and its peers.")
-console = Console(stderr=True)
 
-Out = Annotated[Path | None, typer.Option(help="Folder for the JSON, and for a picture.", callback=given_path)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[str | None, typer.Option(help="Catalogue name, folder, .gguf file or hub id. [as served]")]
 State = Annotated[
     Path | None, typer.Option(help="Where models, the cache and synthetic adapters are kept. [as served]")
@@ -42,30 +34,9 @@ AtOnce = Annotated[int, typer.Option("--requests", min=1, help="At once.")]
 Different = Annotated[bool, typer.Option("--adapters/--no-adapters", help="A different adapter for each request.")]
 Kernels = Annotated[str | None, typer.Option(help="auto, native, aten or reference. [as served]")]
 
-Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
-Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids below this.")]
-AsText = Annotated[bool, typer.Option("--text", help="Prompts of so many common words: some servers take no ids.")]
-PromptSeed = Annotated[
-    int | None,
-    typer.Option(min=0, max=2**32 - 1, help="Of the prompts, which a server may keep. [another each time]"),
-]
-Cv = Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1 is Poisson.")]
-Slo = Annotated[float, typer.Option(help="Seconds within which a first token is in time.")]
-ApiKey = Annotated[
-    str,
-    typer.Option(
-        envvar="OPENAI_API_KEY", help="Key of the server, better given by the environment: of several, the first."
-    ),
-]
-OwnKey = Annotated[str, typer.Option(hidden=True, envvar=["LORAMUX_API_KEYS", "LORAMUX_ADMIN_KEYS"])]
-"""The keys of a loramux on this machine, which are no other server's business."""
-
 RANKS = (8, 16, 24, 32) * 4
 ADAPTER_SEED = 200
 """Of the first adapter that the peers and we are given."""
-LONGEST = 1 << 15
-"""Tokens of a prompt or an answer that can be asked for."""
-PROMPT, NEW = 128, 64
 
 
 @app.command()
@@ -142,9 +113,9 @@ def peers(
     as_json: AsJson = False,
 ) -> None:
     """In process: decode and prefill beside every peer that is installed, in both orders, medians, ratios."""
-    _extra()
+    extra()
     results.make_room(out)
-    from server.bench import compare, plots
+    from server.bench import compare, plots, roofline
     from server.bench.export import export_base
     from server.bench.inprocess import InProcess
 
@@ -157,11 +128,19 @@ def peers(
     job = compare.drawn(base, paths, requests, PROMPT, NEW)
     with InProcess(base, paths, threads=threads, max_batch=requests, max_step_tokens=requests * PROMPT) as ours:
         mixes = [ours.mix([(n, 1.0)] if n >= 0 else []) for n in job.adapter_of]
-        contestants: dict[str, compare.Contestant] = {
-            compare.OURS: lambda job: compare.rates(job, *ours.rates(job.prompts, mixes, job.new_tokens))
-        }
+        meter, shares = roofline.Meter(threads), list[float]()
+
+        def us(job: compare.Job) -> compare.Rates:
+            ceilings = meter.take()
+            first, last = ours.rates(job.prompts, mixes, job.new_tokens)
+            least = sum(cost.seconds(ceilings) for cost in ours.decode_costs(job.prompts, mixes, job.new_tokens))
+            shares.append(least / (last - first))
+            return compare.rates(job, first, last)
+
+        contestants: dict[str, compare.Contestant] = {compare.OURS: us}
         contestants |= compare.contestants(named, exported, threads, bool(paths))
-        contestants[compare.OURS](job)
+        us(job)
+        shares.clear()  # the first run has warmed caches
         measured = compare.rounds(job, contestants, rounds, lambda line: console.print(line, markup=False))
     table = measured.table
     result = results.report(
@@ -172,17 +151,23 @@ def peers(
             "rates": compare.as_json(table),
             "ratios": compare.ratios(table),
             "failed": measured.failed,
+            "roofline": shares,
             "kernels": base.backend.name,
         },
     )
-    shown = results.table("", "prefill tok/s", "decode tok/s", "we are faster by (prefill, decode)")
+    asked = f"{requests} requests, {len(paths)} adapters"
+    shown = results.table(
+        "", "prefill tok/s", "decode tok/s", "of the roofline", "faster by (prefill, decode)",
+        title=f"{base.name}, {asked}, {base.backend.name} kernels, {threads} threads",
+    )  # fmt: skip
     for name, row in table.items():
         ratio = result["ratios"].get(name)
         ahead = f"{ratio['prefill']:.1f}, {ratio['decode']:.1f}" if ratio else ""
-        shown.add_row(name, f"{row.median.prefill:,.0f}", f"{row.median.decode:,.0f}", ahead)
+        of = f"{statistics.median(shares):.2f}" if name == compare.OURS else ""
+        shown.add_row(name, f"{row.median.prefill:,.0f}", f"{row.median.decode:,.0f}", of, ahead)
     for name in measured.failed:
-        shown.add_row(f"{name} failed", "", "", f"in round {len(measured.rows[name].rounds) + 1} of {rounds}")
-    title = f"decode, {requests} requests, {len(paths)} adapters"
+        shown.add_row(f"{name} failed", "", "", "", f"in round {len(measured.rows[name].rounds) + 1} of {rounds}")
+    title = f"decode, {asked}"
     results.show(result, shown, as_json, out, f"peers-{requests}-{len(paths)}")
     if out is not None:
         rates = {name: row.median.decode for name, row in table.items()}
@@ -203,10 +188,11 @@ def servers(
     as_json: AsJson = False,
 ) -> None:
     """Over HTTP: our server beside every other that is installed, and beside our engine in process."""
-    _extra()
+    extra()
     results.make_room(out)
     from server.bench import compare, plots
     from server.bench import servers as over_http
+    from server.bench.client import figure
 
     named = compare.installed(config)
     settings = _settings(model, state_dir)
@@ -221,153 +207,25 @@ def servers(
         {**_compared(base, named, ranks, threads), "rounds": rounds},
         {"requests": requests, "adapters": len(ranks), **asdict(measured), "kernels": base.backend.name},
     )
-    table = results.table("", "decode tok/s", "all tok/s", "first token", "we are faster by (decode, all)")
+    title = f"over HTTP, {requests} requests, {len(ranks)} adapters"
+    table = results.table(
+        "", "steady decode tok/s", "decode tok/s", "whole tok/s", "first token", "loramux over it (the same three)",
+        title=f"{base.name}, {title}, {base.backend.name} kernels, {threads} threads",
+    )  # fmt: skip
     for name, row in measured.medians.items():
-        rates = [f"{row[key]:,.0f}" if key in row else "" for key in over_http.SHOWN]
+        rates = [figure(row[key], ",.0f") if key in row else "" for key in over_http.RATES]
         ratio = measured.ratios.get(name, {})
-        ahead = ", ".join(f"{ratio[key]:.2f}" for key in over_http.SHOWN if key in ratio)
-        table.add_row(name, *rates, f"{row['ttft_p50']:.3f} s" if "ttft_p50" in row else "", ahead)
+        over = ", ".join(figure(ratio[key], ".2f") if key in ratio else "-" for key in over_http.RATES) if ratio else ""
+        table.add_row(name, *rates, figure(row["ttft_p50"], ".3f", " s") if "ttft_p50" in row else "", over)
     name = f"servers-{requests}-{len(ranks)}"
     results.show(result, table, as_json, out, name)
     if out is not None:
-        title = f"over HTTP, {requests} requests, {len(ranks)} adapters"
         plots.bars(out / f"{name}.png", title, "tokens/s", {n: row["whole"] for n, row in measured.medians.items()})
     _end(measured.failed)
 
 
-@app.command()
-def slora(
-    context: typer.Context,
-    url: Url,
-    prefix: Annotated[str, typer.Option(help="Adapters are named prefix0, prefix1, ...")] = "s",
-    few: Annotated[int, typer.Option(min=1)] = 5,
-    many: Annotated[int, typer.Option(min=2)] = 1000,
-    requests: Annotated[int, typer.Option(min=1, help="Of one run.")] = 1000,
-    duration: Annotated[float | None, typer.Option(help="Seconds of one run, instead of --requests.")] = None,
-    alpha: Annotated[list[float] | None, typer.Option(help="Popularity, 1 is uniform; again for more [1, 0.3]")] = None,
-    share: Annotated[list[float] | None, typer.Option(help="Of the capacity; again for more [0.7, 1.2]")] = None,
-    rate: Annotated[list[float] | None, typer.Option(help="Requests/s instead of shares; again for more.")] = None,
-    cv: Cv = 1.0,
-    prompt: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of a prompt, below HIGH.")] = "8:128",
-    output: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of an answer, below HIGH.")] = "8:128",
-    slo: Slo = 6.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of arrivals, adapters and lengths.")] = 42,
-    prompt_seed: PromptSeed = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; few and many take turns.")] = 1,
-    vocab: Vocab = 40_000,
-    text: AsText = False,
-    api_key: ApiKey = "",
-    own_key: OwnKey = "",
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """S-LoRA's workload against a running server: many adapters beside few."""
-    from server.errors import BadSetting
-
-    _extra()
-    results.make_room(out)
-    from server.bench import plots
-    from server.bench import slora as workload
-    from server.bench.client import figure
-
-    if share and rate:
-        raise BadSetting("give --share or --rate, not both: a share is of the measured capacity", "rate")
-    plan = workload.Plan(
-        few=few, many=many, requests=requests, duration=duration, alphas=tuple(alpha or (1.0, 0.3)),
-        shares=() if rate else tuple(share or (0.7, 1.2)), rates=tuple(rate or ()), cv=cv,
-        prompt=_lengths(prompt, "prompt"), output=_lengths(output, "output"), seed=seed, slo=slo, repeats=repeats,
-    )  # fmt: skip
-    plan.check()
-    names = [f"{prefix}{i}" for i in range(many)]
-    drawn = secrets.randbits(32) if prompt_seed is None else prompt_seed
-
-    def bodies(number: int) -> Body:
-        return workload.body_of(names, vocab, text, (drawn + number * 2_654_435_761) % 2**32)
-
-    client = workload.Client(url, bodies, _key(context, api_key, own_key, url))
-    most, loads = workload.compare(client, plan, lambda line: console.print(line, markup=False))
-    rows = workload.ratios(loads)
-    result = results.report(
-        {
-            "url": url,
-            "models": f"{prefix}0 to {prefix}{many - 1}",
-            "vocab": vocab,
-            "text": text,
-            "prompt_seed": drawn,
-            **asdict(plan),
-        },
-        {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": rows},
-    )
-    table = results.table(
-        "alpha", "requests/s", "of capacity", f"throughput, {many} over {few}", "p99 of first token", "failed"
-    )
-    for row in rows:
-        told = [figure(row[k], ".2f") for k in ("throughput", "ttft_p99")]
-        of = "" if row["share"] is None else f"{row['share']:.2f}"
-        failed = ", ".join(f"{n} with {name}" for name, n in row["failed"].items() if n) or "0"
-        table.add_row(f"{row['alpha']:.2f}", f"{row['rate']:.2f}", of, *told, failed)
-    for reason in dict.fromkeys(reason for run in loads for reason in run.summary.reasons):
-        console.print(f"failed: {reason}", markup=False)
-    results.show(result, table, as_json, out, "slora")
-    if out is not None:
-        plots.loads(out / "slora.png", f"S-LoRA workload, {few} and {many} adapters", loads)
-
-
-@app.command()
-def load(
-    context: typer.Context,
-    url: Url,
-    models: Annotated[list[str], typer.Option("--model", help="Names to ask for in turn.")],
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
-    rate: Annotated[float | None, typer.Option(help="Requests/s, whatever is in flight: an open loop.")] = None,
-    cv: Cv = 1.0,
-    slo: Slo = 6.0,
-    requests: Annotated[int, typer.Option(min=1)] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = PROMPT,
-    new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = NEW,
-    prompt_seed: PromptSeed = None,
-    vocab: Vocab = 40_000,
-    text: AsText = False,
-    api_key: ApiKey = "",
-    own_key: OwnKey = "",
-    llama: Annotated[bool, typer.Option(help="Name adapters as llama-server does: --lora numbers, 0 first.")] = False,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """A closed loop, so many requests in flight until all are answered, or an open one, so many a second."""
-    _extra()
-    results.make_room(out)
-    from server.bench.client import NoAnswer, closed_loop, figure, open_loop, run, timed
-    from server.bench.slora import body_of, check_positive, llama_body
-    from server.bench.workloads import closed, spread
-
-    rates = () if rate is None else (rate,)
-    check_positive({"cv": (cv,), "slo": (slo,), "rate": rates, "requests": (requests,), "concurrency": (concurrency,)})
-    drawn = secrets.randbits(32) if prompt_seed is None else prompt_seed
-    body = llama_body(len(models), vocab, text, drawn) if llama else body_of(models, vocab, text, drawn)
-    arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
-    key = _key(context, api_key, own_key, url)
-    how: dict[str, Any]
-    if rate is None:
-        how, title = {"concurrency": concurrency}, f"{concurrency} at a time"
-        asking = closed_loop(url, arrivals, body, concurrency, key=key)
-    else:
-        how, title = {"rate": rate, "cv": cv}, f"{rate:g} a second"
-        asking = open_loop(url, spread(arrivals, rate, cv), body, key=key)
-    _, summary = run(timed(asking, slo))
-    if not summary.finished:
-        raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
-    asked = {"url": url, "models": models, **how, "slo": slo, "requests": requests, "vocab": vocab}
-    asked |= {"text": text, "prompt_seed": drawn, "llama": llama}
-    told = results.report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
-    table = results.table("", "", title=f"{requests} requests, {title}")
-    for name, value in summary.as_dict().items():
-        unit = " s" if name.startswith(("seconds", "ttft", "tpot", "e2e")) else ""
-        number = isinstance(value, float | int)
-        table.add_row(name, figure(value, unit=unit) if number else Text("\n".join(value) or "none"))
-    if summary.short:
-        console.print(f"{summary.short} answers are shorter than asked: it is another workload", markup=False)
-    results.show(told, table, as_json, out, "load")
+app.command()(asking.slora)
+app.command()(asking.load)
 
 
 @app.command()
@@ -387,15 +245,6 @@ def adapters(
     shapes = _base(_settings(model, state_dir, "reference")).shapes()
     for i in track(range(count), "writing adapters", console=console):
         write_adapter(folder / f"{prefix}{i}", shapes, rank=S2_RANKS[i % 4], seed=i)
-
-
-def _extra() -> None:
-    """Raises BadSetting where what clients and pictures need is not installed."""
-    from server.errors import BadSetting, to_install
-
-    for module in ("aiohttp", "matplotlib"):
-        if importlib.util.find_spec(module) is None:
-            raise BadSetting(f"{module} is missing, which this command needs: {to_install('bench')}", "bench")
 
 
 def _settings(model: str | None, state_dir: Path | None, kernels: str | None = None) -> Settings:
@@ -445,32 +294,6 @@ def _end(failed: Mapping[str, str]) -> None:
         console.print(f"error: the peer {name} failed: {reason}", markup=False)
     if failed:
         raise typer.Exit(1)
-
-
-def _lengths(text: str, param: str) -> tuple[int, int]:
-    """(low, high) of LOW:HIGH. Raises BadSetting."""
-    from server.errors import BadSetting
-
-    found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip())
-    low, high = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= low < high <= LONGEST:
-        raise BadSetting(
-            f"--{param} is LOW:HIGH, whole numbers of tokens from 1 to {LONGEST} with LOW below HIGH, not {text!r}",
-            param,
-        )
-    return low, high
-
-
-def _key(context: typer.Context, given: str, own: str, url: str) -> str:
-    """What the server at `url` is shown, the first of several: what the command says, this machine's own keys if it is
-    there, or what the environment has for any."""
-    from server.bench.client import is_here
-
-    source = context.get_parameter_source("api_key")
-    said = source is not None and source.name == "COMMANDLINE"
-    if own and not said and is_here(url):
-        given = own
-    return next((entry.strip() for entry in re.split(r"[,\n]", given) if entry.strip()), "")
 
 
 def _named(base: Any) -> dict[str, str]:

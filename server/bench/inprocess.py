@@ -16,6 +16,7 @@ from typing import Any
 
 from adapters.peft_format import read_folder
 from adapters.weights import LoraWeights, Mix, Version, canonical_mix
+from server.bench.roofline import Cost, decode_cost
 from server.engine.overlap import engine_on
 from server.engine.request import Delivery, Request, Sampling
 from server.engine.runner import make_runner
@@ -51,6 +52,7 @@ class InProcess:
         self._weights = apart(
             lambda: [base.prepare(read_folder(path, name=f"a{i}", shapes=shapes)) for i, path in enumerate(adapters)]
         )
+        self._base = base
         self._by_digest = {w.digest: w for w in self._weights}
         self.runner = make_runner(base, max_slots, threads)
         self.engine = engine_on(
@@ -94,6 +96,14 @@ class InProcess:
         """(seconds to all first tokens, seconds to all last tokens), of one run as vLLM's are: the difference of two
         runs has the noise of both prefills. Raises as `run`."""
         return self._generate(prompts, mixes, new_tokens, GREEDY)
+
+    def decode_costs(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int) -> list[Cost]:
+        """What the steps of `rates` between its two times can not avoid, as all prompts decode together: each has one
+        token more in the cache than the step before."""
+        weights = [[self._by_digest[digest] for digest in mix.digests] for mix in mixes]
+        return [
+            decode_cost(self._base, [len(prompt) + new for prompt in prompts], weights) for new in range(1, new_tokens)
+        ]
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int, how: Sampling

@@ -62,7 +62,7 @@ class Meter:
         self._b = torch.randint(-127, 127, (n, n), dtype=torch.int8)
         self._taken: list[Ceilings] = []
 
-    def take(self) -> None:
+    def take(self) -> Ceilings:
         """The best of three, while the threads of whatever ran before or runs next are asleep."""
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
@@ -74,6 +74,7 @@ class Meter:
         finally:
             torch.set_num_threads(before)
         self._taken.append(Ceilings(self._data.nbytes / read, 2 * self._a.shape[0] ** 3 / multiply))
+        return self._taken[-1]
 
     def _side_by_side(self) -> torch.Tensor:
         return self._data.view(-1, len(self._ones)) @ self._ones

@@ -36,7 +36,6 @@ Wave = Callable[[], Mapping[str, float]]
 """One wave's rates in tokens a second, and its median time to a first token in seconds."""
 
 RATES = ("steady decode", "decode", "whole")
-SHOWN = ("steady decode", "whole")
 INSIDE = "in process"
 PATIENCE = 900.0
 """vLLM compiles for minutes before it answers."""

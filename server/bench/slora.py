@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from server.bench.client import Body, NoAnswer, Summary, closed_loop, figure, open_loop, run, timed
+from server.bench.client import Body, NoAnswer, Summary, closed_loop, figure, open_loop, residency, run, timed
 from server.bench.workloads import Arrival, Poisson, closed, generate
 from server.errors import BadSetting
 
@@ -64,7 +64,7 @@ class Plan:
     output: tuple[int, int] = (8, 128)
     seed: int = 42
     slo: float = 6.0
-    repeats: int = 1
+    repeats: int = 2
 
     def check(self) -> None:
         """Raises BadSetting for a plan that cannot be run."""
@@ -112,20 +112,32 @@ APART = 65_537
 so that no two of a run are the same."""
 
 
-def body_of(names: Sequence[str], vocab: int, text: bool = False, seed: int = 1) -> Body:
-    """Greedy completions of random token ids, or of random words as `text`, each as long as its arrival says."""
+def body_of(
+    names: Sequence[str],
+    vocab: int,
+    text: bool = False,
+    seed: int = 1,
+    *,
+    chat: bool = False,
+    ignore_eos: bool = True,
+) -> Body:
+    """Greedy completions of random token ids, or of random words as `text` or as a `chat`'s message, each as long as
+    its arrival says; without `ignore_eos`, which some servers do not know, at most so long."""
+    text = text or chat
     random = np.random.RandomState(seed)
     drawn = (random.choice(WORDS, 1 << 16) if text else random.randint(100, vocab, 1 << 16)).tolist()
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
         at = (i * APART) % (len(drawn) - arrival.prompt_tokens)
         prompt = drawn[at : at + arrival.prompt_tokens]
+        told = " ".join(prompt) if text else prompt
+        asked = {"messages": [{"role": "user", "content": told}]} if chat else {"prompt": told}
         return {
             "model": names[arrival.adapter],
-            "prompt": " ".join(prompt) if text else prompt,
+            **asked,
             "max_tokens": arrival.output_tokens,
             "temperature": 0,
-            "ignore_eos": True,
+            **({"ignore_eos": True} if ignore_eos else {}),
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -133,10 +145,10 @@ def body_of(names: Sequence[str], vocab: int, text: bool = False, seed: int = 1)
     return body
 
 
-def llama_body(count: int, vocab: int, text: bool = False, seed: int = 1) -> Body:
+def llama_body(count: int, vocab: int, text: bool = False, seed: int = 1, **form: bool) -> Body:
     """The same requests in llama-server's own words: adapter i at scale 1, the others at 0; none with a `count` of 0.
-    A prompt that it has read before is read again."""
-    plain = body_of([""] * max(count, 1), vocab, text, seed)
+    A prompt that it has read before is read again. `form` is as for `body_of`."""
+    plain = body_of([""] * max(count, 1), vocab, text, seed, **form)
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
         lora = [{"id": n, "scale": float(n == arrival.adapter)} for n in range(count)]
@@ -166,6 +178,10 @@ class Client:
         failed = [o for o in outcomes if not o.ok]
         if failed:
             raise NoAnswer(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")
+
+    def residency(self) -> dict[str, int] | None:
+        """See `client.residency`."""
+        return run(residency(self.url, self.key))
 
     def capacity(self, plan: Plan) -> float:
         """Requests a second that the server finishes when it is never idle. Raises NoAnswer if one fails: what is

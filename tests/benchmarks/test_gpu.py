@@ -357,3 +357,12 @@ def test_the_ten_minutes_begin_before_what_takes_seconds_to_import() -> None:
     )  # fmt: skip
     before, after = map(float, told.stdout.split())
     assert 0 <= before < after
+
+
+def test_it_runs_as_a_file_from_any_folder(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    told = subprocess.run(
+        [sys.executable, str(Path(gpu.__file__)), "--help"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert told.returncode == 0 and "--answers" in told.stdout, told.stderr[-2000:]

@@ -33,11 +33,13 @@ def runs(pid: int) -> bool:
 
 @dataclass
 class Answering:
-    """Where it is, and what it was asked: (route, the header of the key, body)."""
+    """Where it is, and what it was asked: (route, the header of the key, body). `stats` is what it tells of itself, if
+    anything."""
 
     url: str
     reply: Reply
     asked: list[tuple[str, str | None, dict[str, Any]]] = field(default_factory=list)
+    stats: Any = None
 
 
 @pytest.fixture
@@ -53,6 +55,13 @@ def answering() -> Iterator[Answering]:
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
             self.wfile.write(text.encode())
+
+        def do_GET(self) -> None:
+            text = json.dumps(told.stats).encode()
+            self.send_response(200 if told.stats is not None and self.path == "/stats" else 404)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
 
         def log_message(self, *_: Any) -> None:
             pass

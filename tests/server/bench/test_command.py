@@ -19,8 +19,8 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from adapters.peft_format import read_folder
-from server.bench import command, compare, results, roofline, steps
-from server.bench.client import NoAnswer
+from server.bench import asking, command, compare, options, results, roofline, steps
+from server.bench.client import NoAnswer, residency, run
 from server.bench.compare import PeerFailed, Rates
 from server.bench.inprocess import InProcess
 from server.bench.slora import Client
@@ -78,10 +78,10 @@ def test_what_is_printed_is_json_whatever_was_measured(capsys: pytest.CaptureFix
 
 
 def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    command._extra()
+    options.extra()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadSetting, match=rf"needs: {re.escape(sys.executable)} -m pip install 'loramux\[bench\]'"):
-        command._extra()
+        options.extra()
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,7 @@ def test_peers_keep_what_was_measured_before_one_failed(
         return run
 
     monkeypatch.setattr(compare, "script_peer", peer)
+    monkeypatch.setattr(roofline.Meter, "take", lambda meter: roofline.Ceilings(2e9, 1e9))
     result = bench(
         "peers", str(tmp_path / "peers.toml"), "--model", str(tiny_folder), "--state-dir", str(tmp_path / "state"),
         "--threads", "1", "--rounds", "3", "--requests", "2", "--out", str(tmp_path / "out"),
@@ -171,6 +172,13 @@ def test_peers_keep_what_was_measured_before_one_failed(
     told = told_of(tmp_path / "out", "peers-2-2")
     assert [len(told["rates"][name]["rounds"]) for name in ("loramux", "peft", "vllm")] == [3, 1, 3]
     assert told["failed"] == {"peft": "it did not end within 1800 s"} and set(told["ratios"]) == {"peft", "vllm"}
+    base = command._base(command._settings(str(tiny_folder), tmp_path / "state"))
+    folders = [tmp_path / "state" / "bench" / f"peer{i}" for i in range(2)]
+    own = [base.prepare(read_folder(path, name=path.name, shapes=base.shapes())) for path in folders]
+    costs = [roofline.decode_cost(base, [context] * 2, [[each] for each in own]) for context in range(129, 192)]
+    least = sum(cost.seconds(roofline.Ceilings(2e9, 1e9)) for cost in costs)
+    seconds = [2 * 63 / rates["decode"] for rates in told["rates"]["loramux"]["rounds"]]
+    assert told["roofline"] == pytest.approx([least / each for each in seconds])
     asked = told["asked"]
     assert told["kernels"] == choose("auto", "cpu").name
     assert (asked["rounds"], asked["threads"], asked["ranks"]) == (3, 1, [8, 16])
@@ -320,7 +328,7 @@ def test_a_load_tells_what_was_asked_and_what_failed(answering: Answering, tmp_p
     assert told["asked"] == {
         "url": f"{answering.url}/v1", "models": ["a", "b"], "concurrency": 2, "slo": 6.0, "requests": 6,
         "vocab": 40_000, "text": False, "prompt_tokens": 5, "new_tokens": 3, "llama": False,
-        "prompt_seed": told["asked"]["prompt_seed"],
+        "prompt_seed": told["asked"]["prompt_seed"], "chat": False, "ignore_eos": True,
     }  # fmt: skip
     assert {key for _, key, _ in answering.asked} == {"Bearer first:one"}
     prompts = [body["prompt"] for *_, body in answering.asked]
@@ -423,8 +431,8 @@ def test_the_keys_of_this_machine_are_shown_to_no_other() -> None:
     asked: list[str] = []
 
     @command.app.command()
-    def shown(context: typer.Context, url: str, api_key: command.ApiKey = "", own_key: command.OwnKey = "") -> None:
-        asked.append(command._key(context, api_key, own_key, url))
+    def shown(context: typer.Context, url: str, api_key: asking.ApiKey = "", own_key: asking.OwnKey = "") -> None:
+        asked.append(asking._key(context, api_key, own_key, url))
 
     try:
         for url in (
@@ -482,6 +490,48 @@ def test_failures_of_the_comparison_are_named_and_no_ratio_is_told(answering: An
     assert "failed: 503: restarting" in result.stderr and " inf" not in result.stderr
 
 
+def test_a_server_of_chats_alone_that_knows_no_field_of_ours_is_driven(answering: Answering, tmp_path: Path) -> None:
+    """Its first event opens the answer, and is no token."""
+
+    def chat(body: dict[str, Any]) -> tuple[int, list[str]]:
+        if "ignore_eos" in body or "prompt" in body:
+            return 400, ["unknown field"]
+        deltas = [{"role": "assistant", "content": ""}, {"content": "x"}, {"content": "y"}]
+        return 200, [json.dumps({"choices": [{"delta": delta}]}) for delta in deltas] + ["[DONE]"]
+
+    answering.reply = chat
+    asked = ("--model", "a", "--requests", "3", "--chat", "--no-ignore-eos", "--new-tokens", "4")
+    result = bench("load", answering.url, *asked, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    told = told_of(tmp_path, "load")
+    assert (told["finished"], told["failed"], told["tokens"]) == (3, 0, 6)
+    assert {route for route, *_ in answering.asked} == {"/v1/chat/completions"}
+    assert all(len(body["messages"][0]["content"].split()) == 128 for *_, body in answering.asked)
+
+
+@pytest.mark.parametrize(
+    ("versions", "found", "said"),
+    [(2, 0, ()), (1, 7, ("1 of 2; the others are read again", "7 prompt tokens were found in it"))],
+)
+def test_a_server_that_departs_from_the_workload_is_told(
+    answering: Answering, tmp_path: Path, versions: int, found: int, said: tuple[str, ...]
+) -> None:
+    answering.stats = {"adapters": {"versions": versions}, "engine": {"prefix_cache": {"found_tokens": found}}}
+    few = ("--few", "1", "--many", "2", "--requests", "2", "--rate", "100", "--repeats", "1", "--output", "2:4")
+    result = bench("slora", answering.url, *few, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    told = told_of(tmp_path, "slora")["server"]
+    assert told == {"adapters_in_ram": versions, "prefix_tokens_found": found}
+    assert all(each in result.output for each in said) and ("prefix cache" in result.output) == bool(said)
+
+
+def test_another_server_tells_nothing_of_what_it_keeps(answering: Answering) -> None:
+    for told in (None, {}, {"adapters": 3}, ["x"]):
+        answering.stats = told
+        assert run(residency(answering.url)) is None
+    assert run(residency("http://127.0.0.1:1")) is None
+
+
 def test_defaults_of_the_comparison_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Any] = []
 
@@ -499,6 +549,6 @@ def test_defaults_of_the_comparison_are_those_of_the_paper(monkeypatch: pytest.M
         (8, 128),
         42,
         6.0,
-        1,
+        2,
     )
     assert client.key == ""

@@ -62,7 +62,7 @@ def test_answers_that_are_shorter_than_asked_leave_no_ratio(answering: Answering
     said: list[str] = []
     asking = Client(answering.url, lambda number: body_of(["s0", "s1"], 200, seed=number))
     _, loads = compare(asking, plan, said.append)
-    assert [(load.summary.finished, load.summary.short, load.summary.tokens) for load in loads] == [(5, 5, 5)] * 2
+    assert [(load.summary.finished, load.summary.short, load.summary.tokens) for load in loads] == [(5, 5, 5)] * 4
     assert "5 shorter than asked" in said[0] and math.isnan(ratios(loads)[0]["throughput"])
 
 
@@ -111,7 +111,8 @@ def test_a_run_has_as_many_requests_as_are_asked_for(requests: int) -> None:
 
 def test_rates_that_are_given_need_no_capacity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = recorded(monkeypatch)
-    most, loads = compare(client(), Plan(few=2, many=9, alphas=(1.0,), shares=(), rates=(3.0, 5.0), duration=20.0))
+    plan = Plan(few=2, many=9, alphas=(1.0,), shares=(), rates=(3.0, 5.0), duration=20.0, repeats=1)
+    most, loads = compare(client(), plan)
     assert most is None and [load.share for load in loads] == [None] * 4
     assert [(spec.rate, spec.duration) for spec in asked] == [(3.0, 20.0)] * 2 + [(5.0, 20.0)] * 2
     assert [row["rate"] for row in ratios(loads)] == [3.0, 5.0]
@@ -183,11 +184,23 @@ def test_prompts_of_words_are_as_long_as_those_of_ids() -> None:
     assert len({body(Arrival(0.0, 0, 16, 2), i)["prompt"] for i in range(400)}) == 400
 
 
+def test_a_chat_asks_in_words_and_what_some_servers_do_not_know_can_be_left_out() -> None:
+    arrival = Arrival(0.0, 1, 16, 2)
+    plain, chat = (
+        body_of(["a", "b"], 200)(arrival, 0),
+        body_of(["a", "b"], 200, chat=True, ignore_eos=False)(arrival, 0),
+    )
+    [message] = chat.pop("messages")
+    assert message["role"] == "user" and len(message["content"].split()) == 16
+    assert {**chat, "ignore_eos": True} == {key: value for key, value in plain.items() if key != "prompt"}
+    assert "messages" in llama_body(1, 200, chat=True)(Arrival(0.0, 0, 16, 2), 0)
+
+
 def test_a_server_is_asked_with_its_key(answering: Answering) -> None:
     answering.reply = lambda body: (200, events(body["max_tokens"]))
     plan = Plan(few=1, many=3, requests=5, alphas=(1.0,), shares=(), rates=(200.0,), prompt=(3, 5), output=(2, 4))
     asking = Client(f"{answering.url}/v1/", lambda number: body_of(["s0", "s1", "s2"], 200, seed=number), "k:ey")
     _, loads = compare(asking, plan)
-    assert [(load.summary.finished, load.summary.failed) for load in loads] == [(5, 0)] * 2
+    assert [(load.summary.finished, load.summary.failed) for load in loads] == [(5, 0)] * 4
     assert {key for _, key, _ in answering.asked} == {"Bearer k:ey"} and "k:ey" not in repr(asking)
     assert {len(body["prompt"]) for *_, body in answering.asked[3:]} <= {3, 4}

@@ -49,7 +49,8 @@ except ModuleNotFoundError:
 
 
 def test_the_engine_imports_with_few_libraries() -> None:
-    """torch, triton, safetensors, tokenizers and prometheus-client, and what those need themselves."""
+    """torch and the numpy that it shares arrays with, triton, safetensors, tokenizers and prometheus-client, and what
+    those need themselves."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", ALONE],
         cwd=REPO,
