@@ -227,7 +227,7 @@ class _Streamed:
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             if message.get("more_body"):
-                await _drain(self._patient)
+                await _drain(self._receive)
             raise _too_large(self._limit, True)
         self._rest = bool(message.get("more_body"))
         return message
