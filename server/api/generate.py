@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -44,18 +46,18 @@ async def generate(
 ) -> Response:
     """Continue a prompt through a task, a mix of adapters, or the base."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_task(parts, request, query.task, body.adapters, caller)
-    with counted(parts.inference, target, caller):
-        asked = asked_fields(body)
-        defaults = target.task.defaults if target.task else {}
-        layers = asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room
-        sampling.build(*layers)  # what is right for no prompt is refused before one is tokenized
-        ids = await parts.prompts.of_input(target.task, body.prompt)
-        chosen = sampling.build(*layers, len(ids))
-        await still_there(request)
-    if chosen.logprobs == 0:
-        chosen = replace(chosen, logprobs=None)
-    generation = parts.inference.start(target, [ids], [chosen], caller)
+    with resolve_task(parts, request, query.task, body.adapters, caller) as target:
+        with counted(parts.inference, target, caller):
+            asked = asked_fields(body)
+            defaults = target.task.defaults if target.task else {}
+            layers = asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room
+            sampling.build(*layers)  # what is right for no prompt is refused before one is tokenized
+            ids = await parts.prompts.of_input(target.task, body.prompt)
+            chosen = sampling.build(*layers, len(ids))
+            await still_there(request)
+        if chosen.logprobs == 0:
+            chosen = replace(chosen, logprobs=None)
+        generation = parts.inference.start(target, [ids], [chosen], caller)
     if body.stream:
         return EventStream(generation, _Events(generation, parts.prompts.text))
     await finished(request.receive, generation)
@@ -69,25 +71,25 @@ async def classify(
 ) -> Response:
     """Probabilities of given labels: softmax over the log-probabilities of each label and the end, as one batch."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_task(parts, request, query.task, body.adapters, caller)
-    with counted(parts.inference, target, caller):
-        labels = check_labels(body.labels) if body.labels else target.task.labels if target.task else ()
-        if not labels:
-            raise InvalidRequest("labels are needed: give them here, or the task some", "labels")
-        parts.engine.check_call(len(labels))
-        left = threading.Event()
-        async with listening(request.receive, left.set):
-            encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline, left.is_set)
-        if left.is_set():
-            raise ClientDisconnect
-    generation = parts.inference.start(
-        target,
-        [ids for ids, _ in encoded],
-        [Sampling(max_tokens=1, logprobs=0)] * len(encoded),
-        caller,
-        scored=[count for _, count in encoded],
-        labels=labels,
-    )
+    with resolve_task(parts, request, query.task, body.adapters, caller) as target:
+        with counted(parts.inference, target, caller):
+            labels = check_labels(body.labels) if body.labels else target.task.labels if target.task else ()
+            if not labels:
+                raise InvalidRequest("labels are needed: give them here, or the task some", "labels")
+            parts.engine.check_call(len(labels))
+            left = threading.Event()
+            async with listening(request.receive, left.set):
+                encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline, left.is_set)
+            if left.is_set():
+                raise ClientDisconnect
+        generation = parts.inference.start(
+            target,
+            [ids for ids, _ in encoded],
+            [Sampling(max_tokens=1, logprobs=0)] * len(encoded),
+            caller,
+            scored=[count for _, count in encoded],
+            labels=labels,
+        )
     await finished(request.receive, generation)
     check_complete(generation)
     return json_response({**_common(generation), "label": generation.said(), "scores": generation.scores()})
@@ -173,22 +175,30 @@ def override(adapters: list[schemas.Weighted] | None) -> Choice | None:
 
 def resolve_task(
     parts: Parts, request: Request, task: str | None, adapters: list[schemas.Weighted] | None, caller: Caller
-) -> Target:
-    """The target of `?task=`. Raises InvalidRequest, UnknownName and what
-    `within_limits` does, which are counted."""
-    with counted(parts.inference, None, caller):
+) -> AbstractContextManager[Target]:
+    """The target of `?task=`, held. Raises InvalidRequest, UnknownName and what `within_limits` does, which are
+    counted."""
+
+    def resolve() -> Target:
         if len(request.query_params.multi_items()) > 1:  # no other field gets this far
             raise InvalidRequest("the query names more than one task; give one", "task")
-        target = parts.resolver.task(task, override(adapters))
-    return within_limits(parts, target, caller)
+        return parts.resolver.task(task, override(adapters))
+
+    return within_limits(parts, resolve, caller)
 
 
-def within_limits(parts: Parts, target: Target, caller: Caller) -> Target:
-    """`target`, if the key and the task may have one more call, and its mix can be served. Raises what
-    `Inference.check` does, which is counted."""
+@contextmanager
+def within_limits(parts: Parts, resolve: Callable[[], Target], caller: Caller) -> Iterator[Target]:
+    """What `resolve` answers, if the key and the task may have one more call, and its mix can be served; its versions
+    are held inside, so that a task may change its adapters, and these go, while a call of before is being prepared.
+    Raises what `resolve`, `Inference.check` and `Inference.lease` do, which is counted."""
+    with counted(parts.inference, None, caller):
+        target = resolve()
     with counted(parts.inference, target, caller):
         parts.inference.check(target, caller)
-    return target
+        lease = parts.inference.lease(target)
+    with lease:
+        yield replace(target, held=lease)
 
 
 class counted:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
@@ -65,40 +66,44 @@ def _entry(parts: Parts, id: str, kind: str, parent: str | None) -> dict[str, An
 async def completions(body: schemas.CompletionBody, request: Request, runtime: Running, parts: Ready) -> Response:
     """Continue prompts: text, texts, token ids, or lists of them."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_model(parts, body, caller, request)
-    with counted(parts.inference, target, caller):
-        schemas.refuse_unserved(body)
-        layers = _layers(parts, target, body, sampling.COMPLETION_DEFAULTS)
-        prompts = await _prompts(parts, target, body)
-    text = parts.prompts.text
-    begins = [text.begins_after(prompt[-1]) for prompt in prompts for _ in range(body.n or 1)]
-    shape = CompletionShape(new_id("cmpl"), _now(), body.model, text, begins)
-    return await _answer(parts, request, body, caller, target, prompts, layers, shape)
+    with resolve_model(parts, body, caller, request) as target:
+        with counted(parts.inference, target, caller):
+            schemas.refuse_unserved(body)
+            layers = _layers(parts, target, body, sampling.COMPLETION_DEFAULTS)
+            prompts = await _prompts(parts, target, body)
+        text = parts.prompts.text
+        begins = [text.begins_after(prompt[-1]) for prompt in prompts for _ in range(body.n or 1)]
+        shape = CompletionShape(new_id("cmpl"), _now(), body.model, text, begins)
+        return await _answer(parts, request, body, caller, target, prompts, layers, shape)
 
 
 @router.post("/chat/completions", response_model=schemas.ChatCompletion, responses={**CALLED, **STREAMED})
 async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts: Ready) -> Response:
     """Answer a conversation. A task's template wraps its last user message."""
     caller = runtime.caller(request, body.deadline_ms)
-    target = resolve_model(parts, body, caller, request)
-    with counted(parts.inference, target, caller):
-        schemas.refuse_unserved(body)
-        if body.top_logprobs and not body.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-        layers = _layers(parts, target, body, sampling.CHAT_DEFAULTS)
-        ids = await parts.prompts.of_chat(target.task, [_message(m) for m in body.messages])
-    shape = ChatShape(new_id("chatcmpl"), _now(), body.model, parts.prompts.text)
-    return await _answer(parts, request, body, caller, target, [ids], layers, shape)
+    with resolve_model(parts, body, caller, request) as target:
+        with counted(parts.inference, target, caller):
+            schemas.refuse_unserved(body)
+            if body.top_logprobs and not body.logprobs:
+                raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+            layers = _layers(parts, target, body, sampling.CHAT_DEFAULTS)
+            ids = await parts.prompts.of_chat(target.task, [_message(m) for m in body.messages])
+        shape = ChatShape(new_id("chatcmpl"), _now(), body.model, parts.prompts.text)
+        return await _answer(parts, request, body, caller, target, [ids], layers, shape)
 
 
-def resolve_model(parts: Parts, body: schemas.V1Fields, caller: Caller, request: Request) -> Target:
-    """The target of `model`. Raises InvalidRequest, UnknownName, UnknownAdapter and what `within_limits` does, which
-    are counted."""
-    with counted(parts.inference, None, caller):
+def resolve_model(
+    parts: Parts, body: schemas.V1Fields, caller: Caller, request: Request
+) -> AbstractContextManager[Target]:
+    """The target of `model`, held. Raises InvalidRequest, UnknownName, UnknownAdapter and what `within_limits` does,
+    which are counted."""
+
+    def resolve() -> Target:
         if "task" in request.query_params:  # other words of a query may be a client's own, this one is ours
             raise InvalidRequest("a task is named as the model here, not in the query", "task")
-        target = parts.resolver.model(body.model, override(body.adapters))
-    return within_limits(parts, target, caller)
+        return parts.resolver.model(body.model, override(body.adapters))
+
+    return within_limits(parts, resolve, caller)
 
 
 async def _answer(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +23,7 @@ from server.engine.batch import Batch
 from server.engine.runner import TorchRunner
 from server.model.loader import Base
 from server.tasks.prompts import Prompts
+from tests.waiting import SECONDS, until
 
 KEYS = {"id", "task", "text", "finish_reason", "adapters", "logprobs", "usage", "timings"}
 
@@ -248,6 +253,57 @@ def test_a_mix_that_no_request_could_have_is_refused_before_a_prompt_is_tokenize
             assert answer.status_code == status and flag in answer.json()["error"]["message"], answer.text
             assert answer.json()["error"]["param"] == "adapters"
     assert live.idle()
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/generate?task=moving", {"prompt": "x"}),
+        ("/classify?task=moving", {"prompt": "x", "labels": ["a", "b"]}),
+        ("/v1/completions", {"model": "moving", "prompt": "x"}),
+        ("/v1/chat/completions", {"model": "moving", "messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_what_a_call_is_resolved_to_answers_it_though_its_task_moves_on_meanwhile(
+    live: Any, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+) -> None:
+    """While its prompt is tokenized the task takes another adapter, and the one of before goes."""
+    began, goes_on = threading.Event(), threading.Event()
+    registry = live.house.parts.registry
+
+    async def slow(self: Prompts, size: int, call: Callable[[], Any]) -> Any:
+        began.set()
+        await asyncio.to_thread(goes_on.wait, SECONDS)
+        return call()
+
+    def route_to(name: str) -> dict[str, Any]:
+        return {"prompt": "{input}", "route": {"choice": [{"name": name, "weight": 1.0}]}}
+
+    assert live.http.post("/adapters", json={"name": "old", "source": "a"}).status_code == 201
+    assert live.http.put("/tasks/moving", json=route_to("old")).status_code == 201
+    monkeypatch.setattr(Prompts, "_off", slow)
+    with ThreadPoolExecutor(1) as threads:
+        called = threads.submit(live.http.post, path, json=fields)
+        assert began.wait(SECONDS)
+        assert live.http.put("/tasks/moving", json=route_to("a")).status_code == 200
+        assert live.http.delete("/adapters/old").status_code == 202
+        assert live.http.get("/adapters/old").status_code == 404 and registry.memory()["leases"] == 1
+        goes_on.set()
+        answer = called.result(SECONDS)
+    assert answer.status_code == 200, answer.text
+    if "adapters" in answer.json():
+        assert [each["name"] for each in answer.json()["adapters"]] == ["old"]
+    until(lambda: registry.memory()["leases"] == 0)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/classify", "/v1/completions", "/v1/chat/completions"])
+def test_a_call_that_is_refused_holds_no_version(live: Any, path: str) -> None:
+    told = {"model": "a", "messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+    told |= {"model": "a"} if "/v1" in path else {"adapters": [{"name": "a", "weight": 1.0}]}
+    wrong = {"labels": []} if path == "/classify" else {"max_tokens": 100_000}
+    refused = live.http.post(path, json={**told, **wrong})
+    assert refused.status_code in (400, 422), refused.text
+    assert live.house.parts.registry.memory()["leases"] == 0
 
 
 @pytest.mark.usefixtures("unread")
