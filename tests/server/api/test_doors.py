@@ -45,6 +45,12 @@ def bearer(token: str) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"}
 
 
+def dial(live: Any) -> socket.socket:
+    """A connection to the server on which nothing has been said."""
+    host, port = live.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
 def error_of(answer: httpx.Response) -> dict[str, Any]:
     body = answer.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
@@ -257,8 +263,7 @@ def test_a_browser_that_says_that_it_is_the_servers_own_page(start: Any) -> None
 
 def test_whoever_tells_no_name_is_heard_where_any_name_is(start: Any) -> None:
     def status(live: Any, path: str, *headers: bytes, version: bytes = b"1.1") -> int:
-        host, port = live.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with dial(live) as connection:
             first = b"GET " + path.encode() + b" HTTP/" + version
             connection.sendall(b"\r\n".join((first, *headers, b"Connection: close", b"", b"")))
             return int(connection.recv(64).split()[1])
@@ -278,8 +283,7 @@ def test_headers_that_are_given_twice_are_none(start: Any) -> None:
     right, wrong = b"Authorization: Bearer secret-one", b"Authorization: Bearer other"
 
     def status(*headers: bytes) -> int:
-        host, port = live.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with dial(live) as connection:
             connection.sendall(b"\r\n".join((b"GET /adapters HTTP/1.1", *headers, b"Connection: close", b"", b"")))
             return int(connection.recv(64).split()[1])
 
@@ -390,8 +394,7 @@ def test_who_asks_before_it_sends_its_body_hears_at_once_that_it_is_refused(
 
     monkeypatch.setattr(limits, "_drain", counted)
     live = start(max_body=10_000, **KEYED)
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with dial(live) as connection:
         ask = b"POST /generate HTTP/1.1\r\n%bExpect: 100-continue\r\nContent-Length: 10001\r\n\r\n"
         connection.sendall(ask % head + begun)
         if begun:
@@ -415,8 +418,7 @@ def test_who_asks_before_it_sends_its_body_hears_so_too_of_a_route_that_does_not
     live = start()
     if draining:
         live.runtime.drain()
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with dial(live) as connection:
         connection.sendall(
             b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 100\r\n"
             b"Content-Type: multipart/form-data; boundary=x; charset=punycode\r\n\r\n"
@@ -434,8 +436,7 @@ def test_who_sends_an_upload_that_no_route_reads_hears_so(start: Any, draining: 
     live = start()
     if draining:
         live.runtime.drain()
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with dial(live) as connection:
         connection.sendall(
             b"POST /adapters HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 16777216\r\n"
             b"Content-Type: multipart/form-data; boundary=x; charset=punycode\r\n\r\n"
@@ -458,8 +459,7 @@ def test_who_sends_an_upload_that_no_route_reads_hears_so(start: Any, draining: 
 )
 def test_a_body_with_two_ends_is_refused(live: Any, head: bytes) -> None:
     """And its connection closed: a proxy may have passed on as body what would be the next request."""
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with dial(live) as connection:
         connection.sendall(
             head + b"Host: localhost\r\nContent-Type: application/json\r\n\r\n"
             b"4000\r\n" + b" " * 0x4000 + b"\r\n0\r\n\r\nGET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -488,8 +488,7 @@ def test_what_is_no_http_has_an_id_in_the_log(
 ) -> None:
     """And nothing of what was sent, which may be a key or a prompt."""
     caplog.set_level(logging.INFO)
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with dial(live) as connection:
         connection.sendall(sent + b"\r\n\r\n")
         answer = http.client.HTTPResponse(connection)
         answer.begin()
@@ -507,8 +506,7 @@ def test_what_is_no_http_has_an_id_in_the_log(
 )
 def test_a_target_may_be_absolute(start: Any, target: str, status: int) -> None:
     live = start(**KEYED)
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with dial(live) as connection:
         connection.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert connection.recv(64).startswith(f"HTTP/1.1 {status} ".encode())
 
@@ -557,8 +555,7 @@ def test_an_upload_may_say_that_it_is_in_utf_8(live: Any, charset: str) -> None:
 )
 def test_a_body_that_trickles_in_is_not_waited_for(start: Any, path: str, kind: str, begin: bytes) -> None:
     live = start(body_time=0.1)
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with dial(live) as connection:
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
         connection.sendall(head.encode() + begin)
         for _ in range(2000):

@@ -42,6 +42,24 @@ def test_what_breaks_within_a_body(answered: int) -> None:
     assert (b"invalid_http" in written) == (answered == 0) and protocol.transport.close.called
 
 
+def connected(written: list[bytes]) -> tuple[Protocol, Mock]:
+    """A connection without a socket, on the running loop, to an app that answers 204; and its transport."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+
+    config = uvicorn.Config(app, http=Protocol, ws="none", log_config=None, access_log=False)
+    config.load()
+    connection = Protocol(config, ServerState(), {})
+    transport = Mock()
+    transport.get_extra_info.return_value, transport.is_closing.return_value = None, False
+    transport.write = written.append
+    connection.connection_made(transport)
+    return connection, transport
+
+
 HEADS = [
     b"HEAD / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n",
     b"HEAD / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n",
@@ -54,18 +72,8 @@ def test_what_is_no_http_has_a_body_in_its_answer_unless_head_was_asked(asked: b
     """And the connection is in order for its end."""
     written: list[bytes] = []
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 204})
-        await send({"type": "http.response.body"})
-
     async def ask() -> None:
-        config = uvicorn.Config(app, http=Protocol, ws="none", log_config=None, access_log=False)
-        config.load()
-        connection = Protocol(config, ServerState(), {})
-        transport = Mock()
-        transport.get_extra_info.return_value, transport.is_closing.return_value = None, False
-        transport.write = written.append
-        connection.connection_made(transport)
+        connection, transport = connected(written)
         connection.data_received(asked)
         if body:  # else the request is answered before it gets there
             await asyncio.gather(*connection.tasks)
@@ -79,12 +87,7 @@ def test_what_is_no_http_has_a_body_in_its_answer_unless_head_was_asked(asked: b
 
 def test_a_connection_on_which_nothing_more_can_be_said_is_closed_at_the_end() -> None:
     async def end() -> None:
-        config = uvicorn.Config(lambda: None, http=Protocol, ws="none", log_config=None, access_log=False)
-        config.load()
-        connection = Protocol(config, ServerState(), {})
-        transport = Mock()
-        transport.get_extra_info.return_value = None
-        connection.connection_made(transport)
+        connection, transport = connected([])
         connection.conn.send_failed()
         connection.shutdown()
         assert transport.close.called
@@ -99,19 +102,8 @@ def test_an_upgrade_is_answered_as_if_none_was_asked_for(protocol: str, caplog: 
     caplog.set_level(logging.INFO)
     written: list[bytes] = []
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        assert scope["type"] == "http"
-        await send({"type": "http.response.start", "status": 204})
-        await send({"type": "http.response.body"})
-
     async def ask() -> None:
-        config = uvicorn.Config(app, http=Protocol, ws="none", log_config=None, access_log=False)
-        config.load()
-        connection = Protocol(config, ServerState(), {})
-        transport = Mock()
-        transport.get_extra_info.return_value = None
-        transport.write = written.append
-        connection.connection_made(transport)
+        connection, _ = connected(written)
         asked = f"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\n\r\n"
         connection.data_received(asked.encode())
         await asyncio.gather(*connection.tasks)
