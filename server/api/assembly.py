@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,11 @@ class House:
     closing: list[Callable[[float], object]] = field(default_factory=list)
 
     def close(self, drain: float) -> None:
-        """Stop everything; what runs gets `drain` seconds."""
-        for close in reversed(self.closing):
-            close(drain)
+        """Stop everything; what runs gets `drain` seconds. What fails to stop keeps nothing else from it, and is raised
+        in the end."""
+        with ExitStack() as stack:
+            for close in self.closing:
+                stack.callback(close, drain)
 
 
 class _Notices(Observer):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from adapters import memory
-from server.api.assembly import _sources, adapter_ram, check_room, kv_blocks
+from server.api.assembly import House, _sources, adapter_ram, check_room, kv_blocks
+from server.api.runtime import Parts
 from server.errors import BadSetting
 from server.settings import Settings
 
@@ -61,3 +63,15 @@ def test_what_the_hubs_client_keeps_is_in_the_state_directory(tmp_path: Path, mo
     assert "HF_XET_CACHE" not in os.environ
     _sources(Settings(state_dir=tmp_path, hub_allow=("org/*",)))
     assert os.environ["HF_XET_CACHE"] == str(tmp_path / "cache" / "xet")
+
+
+def test_what_fails_to_stop_keeps_nothing_else_from_stopping() -> None:
+    stopped: list[tuple[str, float]] = []
+
+    def failing(drain: float) -> None:
+        raise OSError("the disk is gone")
+
+    closing = [lambda drain: stopped.append(("first", drain)), failing, lambda drain: stopped.append(("last", drain))]
+    with pytest.raises(OSError, match="the disk is gone"):
+        House(cast(Parts, None), closing).close(2.5)
+    assert stopped == [("last", 2.5), ("first", 2.5)], "in the reverse order, each with the time that there is"
