@@ -12,7 +12,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.types import Receive, Scope, Send
 
@@ -29,23 +29,26 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 Id = Annotated[str, PathParameter(max_length=schemas.MAX_FILE_ID)]
 After = Annotated[str | None, Query(max_length=schemas.MAX_FILE_ID, description="the id after which to begin")]
 PURPOSE = "fine-tune"
+PIECE = 1 << 20
+"""Bytes of a file that are read and written at a time."""
 
 
-class _WholeFile(FileResponse):
+class _WholeFile(StreamingResponse):
     """A file that is open already, and closed however its answer ends: deleted meanwhile, it is sent to its end.
 
-    All of it whatever range is asked for, as HTTP allows: Starlette refuses some in a form of its own.
+    All of it whatever range is asked for, as HTTP allows.
     """
 
-    def __init__(self, file: BinaryIO, headers: Mapping[str, str]) -> None:
-        about = os.fstat(file.fileno())
-        super().__init__(file.name, headers=headers, media_type="application/octet-stream", stat_result=about)
+    def __init__(self, file: BinaryIO) -> None:
+        pieces = iter(partial(file.read, PIECE), b"")
+        size = os.fstat(file.fileno()).st_size
+        headers = {"content-length": str(size), "accept-ranges": "none", "x-content-type-options": "nosniff"}
+        super().__init__(pieces, headers=headers, media_type="application/octet-stream")
         self._file = file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._file as file:
-            pieces = iter(partial(file.read, self.chunk_size), b"")
-            await StreamingResponse(pieces, headers=self.headers)(scope, receive, send)
+        with self._file:
+            await super().__call__(scope, receive, send)
 
 
 _FORM = {
@@ -92,7 +95,7 @@ async def _add(parts: Parts, given: Mapping[str, Any]) -> File:
     def write(path: Path) -> None:
         stream.seek(0)
         with path.open("wb") as out:
-            shutil.copyfileobj(stream, out, 1 << 20)
+            shutil.copyfileobj(stream, out, PIECE)
 
     return await asyncio.to_thread(parts.files.add, write, file.filename or "file", PURPOSE)
 
@@ -133,7 +136,7 @@ async def content(file_id: Id, parts: Ready) -> Response:
     except (FileNotFoundError, IsADirectoryError):
         why = f"the content of {file_id} is gone from the server's disk; upload it again"
         raise UnknownName(why, "file_id") from None
-    return _WholeFile(file, {"x-content-type-options": "nosniff", "accept-ranges": "none"})
+    return _WholeFile(file)
 
 
 @router.delete("/{file_id}", response_model=schemas.FileDeleted, responses=errors(400, 404, 409, 503))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,10 @@ from server.bench import results
 from server.bench.options import NEW, PROMPT, AsJson, Out, console, extra
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from server.bench.client import Body
+    from server.bench.slora import Plan
 
 Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
 Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids below this.")]
@@ -80,7 +83,6 @@ def slora(
     results.make_room(out)
     from server.bench import plots
     from server.bench import slora as workload
-    from server.bench.client import figure
 
     if share and rate:
         raise BadSetting("give --share or --rate, not both: a share is of the measured capacity", "rate")
@@ -113,22 +115,29 @@ def slora(
         },
         {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": rows, "server": kept},
     )
+    for name, wrong in _departures(kept, many).items():
+        console.print(f"{name}: {wrong}", markup=False)
+    for reason in dict.fromkeys(reason for run in loads for reason in run.summary.reasons):
+        console.print(f"failed: {reason}", markup=False)
+    results.show(result, _table(rows, plan), as_json, out, "slora")
+    if out is not None:
+        plots.loads(out / "slora.png", f"S-LoRA workload, {few} and {many} adapters", loads)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], plan: Plan) -> Table:
+    """The ratios of many adapters over few."""
+    from server.bench.client import figure
+
     table = results.table(
-        "alpha", "requests/s", "of capacity", f"throughput, {many} over {few}", "p99 of first token, same",
-        "failed", title=f"S-LoRA's workload, {many} adapters over {few}, medians of {plan.repeats}",
+        "alpha", "requests/s", "of capacity", f"throughput, {plan.many} over {plan.few}", "p99 of first token, same",
+        "failed", title=f"S-LoRA's workload, {plan.many} adapters over {plan.few}, medians of {plan.repeats}",
     )  # fmt: skip
     for row in rows:
         told = [figure(row[k], ".2f") for k in ("throughput", "ttft_p99")]
         of = "" if row["share"] is None else f"{row['share']:.2f}"
         failed = ", ".join(f"{n} with {name}" for name, n in row["failed"].items() if n) or "0"
         table.add_row(f"{row['alpha']:.2f}", f"{row['rate']:.2f}", of, *told, failed)
-    for name, wrong in _departures(kept, many).items():
-        console.print(f"{name}: {wrong}", markup=False)
-    for reason in dict.fromkeys(reason for run in loads for reason in run.summary.reasons):
-        console.print(f"failed: {reason}", markup=False)
-    results.show(result, table, as_json, out, "slora")
-    if out is not None:
-        plots.loads(out / "slora.png", f"S-LoRA workload, {few} and {many} adapters", loads)
+    return table
 
 
 def _departures(kept: Mapping[str, int] | None, many: int) -> dict[str, str]:

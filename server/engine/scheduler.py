@@ -501,7 +501,10 @@ class Scheduler:
                 self.kv.free(found)
         if slots is None:
             self._blocked.setdefault(request, now)
-            (self._slotless.add if fits else self._slotless.discard)(request)
+            if fits:
+                self._slotless.add(request)
+            else:
+                self._slotless.discard(request)
             return
         blocks = self.kv.reserve(need)
         assert blocks is not None, "there was room"
