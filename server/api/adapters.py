@@ -24,11 +24,11 @@ from server.api import schemas
 from server.api.errors import UNREADABLE
 from server.api.generate import json_response
 from server.api.responses import errors
-from server.api.runtime import Parts, Ready, Running, Runtime
+from server.api.runtime import NO_QUERY, Parts, Ready, Running, Runtime
 from server.api.uploads import disk_errors, is_multipart, temporary, uploaded
 from server.errors import InvalidRequest, called
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=NO_QUERY)
 
 WRITE = errors(400, 404, 409, 412, 422, 429, 500, 503, 507)
 
@@ -59,7 +59,7 @@ def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-@router.get("", response_model=schemas.AdapterList, responses=errors(503))
+@router.get("", response_model=schemas.AdapterList, responses=errors(422, 503))
 async def list_adapters(parts: Ready) -> dict[str, Any]:
     """All adapters, and the folders that are not served with the reason."""
     return {"adapters": parts.registry.list(), "rejected": parts.registry.rejected()}

@@ -14,7 +14,7 @@ from adapters.errors import AdapterError, InvalidData
 from server.api import fine_tuning_schemas as schemas
 from server.api.generate import json_response
 from server.api.responses import errors
-from server.api.runtime import Parts, Ready
+from server.api.runtime import NO_QUERY, Parts, Ready
 from server.errors import called
 from server.jobs.evaluating import check_size
 from server.jobs.records import CURVES, EVALUATION, SUCCEEDED, Job
@@ -22,7 +22,7 @@ from server.jobs.spec import DATA
 from server.tasks.definitions import Best, Task
 from server.tasks.evaluation import check_references, default_metric, pairs
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], dependencies=NO_QUERY)
 
 Id = Annotated[str, Path(max_length=schemas.MAX_FILE_ID)]
 SHOWN = 200
@@ -31,7 +31,7 @@ MESSAGES = 50
 """The last ones of a job that are shown."""
 
 
-@router.get("/jobs", response_model=schemas.JobList, responses=errors(503))
+@router.get("/jobs", response_model=schemas.JobList, responses=errors(422, 503))
 async def list_jobs(parts: Ready) -> dict[str, Any]:
     """Jobs of both kinds, newest first."""
     return {"jobs": [summary(job) for job in reversed(parts.jobs.records.all()[-SHOWN:])]}

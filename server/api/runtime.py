@@ -9,10 +9,11 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 
 from adapters.registry import Registry
 from server.api.auth import Keys
+from server.api.schemas import NoQuery
 from server.engine.engine import Engine
 from server.engine.grammar import Grammars
 from server.engine.runner import Runner
@@ -141,3 +142,11 @@ async def parts(request: Request) -> Parts:
 
 Running = Annotated[Runtime, Depends(runtime)]
 Ready = Annotated[Parts, Depends(parts)]
+
+
+async def without_query(_: Annotated[NoQuery, Query()]) -> None:
+    """That a route's query is empty, as a dependency of it."""
+
+
+NO_QUERY = [Depends(without_query)]
+"""`dependencies=` of our own routes that have no query: one that is ignored would be answered by something else."""

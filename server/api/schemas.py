@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from adapters.weights import AT_DIGEST, MAX_ABS_WEIGHT, MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS
 from server.tasks import definitions as d
@@ -89,11 +89,17 @@ class ErrorBody(Out):
     error: ErrorDetail
 
 
+def _one_if_null(weight: Any) -> Any:
+    return 1.0 if weight is None else weight
+
+
 class Weighted(Body):
     """One adapter of a mix: `name` or `name@digest`."""
 
     name: Annotated[str, Field(pattern=REFERENCE_PATTERN)]
-    weight: Annotated[float, Field(ge=-MAX_ABS_WEIGHT, le=MAX_ABS_WEIGHT)] = 1.0
+    weight: Annotated[
+        float, BeforeValidator(_one_if_null), Field(ge=-MAX_ABS_WEIGHT, le=MAX_ABS_WEIGHT, description="1 if left out")
+    ] = 1.0
 
 
 Mix = Annotated[
@@ -146,6 +152,12 @@ class TaskQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     task: Annotated[str, Field(max_length=64, description="without it the task `default`, else the base")] | None = None
+
+
+class NoQuery(BaseModel):
+    """No query at all: `DELETE /adapters/a?version=...` would else retire all of `a`, not what was meant."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 class GenerateBody(GenerationFields, Body):

@@ -12,18 +12,18 @@ from adapters.errors import StoreFailed
 from server.api import schemas
 from server.api.generate import json_response
 from server.api.responses import errors
-from server.api.runtime import Parts, Ready, Running
+from server.api.runtime import NO_QUERY, Parts, Ready, Running
 from server.errors import InvalidRequest
 from server.tasks.definitions import Best
 
 log = logging.getLogger(__name__)
 
-router = APIRouter(prefix="/tasks", tags=["tasks"])
+router = APIRouter(prefix="/tasks", tags=["tasks"], dependencies=NO_QUERY)
 
 Name = Annotated[str, Path(max_length=64)]
 
 
-@router.get("", response_model=schemas.TaskList, responses=errors(503))
+@router.get("", response_model=schemas.TaskList, responses=errors(422, 503))
 async def list_tasks(parts: Ready) -> dict[str, Any]:
     """All tasks by name."""
     return {"tasks": [task.describe() for task in parts.tasks.all()]}

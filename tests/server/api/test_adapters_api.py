@@ -46,6 +46,20 @@ def test_registering_is_201_then_200_then_409(live: Any, write_adapter: Callable
     assert live.generate("x", adapters=[{"name": "new"}]).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "method, path",
+    [("DELETE", "/adapters/a"), ("GET", "/adapters"), ("PUT", "/tasks/mood"), ("GET", "/jobs"), ("GET", "/tasks")],
+)
+def test_a_query_that_nothing_reads_is_refused_and_changes_nothing(live: Any, method: str, path: str) -> None:
+    """Who means one version would else retire the whole adapter."""
+    version = live.http.get("/adapters/a").json()["version"]
+    refused = live.http.request(method, path, params={"version": version}, json={"prompt": "{input}"})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["message"] == "version: there is no such field; /docs lists those that there are"
+    assert live.http.get("/adapters/a").json()["version"] == version
+    assert live.http.get("/tasks/mood").json()["source"] == "file"
+
+
 @pytest.mark.usefixtures("quick_watch")
 def test_what_is_deleted_before_the_watch_has_seen_its_folder_stays_deleted(
     live: Any, write_adapter: Callable[..., Path]

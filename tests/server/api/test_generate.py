@@ -408,6 +408,11 @@ def test_a_body_full_of_mistakes_is_refused_for_few_of_them(live: Any) -> None:
     assert told("/v1/chat/completions", {"model": "tiny", "messages": [message] * 9}) == f"messages.0.{part}"
 
 
+def test_a_weight_of_null_is_one_that_was_left_out(live: Any) -> None:
+    answer = live.generate("x", max_tokens=1, adapters=[{"name": "a", "weight": None}])
+    assert answer.status_code == 200 and answer.json()["adapters"][0]["weight"] == 1.0
+
+
 def test_a_weight_is_at_most_16_in_size_and_n_at_most_16(live: Any) -> None:
     for weight, status in ((16, 200), (-16, 200), (16.5, 422), (-16.5, 422)):
         answer = live.generate("x", max_tokens=1, adapters=[{"name": "a", "weight": weight}])
