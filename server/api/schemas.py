@@ -389,7 +389,7 @@ class VersionPerformance(Out):
     version: str
     adapters: list[dict[str, Any]]
     base: str
-    samples: int
+    samples: Annotated[int, Field(description="of the metric and the source that have most")]
     quality: list[QualityEntry]
     ttft: Percentiles
     tpot: Percentiles

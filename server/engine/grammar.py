@@ -292,5 +292,8 @@ def _reason(message: str) -> str:
     if lines[0] == NOWHERE:
         return "no text can go on as it asks; does it refer to itself without an end?"
     if lines[0].startswith(ALIKE):
-        return "several alternatives of a oneOf may be right at once; write anyOf, or make them exclude each other"
+        return (
+            "several alternatives of a oneOf may be right at once, as far as is seen (numbers are not compared); write "
+            "anyOf, or make them exclude each other"
+        )
     return (f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0])[:200]
