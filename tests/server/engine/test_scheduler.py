@@ -405,6 +405,9 @@ def test_who_lacks_slots_alone_holds_none_up_that_need_none(bench: Any, tools: A
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (holds, lacks, again, base, large))
     assert lacks.request.first_token < min(again.request.first_token, large.request.first_token)
     assert b.engine.stats()["preemptions"] == 0
+    largest = b.submit(prompt(6, 76), max_tokens=2)
+    b.settle()
+    assert largest.reason == "length", "what was left to the one that lacked a slot is not kept from others after it"
     b.check_empty()
 
 
@@ -419,6 +422,22 @@ def test_who_lacks_blocks_is_passed_by_none_that_need_no_slot(bench: Any, tools:
     b.engine.step()
     assert lacks.request.state is base.request.state is tools.State.QUEUED
     b.settle()
+    b.check_empty()
+
+
+def test_one_of_the_urgent_that_lacks_blocks_gets_them_beside_one_that_lacks_a_slot(bench: Any, tools: Any) -> None:
+    b = bench(max_slots=1, blocks=24)
+    b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
+    slow = b.submit(prompt(2, 56), max_tokens=8, priority=1)
+    b.engine.step()
+    without_slot = b.submit(prompt(3, 4), mix=tools.mix_of("a2"), max_tokens=2)
+    without_blocks = b.submit(prompt(4, 40), max_tokens=2)
+    for _ in range(3):
+        b.engine.step()
+    assert b.engine.stats()["preemptions"] == 1 and slow.request.state is tools.State.QUEUED
+    assert without_blocks.tokens and without_slot.request.state is tools.State.QUEUED
+    b.settle()
+    assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in (slow, without_slot, without_blocks))
     b.check_empty()
 
 

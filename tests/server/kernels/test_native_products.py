@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from ctypes import CDLL
 
@@ -450,24 +451,31 @@ def test_a_large_input_costs_the_other_quarters_of_its_span_nothing(
     assert (y - exact).norm() < 3e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("width", [192, 1536])
 @pytest.mark.parametrize(("scheme", "group", "double"), [s for s in SCHEMES if s[0] != "none"])
-def test_sums_at_their_limits_hold(scheme: str, group: int, double: bool, library: str) -> None:
+def test_sums_at_their_limits_hold(scheme: str, group: int, double: bool, width: int, library: str) -> None:
     """Rows of the least codes and of the largest, and inputs as large as their quarter's largest, of one sign and of
-    both, where quarters are of one size and where they differ."""
-    kept = stored(scheme, group, double, 49, 192)
+    both, where quarters are of one size and where they differ; many rows at once, and few."""
+    kept = stored(scheme, group, double, 49, width)
     least, most = (-127, 127) if scheme == "int8" else (0, 255)
     kept.tensors["codes"][::3], kept.tensors["codes"][1::3] = least, most
-    size = torch.exp2(-torch.randint(0, 20, (400, 12)).float())
+    quarters = width // 16
+    size = torch.exp2(-torch.randint(0, 20, (400, quarters)).float())
     size[:100], size[100:200] = 1, size[100:200].clamp_min(0.25)
-    size[::2] *= torch.randn(200, 12).sign()
+    size[::2] *= torch.randn(200, quarters).sign()
     x = (size * 127).repeat_interleave(16, 1)
-    x[200:] *= 1 - torch.rand(200, 192) / 2
-    x[5::20] *= 1 - torch.rand(20, 192) / 100
+    x[200:] *= 1 - torch.rand(200, width) / 2
+    x[5::20] *= 1 - torch.rand(20, width) / 100
     weight = dequantize_stored(kept).double()
-    off = (cpu.Native().linear(cpu.Native().pack(kept), x).double() - x.double() @ weight.t()).abs()
+    packed = cpu.Native().pack(kept)
+    y = cpu.Native().linear(packed, x)
+    off = (y.double() - x.double() @ weight.t()).abs()
     assert (off / (x.double().abs() @ weight.abs().t())).max() < (1.6e-2 if scheme == "nf4" else 4e-3) * (
         2 if library == "_native_amx" else 1  # where a row has one unit for all of its quarters
     )
+    for first, rows in itertools.product(range(0, 400, 50), (1, 2, 3)):
+        some = slice(first, first + rows)
+        assert torch.equal(cpu.Native().linear(packed, x[some]), y[some]), (first, rows)
 
 
 def test_a_row_that_is_not_finite_stays_alone(library: str) -> None:
