@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 KERNELS = "server/kernels/cpu"
-_HERE = runpy.run_path(f"{KERNELS}/sources.py")
+_HERE = runpy.run_path(f"{KERNELS}/source_digest.py")
 SOURCES, MACHINES = _HERE["digest"](Path(KERNELS)), _HERE["MACHINES"]
 AVX512 = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"]
 LIBRARIES = {

@@ -14,9 +14,9 @@ from typing import Any
 import safetensors
 import torch
 
-from adapters.durable import replace_file
+from adapters.atomic_files import replace_file
 from adapters.errors import AdapterError, StoreFailed, reason
-from adapters.weights import LoraWeights, LowRank, sealed
+from adapters.weights import LoraWeights, LowRank, with_digest
 
 FILE = "checkpoint.safetensors"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
@@ -103,4 +103,4 @@ def read_adapter(folder: Path, key: str, whole: Path | None = None) -> LoraWeigh
         path: LowRank(found.tensors[f"A {path}"], found.tensors[f"B {path}"], scale)
         for path, scale in found.progress["scales"].items()
     }
-    return sealed(found.progress["name"], modules, found.progress["metadata"])
+    return with_digest(found.progress["name"], modules, found.progress["metadata"])

@@ -17,7 +17,7 @@ import torch
 from adapters import pruning
 from adapters.errors import AdapterError, InvalidChoice
 from adapters.seeds import check_seed
-from adapters.weights import LoraWeights, LowRank, check_weight, counts, sealed
+from adapters.weights import LoraWeights, LowRank, check_weight, is_nonzero, with_digest
 
 Pairs = Sequence[tuple[LoraWeights, float]]
 """Adapters and their weights."""
@@ -65,7 +65,9 @@ def exact(pairs: Pairs, name: str) -> LoraWeights:
         summed[weights.digest] = weights, summed.get(weights.digest, (weights, 0.0))[1] + weight
     modules = {}
     for path in _paths(pairs):
-        present = [(w.modules[path], weight) for w, weight in summed.values() if path in w.modules and counts(weight)]
+        present = [
+            (w.modules[path], weight) for w, weight in summed.values() if path in w.modules and is_nonzero(weight)
+        ]
         if present:
             a = torch.cat([m.A.float() for m, _ in present])
             b = torch.cat([m.B.float() * (m.scale * weight) for m, weight in present], dim=1)
@@ -178,4 +180,4 @@ def _result(pairs: Pairs, name: str, modules: dict[str, LowRank], how: dict[str,
         values = [w.metadata.get(key) for w, _ in pairs]
         if all(v == values[0] for v in values):
             metadata[key] = values[0]
-    return sealed(name, modules, metadata)
+    return with_digest(name, modules, metadata)

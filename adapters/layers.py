@@ -22,7 +22,7 @@ from torch import nn
 
 from adapters import memory, peft_config
 from adapters.errors import AdapterError, BaseMismatch
-from adapters.weights import LoraWeights, LowRank, sealed
+from adapters.weights import LoraWeights, LowRank, with_digest
 
 TRAINED_BYTES = 24
 """Of each parameter, in float32: its value, its gradient, two moments, the best value so far, and what a step or the
@@ -231,7 +231,7 @@ def load(layers: Mapping[str, LoRALinear], weights: LoraWeights) -> None:
 
 def extract(tree: nn.Module, name: str) -> LoraWeights:
     """The factors of a tree's LoRALinears as they are now, copied, float32."""
-    return sealed(name, {path: layer.low_rank() for path, layer in injected(tree).items()})
+    return with_digest(name, {path: layer.low_rank() for path, layer in injected(tree).items()})
 
 
 def eject(tree: nn.Module) -> None:

@@ -20,12 +20,12 @@ import safetensors.torch
 import torch
 
 from adapters import peft_config
-from adapters.durable import replace_file
+from adapters.atomic_files import replace_file
 from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, reason, unreadable
-from adapters.mistaken import COPY_FILES, foreign, leads_out, no_config, no_tensors, not_safetensors
+from adapters.format_hints import COPY_FILES, foreign, leads_out, no_config, no_tensors, not_safetensors
 from adapters.peft_config import LoraConfig
 from adapters.strict_json import once
-from adapters.weights import LoraWeights, LowRank, all_finite, all_finite_in, not_finite, sealed
+from adapters.weights import LoraWeights, LowRank, all_finite, all_finite_in, not_finite, with_digest
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -133,7 +133,7 @@ def _weights(
         "task": None,
         **{key: made.get(key) for key in MADE},
     }
-    return sealed(name, result, metadata)
+    return with_digest(name, result, metadata)
 
 
 def _tensor_limit(shapes: Mapping[str, tuple[int, int]] | None, max_rank: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from adapters.errors import AdapterError
-from adapters.weights import LoraWeights, LowRank, Spectrum, sealed
+from adapters.weights import LoraWeights, LowRank, Spectrum, with_digest
 
 
 @dataclass(frozen=True)
@@ -172,4 +172,4 @@ def _account(
 
 def _result(weights: LoraWeights, left: Mapping[str, LowRank], cut: Cut, name: str | None) -> LoraWeights:
     from_version = weights.version.label
-    return sealed(name or weights.name, left, {**weights.metadata, "pruning": {"of": from_version, **asdict(cut)}})
+    return with_digest(name or weights.name, left, {**weights.metadata, "pruning": {"of": from_version, **asdict(cut)}})

@@ -19,23 +19,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapters.describing import Sight
+from adapters.catalog import Catalog, Rejections, check_name
+from adapters.catalog_state import LIBRARY, WATCH, CatalogState, FolderSignature, ImportedFolder
 from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed, UnknownAdapter
-from adapters.intake import Intake
-from adapters.journal import LIBRARY, WATCH, Journal, Signature, Taken
 from adapters.leases import Lease, Leases
-from adapters.naming import Names, Rejections, check_name
 from adapters.peft_format import read_folder
-from adapters.ports import Description, NoSlots, Observer, Published, Reader, Retired, Slots
-from adapters.ram import Fetched, Ram, loaded
-from adapters.store import Record, Store, carry_over
+from adapters.protocols import Description, NoSlots, Observer, Published, Reader, Retired, Slots
+from adapters.ram_cache import Fetched, RamCache, loaded
+from adapters.schemas import AdapterInfo
+from adapters.store import AdapterStore, VersionRecord, carry_over
+from adapters.validation import Validator
 from adapters.weights import RESERVED, SHORT_DIGEST, Choice, LoraWeights, Mix, Version, canonical_mix
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Descriptions = list[Description]
-Folder = tuple[str, Signature] | None
+Folder = tuple[str, FolderSignature] | None
 """A watched folder's key in the journal, and the state of its files."""
 
 FOLDER_FACTOR = 4
@@ -43,7 +43,7 @@ FOLDER_FACTOR = 4
 
 
 class Registry:
-    """Names, versions and leases over a `Store` and a budget of RAM; thread-safe.
+    """Catalog, versions and leases over a `AdapterStore` and a budget of RAM; thread-safe.
 
     `shapes` are the base's linears by path; stored versions that do not fit them are set aside and listed as rejected.
     `prepare` turns weights into the layout of the kernels. `reserved` are names that nobody may take (the base's own).
@@ -54,7 +54,7 @@ class Registry:
 
     def __init__(
         self,
-        store: Store,
+        store: AdapterStore,
         *,
         shapes: Mapping[str, tuple[int, int]],
         ram_bytes: int,
@@ -74,12 +74,12 @@ class Registry:
         self.bases: Sequence[str] = ()
         self.rejections = Rejections()
         self._store = store
-        self.intake = Intake(store, read, prepare, shapes, max_rank, limit=max(FOLDER_FACTOR * ram_bytes, 1 << 20))
+        self.intake = Validator(store, read, prepare, shapes, max_rank, limit=max(FOLDER_FACTOR * ram_bytes, 1 << 20))
         self._max_mix = max_mix
         self._reserved = RESERVED | set(reserved)
         self._observer = observer or Observer()
         self._lock = threading.Lock()
-        self._names = Names()
+        self._names = Catalog()
         self._leases = Leases()
         self._draining: set[str] = set()
         """No name has them any more, and they leave memory with their last lease."""
@@ -91,7 +91,7 @@ class Registry:
         """Why the last load of a version failed."""
         self._misfits: dict[str, str | None] = {}
         """Why a version cannot be served on this base, or None; of those that have a name."""
-        self._ram = Ram(
+        self._ram = RamCache(
             ram_bytes,
             load=self._load,
             size=store.nbytes,
@@ -169,7 +169,7 @@ class Registry:
         """The adapters that are served, sorted; with `by` those alone that this source has put there."""
         return self._names.served(by)
 
-    def meaning(self) -> Names:
+    def meaning(self) -> Catalog:
         """What all names mean at this moment, as one value."""
         return self._names
 
@@ -302,7 +302,7 @@ class Registry:
 
     # What a watch needs
 
-    def taken_from(self, folder: str) -> Taken | None:
+    def taken_from(self, folder: str) -> ImportedFolder | None:
         """What a folder held when it was last taken in, but for what the store has lost since."""
         taken = self._store.journal.taken.get(folder)
         return None if taken is None or taken.digest in self._store.lost else taken
@@ -341,7 +341,7 @@ class Registry:
             raise AdapterConflict(f"{name!r} is in use by other content; put the new content to replace it", "name")
         journal, dropped = self._store.journal, set[str]()
         if taken is not None:
-            journal = journal.take(taken[0], Taken(digest, taken[1]))
+            journal = journal.take(taken[0], ImportedFolder(digest, taken[1]))
             if source in (WATCH, LIBRARY) and (before := self.taken_from(taken[0])) is not None:
                 if before.digest == digest and not same:
                     self._store.write(journal)
@@ -350,7 +350,7 @@ class Registry:
         if last := self._names.newest.get(name):
             weights = carry_over(weights, self._store.records[last], dropped)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
-        if self._store.adopt(staged, Record.of(weights, time.time())) and same:
+        if self._store.adopt(staged, VersionRecord.of(weights, time.time())) and same:
             self._observer.on_change(name, version)  # whatever becomes of the rest
         journal = journal.point(name, digest, source, time.time(), self._names.kept(name, self.asked_for(name)))
         try:
@@ -385,7 +385,7 @@ class Registry:
         self._names.expect(name, if_match)
         return self._retire(name)
 
-    def _retire(self, name: str, journal: Journal | None = None) -> Retired:
+    def _retire(self, name: str, journal: CatalogState | None = None) -> Retired:
         """`journal` is what is written, if it is not to be without the name."""
         if name not in self._names.histories and name not in self._names.aside:
             raise self._names.unknown(name)
@@ -425,10 +425,10 @@ class Registry:
         with self._lock:
             self._pins.pop(name, None)
 
-    def _serve(self, journal: Journal) -> None:
+    def _serve(self, journal: CatalogState) -> None:
         """Make what was written true for everybody: one switch of all names, then whatever follows from it."""
         self._misfits = self.intake.misfits(journal.referenced(), self._misfits)
-        names = Names.of(journal, self._store.lost, self._misfits.get, self._reserved)
+        names = Catalog.of(journal, self._store.lost, self._misfits.get, self._reserved)
         with self._lock:
             before, after = self._names.current, names.current
             self._names = names
@@ -546,14 +546,14 @@ class Registry:
     def _pinned_digests(self, besides: str | None = None) -> set[str]:
         return {self._names.current[name] for name in self._pins if name != besides and name in self._names.current}
 
-    def _look(self, name: str) -> Sight:
+    def _look(self, name: str) -> AdapterInfo:
         """What is known of one adapter at one moment. With the lock."""
         history = self._names.histories[name]
         records = tuple(self._store.records[digest] for digest in history)
         pinned = (entry := self._store.journal.names.get(name)) is not None and entry.pinned
-        return Sight(name, records, self._leases.of(name), pinned, self._failures.get(history[0]))
+        return AdapterInfo(name, records, self._leases.of(name), pinned, self._failures.get(history[0]))
 
-    def _summary(self, sight: Sight) -> Description:
+    def _summary(self, sight: AdapterInfo) -> Description:
         digest = sight.records[0].digest
         return sight.summary(
             nbytes=self._ram.size(digest),

@@ -1,4 +1,4 @@
-"""`Store`: our own copy of every version on disk, and the journal that says which names they have.
+"""`AdapterStore`: our own copy of every version on disk, and the journal that says which names they have.
 
 Owns the folder layout, the order of its writes, and what is freed. Does not know how an adapter is read or computed,
 nor who uses a version: it moves files, and is told digests and what a record says. Not thread-safe for writes; the
@@ -34,10 +34,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adapters.durable import known_fields, sync_folder, write_file
+from adapters.atomic_files import known_fields, sync_folder, write_file
+from adapters.catalog import ANOTHER_BASE
+from adapters.catalog_state import CatalogState
 from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, reason
-from adapters.journal import Journal
-from adapters.naming import ANOTHER_BASE
 from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE, open_inside
 from adapters.weights import SHORT_DIGEST, LoraWeights
 
@@ -64,7 +64,7 @@ def _unknown(modules: Modules) -> None:
 
 
 @dataclass(frozen=True)
-class Record:
+class VersionRecord:
     """What is told about a version without reading its tensors.
 
     `metadata` is what was told of it last; `told` is what was told under each name, its task and card among it.
@@ -78,11 +78,11 @@ class Record:
     told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @staticmethod
-    def of(weights: LoraWeights, created_at: float) -> Record:
+    def of(weights: LoraWeights, created_at: float) -> VersionRecord:
         """The record of `weights`, at the size that they have now."""
         modules = {path: (m.rank, *m.shape) for path, m in weights.modules.items()}
         metadata = dict(weights.metadata)
-        return Record(weights.digest, weights.nbytes, modules, metadata, created_at, {weights.name: metadata})
+        return VersionRecord(weights.digest, weights.nbytes, modules, metadata, created_at, {weights.name: metadata})
 
     def metadata_of(self, name: str) -> Mapping[str, Any]:
         """What was told of the version under this name."""
@@ -109,7 +109,7 @@ class Record:
         return f"its rank {most} is over the limit of {max_rank} (--max-rank)" if most > max_rank else None
 
 
-def carry_over(weights: LoraWeights, before: Record, dropped: Collection[str]) -> LoraWeights:
+def carry_over(weights: LoraWeights, before: VersionRecord, dropped: Collection[str]) -> LoraWeights:
     """`weights` with the task and the card that they do not bring as `before`, the version that their name has, told
     them; files that were `dropped` take theirs along.
 
@@ -177,7 +177,7 @@ class Disk:
             path.unlink(missing_ok=True)
 
 
-class Store:
+class AdapterStore:
     """The versions and names under one folder, which this process alone may hold open.
 
     `lost` says of each version that the journal names and the disk does not give back why that is. Every method that
@@ -197,7 +197,7 @@ class Store:
         self._unnamed = root / "unnamed"
         self._names = root / "names.json"
         self._lock: int | None = None
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, VersionRecord] = {}
         self.lost: dict[str, str] = {}
         self.damaged: set[str] = set()
         """Versions whose files were found changed; `adopt` replaces them."""
@@ -266,7 +266,7 @@ class Store:
                     raise InvalidAdapter(f"{name} has changed while it was copied; try again once it is written", name)
             yield staged
 
-    def adopt(self, staged: Path, record: Record) -> bool:
+    def adopt(self, staged: Path, record: VersionRecord) -> bool:
         """Take a staged copy, found to be `record.digest`, as that version.
 
         If the version is here already, only what is told of it is renewed, since equal digests mean equal content; if
@@ -297,7 +297,7 @@ class Store:
         before, after = ({n: r.metadata_of(n) for n in record.told} for r in (known, record))
         return json.dumps(before) != json.dumps(after)
 
-    def write(self, journal: Journal) -> None:
+    def write(self, journal: CatalogState) -> None:
         """Make `journal` the one that is found after a crash."""
         fresh = self._names.with_suffix(".new")
         with _told("write the names"):
@@ -358,7 +358,7 @@ class Store:
         text = os.pread(self._lock, 32, 0)
         return int(text) if text.isdigit() else 0
 
-    def _read_journal(self) -> tuple[Journal, float]:
+    def _read_journal(self) -> tuple[CatalogState, float]:
         """The names, and since when others may have been given that are lost: never, if this is the file that was
         written last."""
         self._writes = noted = self._noted()
@@ -368,13 +368,13 @@ class Store:
         except FileNotFoundError:
             if not any(self._versions.iterdir()):
                 with suppress(StoreFailed):  # a disk that refuses is told of with the first version
-                    self.write(Journal())  # from that on, a file that is not there has been taken away
-            return Journal(), -math.inf
+                    self.write(CatalogState())  # from that on, a file that is not there has been taken away
+            return CatalogState(), -math.inf
         try:
             content = json.loads(text)
             written = float(content.get(WRITTEN, changed))
             writes = int(content.get(WRITES, 0))
-            journal = Journal.from_json(content)
+            journal = CatalogState.from_json(content)
             self._writes = max(writes, noted)
             if writes < noted:  # a copy, whatever the clock was when it was made and when versions were
                 return journal, -math.inf
@@ -433,13 +433,13 @@ class Store:
                 self.lost[digest] += "; publish it again, or roll back to another"
                 log.error("%s", self.lost[digest])
 
-    def _read_record(self, digest: str) -> Record:
+    def _read_record(self, digest: str) -> VersionRecord:
         folder = self.path(digest)
         for name in REQUIRED:
             (folder / name).stat()
         fields = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         modules = {path: (int(r), int(o), int(i)) for path, (r, o, i) in fields.pop("modules").items()}
-        record = Record(modules=modules, **known_fields(Record, fields))
+        record = VersionRecord(modules=modules, **known_fields(VersionRecord, fields))
         if record.digest != digest:
             raise ValueError("it is another version's")
         told = (record.metadata, *record.told.values())

@@ -42,7 +42,7 @@ class LowRank(NamedTuple):
     """One module's update, `scale * B @ A`: A is [rank, in], B is [out, rank], scale is alpha/r or alpha/sqrt(r).
 
     A backend may keep codes instead, both as it lays them out, of a module that is `coded` (out, in). What the product
-    of a rank's two counts in is in `units` then, float32 [rank].
+    of a rank's two is_nonzero in is in `units` then, float32 [rank].
     """
 
     A: torch.Tensor
@@ -115,7 +115,7 @@ class LoraWeights:
     digest: str
     modules: Mapping[str, LowRank]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    places: object = None
+    layout: object = None
 
     @property
     def version(self) -> Version:
@@ -217,7 +217,7 @@ def digest_of(modules: Mapping[str, LowRank]) -> str:
     return content_digest({"scale": {path: float(np.float32(m.scale)) for path, m in modules.items()}}, tensors)
 
 
-def sealed(name: str, modules: Mapping[str, LowRank], metadata: Mapping[str, Any] | None = None) -> LoraWeights:
+def with_digest(name: str, modules: Mapping[str, LowRank], metadata: Mapping[str, Any] | None = None) -> LoraWeights:
     """`LoraWeights` of new content: the digest is computed, the modules are sorted by path."""
     ordered = dict(sorted(modules.items()))
     return LoraWeights(name, digest_of(ordered), ordered, dict(metadata or {}))
@@ -244,7 +244,7 @@ class Mix:
         return tuple(digest for digest, _ in self.entries)
 
 
-BASE_ALONE = Mix()
+BASE_MIX = Mix()
 
 
 def check_weight(weight: float, param: str = "adapters") -> float:
@@ -255,7 +255,7 @@ def check_weight(weight: float, param: str = "adapters") -> float:
     return float(np.float32(weight))
 
 
-def counts(weight: float) -> bool:
+def is_nonzero(weight: float) -> bool:
     """Whether a weight is another one than zero once it is rounded to float32."""
     return bool(np.float32(weight))
 

@@ -24,11 +24,11 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.serving import MODELS, serving
+from benchmarks.client import Outcome, closed_loop, open_loop, timed
+from benchmarks.embedded_server import MODELS, serving
 from benchmarks.soak import SHAPES
-from server.bench.client import Outcome, closed_loop, open_loop, timed
-from server.bench.synthetic import write_adapter
-from server.bench.workloads import Arrival
+from benchmarks.synthetic import write_adapter
+from benchmarks.workloads import Arrival
 
 SMALL, LARGE = 0, 1
 TASKS = ("small", "large")

@@ -54,13 +54,13 @@ except ImportError:  # it is not installed, or older than what brought this
 
     sys.exit(f"the kernels are written in Triton, 3.5 or newer: {to_install('cuda')}")
 
-from adapters.durable import replace_file
+from adapters.atomic_files import replace_file
 from adapters.weights import LoraWeights
 from benchmarks import gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_peers, gpu_products
 from benchmarks.gpu_base import Kind, RandomBase, random_adapters, random_base
 from benchmarks.shapes import QWEN_7B
+from server.engine.backends.cuda.runner import CudaRunner, gpu_memory
 from server.engine.batch import Batch, SlotWeights
-from server.engine.cuda_runner import CudaRunner, gpu_memory
 from server.kernels.cuda import Cuda, unavailable
 from server.kernels.cuda.launch import options
 from server.kernels.lora import SITES

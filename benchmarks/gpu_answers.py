@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from server.engine.backends.cuda.runner import CudaRunner, gpu_memory
+from server.engine.backends.protocol import TorchRunner
 from server.engine.batch import Batch
-from server.engine.cuda_runner import CudaRunner, gpu_memory
-from server.engine.runner import TorchRunner
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.kernels.cuda import Cuda
 from server.kernels.reference import Reference
 from server.kernels.threads import processors
@@ -76,7 +76,7 @@ def answers(bench: Any) -> None:
         folder = _joined(bench.folders, Path(place) / "base")
         ours: Base = load_base(folder, name="base", backend=Cuda(bench.backend.dtype))
         exact = _dequantized(load_base(folder, name="base", backend=Reference()))
-    text = Text(ours.vocabulary)
+    text = ModelTokenizer(ours.vocabulary)
     prompts = [text.encode(form.format(subject)) for form in FORMS for subject in SUBJECTS]
     prompts = prompts[:1] if bench.check else prompts
     rows, count = min(len(prompts), ROWS), 3 if bench.check else TOKENS

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from adapters.weights import LoraWeights, LowRank
 from server.kernels.cuda import Cuda, packing
 from server.kernels.lora import SITES
-from server.kernels.stored import stored_parts
+from server.kernels.packed_format import stored_parts
 from server.kernels.threads import processors
 from server.kernels.weight import STORED, Weight
 from server.model.config import ModelConfig

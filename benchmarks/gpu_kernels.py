@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_ceilings, gpu_products
-from server.engine.cuda_batch import describe
-from server.kernels.cuda import attention, finish, lora, products, sampling
-from server.kernels.cuda.products import FEW_ROWS
-from server.model.on_device import GATE_UP, QKV
+from server.engine.backends.cuda.batch import describe
+from server.engine.backends.cuda.device_model import GATE_UP, QKV
+from server.kernels.cuda import attention, epilogue, lora, matmul, sampling
+from server.kernels.cuda.matmul import FEW_ROWS
 
 
 def kernels(bench: Any) -> None:
@@ -36,12 +36,12 @@ def kernels(bench: Any) -> None:
 @contextmanager
 def _dense_from(rows: int) -> Iterator[None]:
     """Products dequantize their matrix from so many rows on."""
-    before = products.DENSE_ROWS
-    products.DENSE_ROWS = rows
+    before = matmul.DENSE_ROWS
+    matmul.DENSE_ROWS = rows
     try:
         yield
     finally:
-        products.DENSE_ROWS = before
+        matmul.DENSE_ROWS = before
 
 
 def _tell_product(bench: Any, name: str, matrix: Any, m: int, cold: torch.Tensor) -> float:
@@ -96,12 +96,12 @@ def _adapter_calls(model: Any, step: Any, pool: lora.Pool, n: int, rank: int) ->
         if site == QKV:
             out = model._new(n, matrix.rows, dtype=model.dtype)
             whole = (sums, layer.biases[0], out, slices, step.lanes, pool, site, shrunk)
-            yield f"ending of {name}", lambda a=whole: finish.finish(*a), outputs
+            yield f"ending of {name}", lambda a=whole: epilogue.finish(*a), outputs
         else:
             hidden, group = model._new(n, matrix.rows // 2, dtype=model.dtype), layer.down.group
             group_sums = model._new(n, matrix.rows // 2 // group)
             gated = (sums, layer.biases[2], hidden, group_sums, group, step.lanes, pool, site, shrunk)
-            yield f"SwiGLU of {name}", lambda a=gated: finish.finish_swiglu(*a), outputs
+            yield f"SwiGLU of {name}", lambda a=gated: epilogue.finish_swiglu(*a), outputs
 
 
 def _other_calls(bench: Any, step: Any, n: int) -> Iterator[Call]:

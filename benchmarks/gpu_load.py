@@ -12,11 +12,11 @@ import numpy as np
 
 from adapters.weights import LoraWeights, Mix
 from benchmarks.gpu_base import Kind, vocabulary_of
-from server.engine.cuda_runner import SLOTS
+from server.engine.adapter_slots import SlotRoom
+from server.engine.backends.cuda.runner import SLOTS
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling
-from server.engine.slots import Room
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 
 RESIDENT = 64
 """Adapters that the cliff has room for: twice a batch, and few enough that asking for several times as many takes less
@@ -83,7 +83,7 @@ def cliff(bench: Any) -> None:
     whole = bench.runner.room
     cost = whole.cost(bench.adapters(bench.kinds[0])[0])
     resident = max(1, min(2 if bench.check else RESIDENT, whole.nbytes // cost))
-    room = Room(resident * cost, whole.cost)
+    room = SlotRoom(resident * cost, whole.cost)
     shares = (1.0, 1.5) if bench.check else SHARES
     counts = sorted({max(1, int(resident * share)) for share in shares})
     kept = _Kept(bench, max(counts), bench.kinds[0])
@@ -206,7 +206,7 @@ class Run(NamedTuple):
     evictions: int
 
 
-def _run(bench: Any, kept: _Kept, room: Room, warming: list[int], asked: list[int]) -> Run:
+def _run(bench: Any, kept: _Kept, room: SlotRoom, warming: list[int], asked: list[int]) -> Run:
     """Answers to requests on the adapters `asked` for, by number, that all wait from the start.
 
     Those on `warming` are answered before, untimed: the graphs of their adapters' widths are made then, and as many of
@@ -216,7 +216,7 @@ def _run(bench: Any, kept: _Kept, room: Room, warming: list[int], asked: list[in
     engine = OverlappedEngine(
         bench.runner,
         fetch=kept.fetch,
-        text=Text(vocabulary_of(config.vocab_size)),
+        text=ModelTokenizer(vocabulary_of(config.vocab_size)),
         eos_ids=frozenset({0}),
         vocab_size=config.vocab_size,
         context_length=64 if bench.check else 2048,

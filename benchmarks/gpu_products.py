@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from adapters.weights import LowRank
+from server.engine.backends.cuda.batch import describe
+from server.engine.backends.cuda.device_model import QKV
 from server.engine.batch import Batch
-from server.engine.cuda_batch import describe
-from server.kernels.cuda import attention, finish, lora, packing, products
-from server.kernels.cuda.products import Matrix, Tiling
+from server.kernels.cuda import attention, epilogue, lora, matmul, packing
+from server.kernels.cuda.matmul import Matrix, Tiling
 from server.kernels.lora import SITES, SlotWeights
-from server.model.on_device import QKV
 
 BOUND = 0.005
 """The most that a relative error may be. Rounding one side of a product to bf16 makes 0.0017 of it, and weights of
@@ -116,7 +116,7 @@ def operands(bench: Any, matrix: Matrix, m: int) -> tuple[torch.Tensor, torch.Te
     """What `matrix.multiply` takes for `m` random rows."""
     x = torch.randn(m, matrix.width, device=bench.device).to(bench.backend.dtype)
     sums = torch.empty(m, matrix.width // matrix.group, device=bench.device)
-    products.group_sums(x, matrix.group, sums)
+    matmul.group_sums(x, matrix.group, sums)
     how = matrix.tiling(m)
     return x, sums, torch.full((how.splits, m, matrix.rows), math.nan, device=bench.device), how
 
@@ -149,7 +149,7 @@ def _update(bench: Any, batch: Batch, slots: list[int]) -> tuple[Callable[[], to
         shrunk = model._new(splits, len(slices), len(slots), step.lanes.width)
         lora.shrink(x, pool, step.lanes, QKV, len(slices), shrunk)
         out: torch.Tensor = model._new(len(slots), matrix.rows).fill_(math.nan)
-        finish.finish(sums, None, out, slices, step.lanes, pool, QKV, shrunk)
+        epilogue.finish(sums, None, out, slices, step.lanes, pool, QKV, shrunk)
         return out
 
     exact = torch.zeros(len(slots), matrix.rows, device=bench.device)

@@ -25,7 +25,7 @@ from typing import Any
 from adapters import memory
 from adapters.layers import LoraSpec, trainable_parameters
 from benchmarks.shapes import LLAMA_7B, QWEN_7B
-from server.kernels.stored import stored_parts
+from server.kernels.packed_format import stored_parts
 from server.model.config import ModelConfig, from_hf
 from server.model.quantization import TABLE_GROUP
 
@@ -112,7 +112,7 @@ def measure(folder: Path, method: str, rank: int) -> dict[str, Any]:
     from adapters.data import Example, Tokens
     from adapters.training import TrainingConfig, train, train_dense
     from benchmarks.large_base import sampled_peak
-    from server.jobs.trainable import Trainable
+    from server.jobs.trainable_model import TrainableModel
     from server.kernels import choose
     from server.model.loader import load_base
 
@@ -131,7 +131,7 @@ def measure(folder: Path, method: str, rank: int) -> dict[str, Any]:
             table_bits=8 if scheme == "int4" else 16,
             cache_dir=None,
         )
-        model = Trainable(base, "bfloat16", kept=sys.maxsize if method == "full" else 0)
+        model = TrainableModel(base, "bfloat16", kept=sys.maxsize if method == "full" else 0)
         ids = tuple(torch.randint(0, base.config.vocab_size, (64,), generator=draw).tolist())
         data = Tokens((Example(ids, (False, *(True,) * 63)),))
         config = TrainingConfig(

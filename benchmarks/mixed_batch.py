@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from adapters.peft_format import save
-from adapters.weights import LowRank, sealed
-from server.bench.inprocess import InProcess
+from adapters.weights import LowRank, with_digest
+from benchmarks.local_engine import LocalEngine
 from server.kernels import choose
 from server.model.config import to_hf
 from server.model.loader import Base, load_base
@@ -50,7 +50,7 @@ def write_adapters(base: Base, folder: Path, count: int) -> list[Path]:
             if path.endswith(TARGETS)
         }
         paths.append(folder / f"a{i}")
-        save(sealed(f"a{i}", modules), paths[-1], dtype=torch.bfloat16, shapes=base.shapes())
+        save(with_digest(f"a{i}", modules), paths[-1], dtype=torch.bfloat16, shapes=base.shapes())
     return paths
 
 
@@ -75,7 +75,7 @@ def serve_ours(pipe: Connection, args: argparse.Namespace, paths: list[Path]) ->
     base = load_base(args.base, name="base", backend=choose(args.kernels))
     prompts = prompts_of(args, base.config.vocab_size).tolist()
     every_prompt = args.requests * args.prompt
-    with InProcess(base, paths, threads=args.threads, max_batch=args.requests, max_step_tokens=every_prompt) as ours:
+    with LocalEngine(base, paths, threads=args.threads, max_batch=args.requests, max_step_tokens=every_prompt) as ours:
         mixes = [ours.mix([(i, 1.0)]) for i in range(args.requests)]
         for tokens in iter(pipe.recv, None):
             pipe.send(ours.rates(prompts, mixes, tokens))

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from server.engine.backends.protocol import Runner, make_runner
 from server.engine.batch import Batch
-from server.engine.runner import Runner, make_runner
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.kernels import choose
 from server.model.loader import load_base
 
@@ -59,7 +59,7 @@ def perplexities(gguf: Path, data: Path, windows: int | None, length: int) -> di
     with tempfile.TemporaryDirectory() as cache:
         for kernels in ("native", "reference"):
             base = load_base(gguf, name="base", backend=choose(kernels), cache_dir=Path(cache))
-            ids = Text(base.vocabulary).encode("\n\n".join(inputs))
+            ids = ModelTokenizer(base.vocabulary).encode("\n\n".join(inputs))
             pieces = [ids[i * length : (i + 1) * length] for i in range(len(ids) // length)][:windows]
             if not pieces:
                 raise ValueError(f"{data} has {len(ids)} tokens, which is less than a window of {length} (--length)")

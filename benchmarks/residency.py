@@ -37,9 +37,9 @@ import aiohttp
 import httpx
 import numpy as np
 
-from benchmarks.serving import MODELS, Server, command, free_port, running, serving
-from server.bench import machine
-from server.bench.synthetic import write_adapter
+from benchmarks import machine
+from benchmarks.embedded_server import MODELS, ServerProcess, command, free_port, running, serving
+from benchmarks.synthetic import write_adapter
 from server.kernels import choose
 from server.model.loader import load_base
 
@@ -49,7 +49,7 @@ TAKEN_IN_SECONDS = 300
 PROMPT = list(range(1000, 1016))
 IMPORTED = """
 import server.app, server.cli.serve, uvicorn, uvicorn.protocols.http.auto, uvicorn.loops.auto, torch
-import server.engine.native_runner, server.sources, server.model.loader
+import server.engine.backends.cpu.runner, server.sources, server.model.loader
 from server.kernels.cpu.bindings import library
 library()
 print(int(open("/proc/self/statm").read().split()[1]) * __import__("os").sysconf("SC_PAGE_SIZE"))
@@ -100,7 +100,7 @@ async def ask_all(http: aiohttp.ClientSession, names: list[str], times: list[flo
     return found
 
 
-async def places(server: Server, names: list[str], beside: bool) -> dict[str, Any]:
+async def places(server: ServerProcess, names: list[str], beside: bool) -> dict[str, Any]:
     """Both places, with a stream beside them or alone. Raises RuntimeError where `names` are not on disk before, or are
     not read as often as they should be."""
     timeout = aiohttp.ClientTimeout(total=600)
@@ -141,14 +141,14 @@ async def loads_of(http: aiohttp.ClientSession) -> int:
     return int(float(next(line.split()[-1] for line in lines if line.startswith("loramux_adapter_load_seconds_count"))))
 
 
-def bytes_read(server: Server) -> int:
+def bytes_read(server: ServerProcess) -> int:
     """Bytes that the server's process has had the system read from a disk; those from its cache do not count."""
     lines = Path(f"/proc/{server.process.pid}/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes:")))
 
 
 @contextlib.contextmanager
-def serving_again(state: Path, *flags: str) -> Iterator[Server]:
+def serving_again(state: Path, *flags: str) -> Iterator[ServerProcess]:
     """A server on a state that another has left."""
     port = free_port()
     with running(command(port, state, *flags), port, "/health/ready", state / "again.log") as server:
@@ -167,7 +167,7 @@ def take_in(state: Path, models: Path, names: list[str], own: int, *flags: str) 
         return memory(server, own)
 
 
-def memory(server: Server, own: int) -> dict[str, float]:
+def memory(server: ServerProcess, own: int) -> dict[str, float]:
     """Megabytes resident, of which interpreter and libraries, accounted, and the ratio."""
     stats = httpx.get(f"{server.url}/stats").json()["memory"]
     accounted = sum(size for kind, size in stats.items() if kind != "process")

@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks.serving import MODELS, Server, serving
+from benchmarks.embedded_server import MODELS, ServerProcess, serving
 
 PAIRS = 200
 PROMPT = "Once upon a time, in a town by the sea, there was a"
@@ -95,7 +95,7 @@ async def stretch(http: aiohttp.ClientSession, given: Given, scraped: bool, into
     into.rates.append(sum(found) / seconds)
 
 
-async def measure(server: Server, given: Given) -> dict[str, Any]:
+async def measure(server: ServerProcess, given: Given) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(server.url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
         await make_pairs(http, PAIRS)

@@ -35,9 +35,9 @@ import numpy as np
 
 from adapters.peft_format import read_folder
 from benchmarks.counted import TOLD
+from benchmarks.embedded_server import REPO, ServerProcess, serving
 from benchmarks.pauses import BEAT, Clock
-from benchmarks.serving import REPO, Server, serving
-from server.bench.synthetic import write_adapter
+from benchmarks.synthetic import write_adapter
 from server.kernels import choose
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -116,7 +116,7 @@ MALFORMED: tuple[tuple[str, Any, int], ...] = (
 class Soak:
     """One run: its dice, its clients, and all that they saw."""
 
-    def __init__(self, server: Server, contents: dict[str, list[Path]], kv_cache: int, seed: int = 1) -> None:
+    def __init__(self, server: ServerProcess, contents: dict[str, list[Path]], kv_cache: int, seed: int = 1) -> None:
         self.server, self.contents, self.kv_cache, self.dice = server, contents, kv_cache, random.Random(seed)
         self.report = Report()
         self.clock = Clock()
@@ -392,7 +392,7 @@ class Soak:
             self.problem(f"memory grows by {self.report.megabytes_an_hour:.1f} MB an hour")
         self.report.distinct = len(self.seen)
 
-    def solo(self, server: Server, most: int) -> None:
+    def solo(self, server: ServerProcess, most: int) -> None:
         """Ask for each distinct answer again, alone, and compare; for `most` of them, drawn, if there are more."""
         asked = self.dice.sample(sorted(self.seen.items(), key=repr), min(most, len(self.seen)))
         self.report.alone = len(asked)

@@ -22,15 +22,15 @@ from adapters.weights import LoraWeights, Mix
 from server.engine.batch import Batch, Logits
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
-from server.engine.sampler import Draw
-from server.engine.text import Text
+from server.engine.sampler import DeviceSampler
+from server.engine.tokenizer import ModelTokenizer
 from server.model.vocabulary import Vocabulary
 
 
 class PreparedRunner:
     """Answers rows of one random matrix."""
 
-    draw: Draw | None = None
+    draw: DeviceSampler | None = None
 
     def __init__(self, vocab: int, rows: int, seconds: float) -> None:
         self._logits = Logits(torch.randn(rows, vocab))
@@ -58,13 +58,13 @@ class PreparedRunner:
         return {}
 
 
-def byte_text() -> Text:
+def byte_text() -> ModelTokenizer:
     """A vocabulary of the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return Text(Vocabulary(tokenizer, None, frozenset({0}), None, {}, False, 0))
+    return ModelTokenizer(Vocabulary(tokenizer, None, frozenset({0}), None, {}, False, 0))
 
 
 def fetch(mix: Mix) -> Future[tuple[LoraWeights, ...]]:

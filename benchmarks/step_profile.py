@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from adapters.weights import Mix
-from server.bench.inprocess import GREEDY, InProcess
-from server.bench.synthetic import write_adapter
-from server.engine.native_runner import NativeRunner
+from benchmarks.local_engine import GREEDY, LocalEngine
+from benchmarks.synthetic import write_adapter
+from server.engine.backends.cpu.runner import NativeRunner
 from server.engine.request import Sampling
 from server.kernels import choose
 from server.model.loader import load_base
@@ -67,7 +67,7 @@ class Outside:
 
 
 def decoding(
-    engine: InProcess,
+    engine: LocalEngine,
     runner: NativeRunner,
     outside: Outside,
     prompts: Sequence[Sequence[int]],
@@ -115,7 +115,7 @@ def main() -> None:
         ]
         prompts = np.random.RandomState(3).randint(100, 40_000, (given.requests, PROMPT)).tolist()
         every_prompt = given.requests * PROMPT
-        with InProcess(
+        with LocalEngine(
             base, adapters, threads=THREADS, max_batch=given.requests, max_step_tokens=every_prompt
         ) as engine:
             runner = engine.runner

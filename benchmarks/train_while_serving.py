@@ -32,7 +32,7 @@ import aiohttp
 import numpy as np
 import psutil
 
-from benchmarks.serving import MODELS, Server, serving
+from benchmarks.embedded_server import MODELS, ServerProcess, serving
 
 WORDS = "the sea was calm and a boat went out to where the old light had been seen by all who came home late".split()
 PROMPT_WORDS, TOKENS = 48, 48
@@ -188,7 +188,7 @@ def taken(process: int) -> float:
     return float(times.user + times.system)
 
 
-async def during(http: aiohttp.ClientSession, server: Server, id: str, what: Sending, other: float) -> Stretch:
+async def during(http: aiohttp.ClientSession, server: ServerProcess, id: str, what: Sending, other: float) -> Stretch:
     """What `what` has seen, with the tokens that the job has trained on meanwhile, by whole steps.
 
     Of stretches that are measured again only the requests are counted, and those that failed.
@@ -213,7 +213,7 @@ async def nothing(seconds: float) -> Stretch:
     return Stretch()
 
 
-async def measure(server: Server, given: argparse.Namespace) -> dict[str, Any]:
+async def measure(server: ServerProcess, given: argparse.Namespace) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(server.url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
         async with http.get("/stats") as got:

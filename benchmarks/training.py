@@ -26,9 +26,9 @@ import torch
 from adapters import data, memory
 from adapters.data import Example
 from adapters.training import Event, TrainingConfig, train, train_dense
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.jobs.encoding import Template, encoder
-from server.jobs.trainable import Trainable
+from server.jobs.trainable_model import TrainableModel
 from server.kernels import choose
 from server.model.loader import Base, load_base
 from server.settings import keep_few_kernels
@@ -77,7 +77,7 @@ def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
         import peft as _peft  # noqa: F401  # its imports are not its footprint
         import transformers  # noqa: F401
     base = load_base(args.base, name="base", backend=choose("reference"), cache_dir=None)
-    text = Text(base.vocabulary)
+    text = ModelTokenizer(base.vocabulary)
     template = Template.of(json.loads(args.task.read_text()))
     size = int(who.rsplit("-", 1)[1]) if peft else 16
     count = (WARM + args.steps) * size
@@ -86,7 +86,7 @@ def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
         return theirs(base, list(tokens.examples), size, getattr(torch, who.split("-")[1]), args.steps)
     watch = memory.Watch()
     # The base was mapped before the watch began: its bytes are counted, all of them.
-    model = Trainable(base, share_prefix=who != "ours-unshared")
+    model = TrainableModel(base, share_prefix=who != "ours-unshared")
     held = sum(w.nbytes for w in base.weights.values())
     events: list[Event] = []
     keep_few_kernels()

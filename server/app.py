@@ -22,7 +22,7 @@ from server.api import (
     fine_tuning,
     generate,
     jobs,
-    limits,
+    middleware,
     monitoring,
     openai,
     openapi,
@@ -30,11 +30,11 @@ from server.api import (
     tasks,
     vllm,
 )
-from server.api.assembly import Find, House, assemble
-from server.api.runtime import Runtime
+from server.api.startup import Find, RunningServer, load_and_build
+from server.api.state import ServerState
 from server.settings import Settings
 from server.sources import resolve_model
-from server.tasks.mailbox import Mailbox
+from server.tasks.delivery import EventLoopDelivery
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def create_app(
     `on_failure` hears of a model or a setting that cannot be served; the application then stays unready. `find` brings
     the base, from wherever it is, on the thread that loads it. Raises BadSetting for keys that cannot be read.
     """
-    runtime = Runtime(settings)
+    runtime = ServerState(settings)
     runtime.metrics.snapshot = lambda: monitoring.snapshot(runtime)
 
     @asynccontextmanager
@@ -74,10 +74,12 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(limits.Boundary, unread=runtime.unread, closes=runtime.closes, access_log=settings.access_log),
-            Middleware(auth.Gate, keys=runtime.keys, hosts=auth.known_hosts(settings)),
             Middleware(
-                limits.BodyLimit,
+                middleware.RequestBoundary, unread=runtime.unread, closes=runtime.closes, access_log=settings.access_log
+            ),
+            Middleware(auth.AuthMiddleware, keys=runtime.keys, hosts=auth.known_hosts(settings)),
+            Middleware(
+                middleware.BodyLimit,
                 max_body=settings.max_body,
                 max_upload=settings.max_upload,
                 body_time=settings.body_time,
@@ -93,11 +95,11 @@ def create_app(
     return app
 
 
-async def _load(runtime: Runtime, on_failure: Callable[[Exception], None], find: Find) -> None:
+async def _load(runtime: ServerState, on_failure: Callable[[Exception], None], find: Find) -> None:
     """Build all parts on a thread, then open the doors."""
-    mailbox = Mailbox(asyncio.get_running_loop())
+    mailbox = EventLoopDelivery(asyncio.get_running_loop())
     try:
-        house: House = await asyncio.to_thread(assemble, runtime.settings, runtime.metrics, mailbox, find)
+        house: RunningServer = await asyncio.to_thread(load_and_build, runtime.settings, runtime.metrics, mailbox, find)
     except asyncio.CancelledError:
         raise
     except BaseException as failure:  # a panic of a library is no Exception, and the start would hang
@@ -112,7 +114,7 @@ async def _load(runtime: Runtime, on_failure: Callable[[Exception], None], find:
     log.info("ready: %s", house.parts.model.name)
 
 
-async def _leave(runtime: Runtime, loading: asyncio.Task[None]) -> None:
+async def _leave(runtime: ServerState, loading: asyncio.Task[None]) -> None:
     """Let what runs finish, for what is left of the time that the settings give it, then stop."""
     await asyncio.gather(loading, return_exceptions=True)
     runtime.drain()

@@ -31,18 +31,18 @@ ONLY_IN = {
     "starlette": {"server.api", "server.app"},
     "pydantic": {"server.api", "server.app", "server.settings"},
     "uvicorn": {"server.cli"},
-    "typer": {"server.cli", "server.bench.command", "server.bench.asking", "server.bench.options"},
+    "typer": {"server.cli", "benchmarks.command", "benchmarks.online", "benchmarks.options"},
     "triton": {"server.kernels.cuda"},
     "huggingface_hub": {"server.sources.hub"},
     "fsspec": {"server.sources.urls"},
-    "transformers": {"server.bench.peers"},
-    "peft": {"server.bench.peers"},
+    "transformers": {"benchmarks.peers"},
+    "peft": {"benchmarks.peers"},
 }
 
 MAX_MODULE, MAX_KERNEL, MAX_FUNCTION = 400, 600, 80
 LARGER: dict[str, str] = {}
 """Modules over the limit, each with its reason."""
-ON_GPUS = ("server.kernels.cuda.", "server.model.on_device", "server.engine.cuda_")
+ON_GPUS = ("server.kernels.cuda.", "server.engine.backends.cuda.device_model", "server.engine.cuda_")
 """Modules over Triton, which are imported where a GPU is used."""
 APART = "server/bench/peers/"
 """Scripts that run inside other servers' environments: not imported by any part, and not importable here."""
@@ -92,7 +92,7 @@ def imports(name: str, path: Path) -> Iterator[tuple[str, int]]:
 
 
 def part(name: str) -> str:
-    """The part of the server that a module belongs to: `server.engine.slots` -> `engine`."""
+    """The part of the server that a module belongs to: `server.engine.adapter_slots` -> `engine`."""
     return name.split(".")[1] if "." in name else ""
 
 
@@ -167,7 +167,7 @@ def test_the_environment_is_read_in_settings_alone() -> None:
         if name == "server.settings":
             continue
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.keyword) and node.arg == "envvar" and name != "server.bench.asking":
+            if isinstance(node, ast.keyword) and node.arg == "envvar" and name != "benchmarks.online":
                 wrong.append(f"{name}:{node.value.lineno}")
             reads = isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv", "putenv"}
             if reads and ast.unparse(node.value) == "os":  # type: ignore[attr-defined]

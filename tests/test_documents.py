@@ -24,7 +24,7 @@ from server.api.fine_tuning_schemas import EvaluateBody
 from server.api.openai_schemas import BOOKKEEPING, NOTES, ChatBody, CompletionBody, LoadAdapterBody
 from server.app import create_app
 from server.jobs import recipe
-from server.jobs.requests import BATCH, EPOCHS, LEARNING_RATE, Asked, Lora
+from server.jobs.requests import BATCH, EPOCHS, LEARNING_RATE, Lora, TrainingRequest
 from server.settings import Settings
 from server.tasks import sampling
 
@@ -122,7 +122,11 @@ def test_names_of_recipes_and_jobs_are_told_beside_each_other() -> None:
     rows = [[words(cell) for cell in line.strip("|").split("|")] for line in table.splitlines()]
     of_recipes, of_jobs = (set().union(*column) for column in zip(*rows, strict=True))
     assert of_recipes - {"[task]"} <= recipe._KEYS | recipe._TRAINING
-    mine = {field.name for kind in (Asked, Lora) for field in dataclasses.fields(kind)} - {"lora", "given", "metadata"}
+    mine = {field.name for kind in (TrainingRequest, Lora) for field in dataclasses.fields(kind)} - {
+        "lora",
+        "given",
+        "metadata",
+    }
     assert of_jobs == mine - {"init_from", "publish"}, "which have no other name"
     config, lora = TrainingConfig(), Lora()
     assert (config.epochs, EPOCHS, config.lora_alpha) == (1, 3, 16) and config.learning_rate == LEARNING_RATE == 5e-4

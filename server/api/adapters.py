@@ -17,14 +17,14 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from adapters import composition
+from adapters.directory_watcher import as_watched
 from adapters.peft_format import MAX_SIDE_BYTES, OPTIONAL, REQUIRED, TASK_FILE, open_inside, save
-from adapters.ports import Published
-from adapters.watch import as_watched
+from adapters.protocols import Published
 from server.api import schemas
+from server.api.error_responses import errors
 from server.api.errors import UNREADABLE
 from server.api.generate import json_response
-from server.api.responses import errors
-from server.api.runtime import NO_QUERY, Parts, Ready, Running, Runtime
+from server.api.state import NO_QUERY, ServerState, Services, ServicesDep, StateDep
 from server.api.uploads import disk_errors, is_multipart, temporary, uploaded
 from server.errors import InvalidRequest, called
 
@@ -60,13 +60,13 @@ def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
 
 
 @router.get("", response_model=schemas.AdapterList, responses=errors(422, 503))
-async def list_adapters(parts: Ready) -> dict[str, Any]:
+async def list_adapters(parts: ServicesDep) -> dict[str, Any]:
     """All adapters, and the folders that are not served with the reason."""
     return {"adapters": parts.registry.list(), "rejected": parts.registry.rejected()}
 
 
 @router.get("/{name}", response_model=schemas.AdapterAnswer, responses=errors(404, 422, 503))
-async def get_adapter(name: Name, parts: Ready) -> Response:
+async def get_adapter(name: Name, parts: ServicesDep) -> Response:
     """One adapter with its versions, the keys that were honoured, and its card."""
     return described(parts.registry.describe(name))
 
@@ -78,7 +78,7 @@ async def get_adapter(name: Name, parts: Ready) -> Response:
     responses={**WRITE, 200: {"model": schemas.AdapterAnswer, "description": "the same content was there already"}},
     openapi_extra=_two_bodies(schemas.RegisterBody, named=True),
 )
-async def register(request: Request, runtime: Running, parts: Ready) -> Response:
+async def register(request: Request, runtime: StateDep, parts: ServicesDep) -> Response:
     """Give a new name its content. Other content under a name in use is 409: that is what PUT is for."""
     if is_multipart(request):
         async with uploaded(request, runtime.settings, named=True) as (name, folder):
@@ -100,7 +100,9 @@ async def register(request: Request, runtime: Running, parts: Ready) -> Response
     },
     openapi_extra=_two_bodies(schemas.PublishBody, named=False),
 )
-async def publish(name: Name, request: Request, runtime: Running, parts: Ready, if_match: IfMatch = None) -> Response:
+async def publish(
+    name: Name, request: Request, runtime: StateDep, parts: ServicesDep, if_match: IfMatch = None
+) -> Response:
     """Give a name new content, be it the sum of others, or one of the versions that it had before."""
     expected = _version(parts, name, if_match)
     parts.registry.check(name, expected)  # before anything is fetched or taken in
@@ -132,7 +134,7 @@ async def publish(name: Name, request: Request, runtime: Running, parts: Ready, 
 @router.delete(
     "/{name}", status_code=202, response_model=schemas.AdapterAnswer | schemas.UnservedAnswer, responses=WRITE
 )
-async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response:
+async def retire(name: Name, parts: ServicesDep, if_match: IfMatch = None) -> Response:
     """Take a name away. What runs on it finishes; then its memory and disk are freed. Of one that was
     set aside, and is not served, the name alone is told, without an ETag.
     """
@@ -140,21 +142,21 @@ async def retire(name: Name, parts: Ready, if_match: IfMatch = None) -> Response
 
 
 @router.post("/{name}/pin", response_model=schemas.AdapterAnswer, responses=WRITE)
-async def pin(name: Name, parts: Ready) -> Response:
+async def pin(name: Name, parts: ServicesDep) -> Response:
     """Load an adapter and keep it in RAM."""
     await parts.registry.pin(name)
     return described(parts.registry.describe(name))
 
 
 @router.post("/{name}/unpin", response_model=schemas.AdapterAnswer, responses=WRITE)
-async def unpin(name: Name, parts: Ready) -> Response:
+async def unpin(name: Name, parts: ServicesDep) -> Response:
     """Let an adapter be evicted again."""
     await parts.registry.unpin(name)
     return described(parts.registry.describe(name))
 
 
 @router.post("/{name}/prefetch", response_model=schemas.AdapterAnswer, responses=WRITE)
-async def prefetch(name: Name, parts: Ready) -> Response:
+async def prefetch(name: Name, parts: ServicesDep) -> Response:
     """Load an adapter into RAM ahead of its first request."""
     await parts.registry.prefetch(name)
     return described(parts.registry.describe(name))
@@ -166,14 +168,19 @@ async def prefetch(name: Name, parts: Ready) -> Response:
     response_model=schemas.ComposedAnswer,
     responses={**WRITE, 200: {"model": schemas.ComposedAnswer, "description": "the same content was there already"}},
 )
-async def compose(body: schemas.ComposeBody, runtime: Running, parts: Ready) -> Response:
+async def compose(body: schemas.ComposeBody, runtime: StateDep, parts: ServicesDep) -> Response:
     """Store a mix as one adapter: the exact sum, cut to `rank` if that is given. `error` is what the cut costs."""
     told, published = await _publish_sum(runtime, parts, body.name, body.from_, body.rank, create_only=True)
     return described(told, 201 if published.created else 200)
 
 
 async def _publish_sum(
-    runtime: Runtime, parts: Parts, name: str, terms: Sequence[schemas.Weighted], rank: int | None, **options: Any
+    runtime: ServerState,
+    parts: Services,
+    name: str,
+    terms: Sequence[schemas.Weighted],
+    rank: int | None,
+    **options: Any,
 ) -> tuple[dict[str, Any], Published]:
     """Publish the sum of adapters; answers what is told of it, and what came of it. Raises what the registry does."""
     with called(adapters="from"):
@@ -194,7 +201,7 @@ async def _publish_sum(
     return {**published.description, "error": error}, published
 
 
-async def publish_source(parts: Parts, name: str, place: str, **options: Any) -> Published:
+async def publish_source(parts: Services, name: str, place: str, **options: Any) -> Published:
     """Publish from a place that a client named, if the name will do. Raises InvalidRequest for a place that will not.
 
     Raises what the registry does.
@@ -210,7 +217,7 @@ async def publish_source(parts: Parts, name: str, place: str, **options: Any) ->
         raise InvalidRequest(f"source cannot be read: {error.strerror}", "source") from None
 
 
-def _check_task(parts: Parts, name: str, folder: Path, within: Path | None) -> None:
+def _check_task(parts: Services, name: str, folder: Path, within: Path | None) -> None:
     """Raises InvalidRequest for a task.json that would take the adapter's task away and be none itself: who sends it is
     there to be told. One that cannot even be read is the reader's to refuse."""
     found = open_inside(folder / TASK_FILE, within)
@@ -252,7 +259,7 @@ async def _json_body(request: Request, model: type[B]) -> B:
         raise HTTPException(400, UNREADABLE) from None
 
 
-def _version(parts: Parts, name: str, if_match: list[str] | None) -> str | None:
+def _version(parts: Services, name: str, if_match: list[str] | None) -> str | None:
     """The version within If-Match headers: an ETag as we send them, a bare label, or `*`.
 
     Of several it is the one that the adapter has now, so that the registry can hold it to that.

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from starlette.routing import Match
 
 from server.api.errors import NO_ROUTE, answer
-from server.api.limits import refuse
+from server.api.middleware import refuse
 from server.api.types import ASGIApp, Receive, Scope, Send
 from server.errors import BadSetting, Forbidden, ServerError, Unauthorized, UnknownName
 from server.settings import Settings, parse_keys
@@ -169,7 +169,7 @@ class Keys:
         raise Unauthorized("the key is not known")
 
 
-class Gate:
+class AuthMiddleware:
     """Middleware: Host, Origin, then the key. Refuses before a byte of the body is looked at."""
 
     def __init__(self, app: ASGIApp, keys: Keys, hosts: frozenset[str]) -> None:

@@ -17,12 +17,12 @@ from starlette.datastructures import UploadFile
 from starlette.types import Receive, Scope, Send
 
 from server.api import fine_tuning_schemas as schemas
+from server.api.error_responses import errors
 from server.api.generate import json_response
-from server.api.responses import errors
-from server.api.runtime import Parts, Ready, Running
+from server.api.state import Services, ServicesDep, StateDep
 from server.api.uploads import disk_errors, form_of, parts_of
 from server.errors import InvalidRequest, UnknownName, UnsupportedParameter
-from server.jobs.files import File
+from server.jobs.file_store import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -72,7 +72,7 @@ _FORM = {
 
 
 @router.post("", response_model=schemas.FileObject, responses=errors(400, 500, 503, 507), openapi_extra=_FORM)
-async def upload(request: Request, runtime: Running, parts: Ready) -> Response:
+async def upload(request: Request, runtime: StateDep, parts: ServicesDep) -> Response:
     """Upload a file of examples, JSON or JSONL. What is in it is looked at when a job uses it."""
     with disk_errors("the upload"):
         async with form_of(request, runtime.settings, max_files=1) as form:
@@ -80,7 +80,7 @@ async def upload(request: Request, runtime: Running, parts: Ready) -> Response:
     return json_response(_shown(added))
 
 
-async def _add(parts: Parts, given: Mapping[str, Any]) -> File:
+async def _add(parts: Services, given: Mapping[str, Any]) -> File:
     """The file of a form. Raises InvalidRequest, UnsupportedParameter, StoreFailed."""
     for field in given.keys() - {"file", "purpose"}:
         shown = str(field)[:64]
@@ -102,7 +102,7 @@ async def _add(parts: Parts, given: Mapping[str, Any]) -> File:
 
 @router.get("", response_model=schemas.FileList, responses=errors(400, 404, 503))
 async def list_files(
-    parts: Ready,
+    parts: ServicesDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
@@ -115,7 +115,7 @@ async def list_files(
 
 
 @router.get("/{file_id}", response_model=schemas.FileObject, responses=errors(400, 404, 503))
-async def get_file(file_id: Id, parts: Ready) -> dict[str, Any]:
+async def get_file(file_id: Id, parts: ServicesDep) -> dict[str, Any]:
     """One file, without its content."""
     return _shown(parts.files.get(file_id))
 
@@ -128,7 +128,7 @@ async def get_file(file_id: Id, parts: Ready) -> dict[str, Any]:
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
     },
 )
-async def content(file_id: Id, parts: Ready) -> Response:
+async def content(file_id: Id, parts: ServicesDep) -> Response:
     """A file's content."""
     path = parts.files.path(file_id)
     try:
@@ -140,7 +140,7 @@ async def content(file_id: Id, parts: Ready) -> Response:
 
 
 @router.delete("/{file_id}", response_model=schemas.FileDeleted, responses=errors(400, 404, 409, 503))
-async def delete_file(file_id: Id, parts: Ready) -> dict[str, Any]:
+async def delete_file(file_id: Id, parts: ServicesDep) -> dict[str, Any]:
     """Delete a file. 409 while a job needs it."""
     await asyncio.to_thread(parts.files.delete, file_id)
     return {"id": file_id, "object": "file", "deleted": True}

@@ -13,14 +13,14 @@ from fastapi import Path as PathParameter
 from pydantic import BaseModel
 
 from server.api import fine_tuning_schemas as schemas
+from server.api.error_responses import errors
 from server.api.files import After, ends, paged
 from server.api.generate import json_response
 from server.api.openai_schemas import BOOKKEEPING, refuse_fields
-from server.api.responses import errors
-from server.api.runtime import Parts, Ready
+from server.api.state import Services, ServicesDep
 from server.errors import InvalidRequest, UnknownName, UnsupportedParameter
-from server.jobs.records import RUNNING, SUCCEEDED, TRAINING, Job
-from server.jobs.requests import Asked, Lora, checked, keep_init
+from server.jobs.job_store import RUNNING, SUCCEEDED, TRAINING, Job
+from server.jobs.requests import Lora, TrainingRequest, checked, keep_init
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -33,7 +33,7 @@ ITS_OWN = ("r", "alpha", "target_modules", "rslora")
 
 
 @router.post("", response_model=schemas.FineTuningJob, responses=errors(400, 404, 409, 500, 503, 507))
-async def create(body: schemas.FineTuningBody, parts: Ready) -> Response:
+async def create(body: schemas.FineTuningBody, parts: ServicesDep) -> Response:
     """Train an adapter on a file. What is wrong inside of the file fails the job, and its `error` names the line."""
     _refuse_unserved(body)
     if body.model != parts.model.name:
@@ -59,7 +59,7 @@ async def create(body: schemas.FineTuningBody, parts: Ready) -> Response:
 
 
 @router.get("", response_model=schemas.FineTuningJobList, responses=errors(400, 503))
-async def list_jobs(request: Request, parts: Ready, after: After = None, limit: Limit = 20) -> dict[str, Any]:
+async def list_jobs(request: Request, parts: ServicesDep, after: After = None, limit: Limit = 20) -> dict[str, Any]:
     """Training jobs, newest first. `metadata[key]=value` leaves those that have it, `metadata=null` those without."""
     jobs = [job for job in reversed(parts.jobs.records.all()) if job.kind == TRAINING and _meant(job, request)]
     page, more = paged([_shown(parts, job) for job in jobs], after, limit)
@@ -67,13 +67,13 @@ async def list_jobs(request: Request, parts: Ready, after: After = None, limit: 
 
 
 @router.get("/{job_id}", response_model=schemas.FineTuningJob, responses=ONE)
-async def get_job(job_id: Id, parts: Ready) -> dict[str, Any]:
+async def get_job(job_id: Id, parts: ServicesDep) -> dict[str, Any]:
     """One training job."""
     return _shown(parts, _job(parts, job_id))
 
 
 @router.get("/{job_id}/events", response_model=schemas.FineTuningEventList, responses=ONE)
-async def list_events(job_id: Id, parts: Ready, after: After = None, limit: Limit = 20) -> dict[str, Any]:
+async def list_events(job_id: Id, parts: ServicesDep, after: After = None, limit: Limit = 20) -> dict[str, Any]:
     """What has happened to a job, newest first; events of the type "metrics" are its losses."""
     events = await asyncio.to_thread(parts.jobs.records.events, _job(parts, job_id).id)
     page, more = paged([_event(event) for event in reversed(events)], after, limit)
@@ -81,7 +81,7 @@ async def list_events(job_id: Id, parts: Ready, after: After = None, limit: Limi
 
 
 @router.get("/{job_id}/checkpoints", response_model=schemas.FineTuningCheckpointList, responses=ONE)
-async def list_checkpoints(job_id: Id, parts: Ready, after: After = None, limit: Limit = 10) -> dict[str, Any]:
+async def list_checkpoints(job_id: Id, parts: ServicesDep, after: After = None, limit: Limit = 10) -> dict[str, Any]:
     """The points that a job could go on from, newest first. The last one is kept until the job has succeeded or is
     cancelled; of jobs that have failed, those of the last 2,000.
     """
@@ -93,14 +93,14 @@ async def list_checkpoints(job_id: Id, parts: Ready, after: After = None, limit:
 
 
 @router.post("/{job_id}/cancel", response_model=schemas.FineTuningJob, responses=CHANGED)
-async def cancel(job_id: Id, parts: Ready) -> Response:
+async def cancel(job_id: Id, parts: ServicesDep) -> Response:
     """End a job for good, one that has failed too; the process ends at once, though the answer may say that it runs."""
     _job(parts, job_id)
     return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.cancel, job_id)))
 
 
 @router.post("/{job_id}/pause", response_model=schemas.FineTuningJob, responses=CHANGED)
-async def pause(job_id: Id, parts: Ready) -> Response:
+async def pause(job_id: Id, parts: ServicesDep) -> Response:
     """Stop a job at a checkpoint, after the step that runs; the answer may still say that it runs, and an event says
     that the pause is asked for.
     """
@@ -109,7 +109,7 @@ async def pause(job_id: Id, parts: Ready) -> Response:
 
 
 @router.post("/{job_id}/resume", response_model=schemas.FineTuningJob, responses=CHANGED)
-async def resume(job_id: Id, parts: Ready) -> Response:
+async def resume(job_id: Id, parts: ServicesDep) -> Response:
     """Go on with a job that is paused or has failed, from its checkpoint; or take back a pause that has yet to come."""
     _job(parts, job_id)
     return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.resume, job_id)))
@@ -122,7 +122,7 @@ def _meant(job: Job, request: Request) -> bool:
     return wanted.items() <= has.items() and not (has and request.query_params.get("metadata") == "null")
 
 
-def _job(parts: Parts, id: str) -> Job:
+def _job(parts: Services, id: str) -> Job:
     job = parts.jobs.records.jobs.get(id)
     if job is None:
         raise UnknownName(f"there is no training job {id[:64]!r}; GET /v1/fine_tuning/jobs lists them", "id")
@@ -153,7 +153,7 @@ def _refuse_unserved(body: schemas.FineTuningBody) -> None:
             refuse_fields(part, prefix)
 
 
-def _asked(body: schemas.FineTuningBody) -> Asked:
+def _asked(body: schemas.FineTuningBody) -> TrainingRequest:
     hyper = body.hyperparameters
     if body.method is not None and body.method.supervised is not None:
         hyper = body.method.supervised.hyperparameters or hyper
@@ -162,7 +162,7 @@ def _asked(body: schemas.FineTuningBody) -> Asked:
     lora = body.lora.model_dump(include=ours, exclude_none=True) if body.lora is not None else {}
     if isinstance(lora.get("target_modules"), list):
         lora["target_modules"] = tuple(lora["target_modules"])
-    return Asked(
+    return TrainingRequest(
         training_file=body.training_file,
         validation_file=body.validation_file,
         suffix=body.suffix,
@@ -174,7 +174,7 @@ def _asked(body: schemas.FineTuningBody) -> Asked:
     )
 
 
-def _shown(parts: Parts, job: Job) -> dict[str, Any]:
+def _shown(parts: Services, job: Job) -> dict[str, Any]:
     asked, progress = job.request, job.progress
     hyper = asked["hyperparameters"]
     if float(hyper["n_epochs"]).is_integer():

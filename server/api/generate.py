@@ -15,17 +15,17 @@ from starlette.requests import ClientDisconnect
 
 from adapters.weights import Choice
 from server.api import schemas
-from server.api.responses import Responses, errors
-from server.api.runtime import Parts, Ready, Running
+from server.api.error_responses import Responses, errors
+from server.api.state import Services, ServicesDep, StateDep
 from server.api.stream import EventStream, check_complete, finished, listening, still_there
 from server.engine.request import Delivery, Sampling, TokenLogprob
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import SHUTTING_DOWN, InvalidRequest, NotReady
 from server.tasks import sampling
 from server.tasks.definitions import check_labels
 from server.tasks.inference import Caller, Generation, Inference, timings
+from server.tasks.mix_key import adapters_json
 from server.tasks.resolve import Target
-from server.tasks.subjects import served
 
 router = APIRouter(tags=["generate"])
 
@@ -42,7 +42,7 @@ STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": {}}}}}
     responses={**CALLED, **STREAMED},
 )
 async def generate(
-    body: schemas.GenerateBody, request: Request, runtime: Running, parts: Ready, query: TaskQuery
+    body: schemas.GenerateBody, request: Request, runtime: StateDep, parts: ServicesDep, query: TaskQuery
 ) -> Response:
     """Continue a prompt through a task, a mix of adapters, or the base."""
     caller = runtime.caller(request, body.deadline_ms)
@@ -67,7 +67,7 @@ async def generate(
 
 @router.post("/classify", response_model=schemas.ClassifyAnswer, responses=CALLED)
 async def classify(
-    body: schemas.ClassifyBody, request: Request, runtime: Running, parts: Ready, query: TaskQuery
+    body: schemas.ClassifyBody, request: Request, runtime: StateDep, parts: ServicesDep, query: TaskQuery
 ) -> Response:
     """Probabilities of given labels: softmax over the log-probabilities of each label and the end, as one batch."""
     caller = runtime.caller(request, body.deadline_ms)
@@ -98,7 +98,7 @@ async def classify(
 class _Events:
     """The stream of /generate: `{"id", "text"}` per step, then all but the text."""
 
-    def __init__(self, generation: Generation, text: Text) -> None:
+    def __init__(self, generation: Generation, text: ModelTokenizer) -> None:
         self._generation = generation
         self._text = text
         self._prefix = f'data: {{"id":{json.dumps(generation.id)},"text":'
@@ -113,7 +113,7 @@ class _Events:
         return f"data: {json.dumps(ending(self._generation, self._text))}\n\n".encode()
 
 
-def ending(generation: Generation, text: Text) -> dict[str, Any]:
+def ending(generation: Generation, text: ModelTokenizer) -> dict[str, Any]:
     """All of /generate's answer but the text."""
     reply = generation.replies[0]
     wanted = reply.request.sampling.logprobs is not None
@@ -129,13 +129,13 @@ def _common(generation: Generation) -> dict[str, Any]:
     return {
         "id": generation.id,
         "task": task.name if task else None,
-        "adapters": served(generation.versions),
+        "adapters": adapters_json(generation.versions),
         "usage": generation.usage(),
         "timings": timings(generation),
     }
 
 
-def entry(token: TokenLogprob, text: Text) -> dict[str, Any]:
+def entry(token: TokenLogprob, text: ModelTokenizer) -> dict[str, Any]:
     """One token's log-probability, as our own routes show it."""
     return {
         "token": text.token_text(token.id),
@@ -174,7 +174,7 @@ def override(adapters: list[schemas.Weighted] | None) -> Choice | None:
 
 
 def resolve_task(
-    parts: Parts, request: Request, task: str | None, adapters: list[schemas.Weighted] | None, caller: Caller
+    parts: Services, request: Request, task: str | None, adapters: list[schemas.Weighted] | None, caller: Caller
 ) -> AbstractContextManager[Target]:
     """The target of `?task=`, held. Raises InvalidRequest, UnknownName and what `within_limits` does, which are
     counted."""
@@ -188,8 +188,9 @@ def resolve_task(
 
 
 @contextmanager
-def within_limits(parts: Parts, resolve: Callable[[], Target], caller: Caller) -> Iterator[Target]:
-    """What `resolve` answers, if the key and the task may have one more call, and its mix can be served; its versions
+def within_limits(parts: Services, resolve: Callable[[], Target], caller: Caller) -> Iterator[Target]:
+    """What `resolve` answers, if the key and the task may have one more call, and its mix can be
+    adapters_json; its versions
     are held inside, so that a task may change its adapters, and these go, while a call of before is being prepared.
     Raises what `resolve`, `Inference.check` and `Inference.lease` do, which is counted."""
     with counted(parts.inference, None, caller):

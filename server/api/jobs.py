@@ -12,14 +12,14 @@ from fastapi import APIRouter, Path, Response
 from adapters import data
 from adapters.errors import AdapterError, InvalidData
 from server.api import fine_tuning_schemas as schemas
+from server.api.error_responses import errors
 from server.api.generate import json_response
-from server.api.responses import errors
-from server.api.runtime import NO_QUERY, Parts, Ready
+from server.api.state import NO_QUERY, Services, ServicesDep
 from server.errors import called
-from server.jobs.evaluating import check_size
-from server.jobs.records import CURVES, EVALUATION, SUCCEEDED, Job
-from server.jobs.spec import DATA
-from server.tasks.definitions import Best, Task
+from server.jobs.evaluation_job import check_size
+from server.jobs.job_store import CURVES, EVALUATION, SUCCEEDED, Job
+from server.jobs.worker_messages import DATA
+from server.tasks.definitions import BestRoute, Task
 from server.tasks.evaluation import check_references, default_metric, pairs
 
 router = APIRouter(tags=["jobs"], dependencies=NO_QUERY)
@@ -32,13 +32,13 @@ MESSAGES = 50
 
 
 @router.get("/jobs", response_model=schemas.JobList, responses=errors(422, 503))
-async def list_jobs(parts: Ready) -> dict[str, Any]:
+async def list_jobs(parts: ServicesDep) -> dict[str, Any]:
     """Jobs of both kinds, newest first."""
     return {"jobs": [summary(job) for job in reversed(parts.jobs.records.all()[-SHOWN:])]}
 
 
 @router.get("/jobs/{id}", response_model=schemas.JobAnswer, responses=errors(404, 422, 503))
-async def get_job(id: Id, parts: Ready) -> dict[str, Any]:
+async def get_job(id: Id, parts: ServicesDep) -> dict[str, Any]:
     """One job, with its curves and what was said of it."""
     job = parts.jobs.get(id)
     events = await asyncio.to_thread(parts.jobs.records.events, job.id)
@@ -54,7 +54,7 @@ async def get_job(id: Id, parts: Ready) -> dict[str, Any]:
 
 
 @router.post("/jobs/{id}/cancel", response_model=schemas.JobSummary, responses=errors(404, 409, 422, 503))
-async def cancel(id: Id, parts: Ready) -> Response:
+async def cancel(id: Id, parts: ServicesDep) -> Response:
     """End a job of either kind for good, at once, a training job that has failed too; the answer may still say that it
     runs.
     """
@@ -67,7 +67,9 @@ async def cancel(id: Id, parts: Ready) -> Response:
     response_model=schemas.JobSummary,
     responses=errors(400, 404, 422, 500, 503, 507),
 )
-async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.EvaluateBody, parts: Ready) -> Response:
+async def evaluate(
+    task: Annotated[str, Path(max_length=64)], body: schemas.EvaluateBody, parts: ServicesDep
+) -> Response:
     """Run candidates of a task over examples with known answers, behind all other requests. Answers a job."""
     found = parts.tasks.get(task)
     candidates = _candidates(parts, found, body)
@@ -84,7 +86,7 @@ async def evaluate(task: Annotated[str, Path(max_length=64)], body: schemas.Eval
     return json_response(summary(job), 202)
 
 
-def _add(parts: Parts, task: str, request: dict[str, Any], examples: Sequence[schemas.Example]) -> Job:
+def _add(parts: Services, task: str, request: dict[str, Any], examples: Sequence[schemas.Example]) -> Job:
     lines = "".join(json.dumps(example.model_dump()) + "\n" for example in examples).encode()
     check_size(len(lines), "data", "data")
     if lines:
@@ -108,20 +110,20 @@ def _check_data(lines: bytes, metric: str) -> None:
 
 
 def _metric(task: Task) -> str:
-    return task.route.metric if isinstance(task.route, Best) else default_metric(task)
+    return task.route.metric if isinstance(task.route, BestRoute) else default_metric(task)
 
 
-def _candidates(parts: Parts, task: Task, body: schemas.EvaluateBody) -> list[list[tuple[str, float]]]:
+def _candidates(parts: Services, task: Task, body: schemas.EvaluateBody) -> list[list[tuple[str, float]]]:
     """Those of the request, else the route's; of a `best` one those that it serves, as long as it serves any."""
     if body.candidates is not None:
         return [[(part.name, part.weight) for part in choice] for choice in body.candidates]
-    if isinstance(task.route, Best):
+    if isinstance(task.route, BestRoute):
         named = [[(name, 1.0)] for name in task.route.candidates]
         return [choice for choice in named if _resolves(parts, choice)] or named
     return [list(task.route.choice)]
 
 
-def _resolves(parts: Parts, choice: list[tuple[str, float]]) -> bool:
+def _resolves(parts: Services, choice: list[tuple[str, float]]) -> bool:
     try:
         parts.registry.resolve(choice)
     except AdapterError:

@@ -12,13 +12,13 @@ from fastapi import APIRouter, Response
 from adapters.memory import resident
 from adapters.weights import SHORT_DIGEST, Version
 from server.api import schemas
-from server.api.responses import errors
-from server.api.runtime import Parts, Ready, Running, Runtime
+from server.api.error_responses import errors
+from server.api.state import ServerState, Services, ServicesDep, StateDep
 from server.errors import NotReady
 from server.metrics import CONTENT_TYPE, Snapshot
 from server.tasks.definitions import Task
+from server.tasks.mix_key import MixKey
 from server.tasks.quality import EVALUATION
-from server.tasks.subjects import Subject
 
 router = APIRouter(tags=["monitoring"])
 
@@ -35,7 +35,7 @@ async def live() -> dict[str, str]:
 
 @router.get("/health", response_model=schemas.Health, responses=errors(503))  # as programs that know vLLM ask
 @router.get("/health/ready", response_model=schemas.Health, responses=errors(503))
-async def ready(parts: Ready) -> dict[str, str]:
+async def ready(parts: ServicesDep) -> dict[str, str]:
     """The model is loaded and requests are taken; 503 while loading, draining, or when the last step has failed."""
     state = parts.engine.state
     if state != "running":
@@ -48,13 +48,13 @@ async def ready(parts: Ready) -> dict[str, str]:
     response_class=Response,
     responses={**errors(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-def metrics(runtime: Running) -> Response:  # on the framework's threads: the event loop's may all wait for a disk
+def metrics(runtime: StateDep) -> Response:  # on the framework's threads: the event loop's may all wait for a disk
     """Every series, in Prometheus's text format."""
     return Response(runtime.metrics.render(), media_type=CONTENT_TYPE)
 
 
 @router.get("/stats", response_model=schemas.Stats, responses=errors(503))
-async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
+async def stats(runtime: StateDep, parts: ServicesDep) -> dict[str, Any]:
     """Memory by kind, the engine's counters, slots, and a table of tasks."""
     engine = parts.engine.stats()
     slots = engine.pop("slots")
@@ -72,7 +72,7 @@ async def stats(runtime: Running, parts: Ready) -> dict[str, Any]:
     }
 
 
-def memory(parts: Parts) -> dict[str, int]:
+def memory(parts: Services) -> dict[str, int]:
     """Bytes by kind. On a CPU nothing is on a device, and an adapter has one copy, whether it holds a slot or not: what
     torch's own ops keep beside it of a batch's adapters is among `activations`."""
     on_device = {"device_allocated": 0, "device_reserved": 0}
@@ -80,7 +80,7 @@ def memory(parts: Parts) -> dict[str, int]:
     return {**on_device, **parts.runner.nbytes(), "adapters": adapters, "process": process_bytes()}
 
 
-def _adapters(parts: Parts) -> dict[str, int]:
+def _adapters(parts: Services) -> dict[str, int]:
     """What adapters take of RAM; what one more would, like those that there are; and how many such fit beside them.
 
     The first of all is taken to have rank 8 on every linear.
@@ -91,7 +91,7 @@ def _adapters(parts: Parts) -> dict[str, int]:
     return {**told, "one_more": one, "more_fit": max(0, told["budget"] - told["bytes"]) // max(one, 1)}
 
 
-def snapshot(runtime: Runtime) -> Snapshot:
+def snapshot(runtime: ServerState) -> Snapshot:
     """What a scrape sees. Before the model is loaded, the process alone."""
     parts = runtime.loaded
     if parts is None:
@@ -122,7 +122,7 @@ def snapshot(runtime: Runtime) -> Snapshot:
     )
 
 
-def _quality(parts: Parts) -> list[tuple[str, str, str, str, str, float]]:
+def _quality(parts: Services) -> list[tuple[str, str, str, str, str, float]]:
     """What is known of the tasks that there are, by versions that are still kept, on the base that is served.
 
     Of mixes that a task's route does not lead to, whose weights would be labels without end, a client's own are left
@@ -131,7 +131,7 @@ def _quality(parts: Parts) -> list[tuple[str, str, str, str, str, float]]:
     kept, base = parts.registry.meaning().labels, parts.model.id
     tasks = {task.name: task for task in parts.tasks.all()}
     means = parts.quality.means(tasks, lambda subject: subject.base == base and subject.is_of(kept))
-    told, mixes = [], {name: set[Subject]() for name in tasks}
+    told, mixes = [], {name: set[MixKey]() for name in tasks}
     for subject, metric, source, mean in means:
         if not _is_ours(tasks[subject.task], subject):
             others = mixes[subject.task]
@@ -142,13 +142,13 @@ def _quality(parts: Parts) -> list[tuple[str, str, str, str, str, float]]:
     return told
 
 
-def _is_ours(task: Task, subject: Subject) -> bool:
+def _is_ours(task: Task, subject: MixKey) -> bool:
     """Whether it is one version alone, or what the task's route leads to."""
     choice = subject.choice
     return not choice or (len(choice) == 1 and choice[0][1] == 1.0) or task.route.leads_to(choice)
 
 
-def _names_by_digest(parts: Parts) -> dict[str, list[str]]:
+def _names_by_digest(parts: Services) -> dict[str, list[str]]:
     """The names of each current version: several adapters may have one content."""
     found: dict[str, list[str]] = {}
     for name, digest in sorted(parts.registry.meaning().current.items()):

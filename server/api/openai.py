@@ -14,10 +14,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from server.api import openai_schemas as schemas
+from server.api.error_responses import errors
 from server.api.generate import STREAMED, asked_fields, counted, json_response, override, within_limits
 from server.api.openai_shapes import ChatShape, CompletionShape, Shape, V1Events
-from server.api.responses import errors
-from server.api.runtime import Parts, Ready, Running
+from server.api.state import Services, ServicesDep, StateDep
 from server.api.stream import EventStream, answered, check_complete, finished, still_there
 from server.engine.request import Constraint
 from server.errors import DeadlineExceeded, InvalidRequest
@@ -28,17 +28,17 @@ from server.tasks.resolve import Target
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 CALLED = errors(400, 404, 429, 500, 503, 504, 507)
-Layers = tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], sampling.Room]
+Layers = tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], sampling.ContextLimit]
 
 
 @router.get("/models", response_model=schemas.ModelList, responses=errors(503))
-async def list_models(parts: Ready) -> dict[str, Any]:
+async def list_models(parts: ServicesDep) -> dict[str, Any]:
     """The base, the tasks, and the adapters; an adapter whose name a task has is `adapter:<name>`."""
     return {"object": "list", "data": models(parts)}
 
 
 @router.get("/models/{model}", response_model=schemas.ModelEntry, responses=errors(400, 404, 503))
-async def get_model(model: Annotated[str, Path(max_length=256)], parts: Ready) -> dict[str, Any]:
+async def get_model(model: Annotated[str, Path(max_length=256)], parts: ServicesDep) -> dict[str, Any]:
     """One entry of the list; exact versions, and `adapter:<name>` of any adapter, are told of too."""
     for entry in models(parts):
         if entry["id"] == model:
@@ -47,7 +47,7 @@ async def get_model(model: Annotated[str, Path(max_length=256)], parts: Ready) -
     return _entry(parts, model, "adapter", parts.model.name)
 
 
-def models(parts: Parts) -> list[dict[str, Any]]:
+def models(parts: Services) -> list[dict[str, Any]]:
     """Every id that `model` may be, exact versions aside."""
     base = parts.model.name
     tasks = dict.fromkeys(task.name for task in parts.tasks.all())
@@ -56,14 +56,16 @@ def models(parts: Parts) -> list[dict[str, Any]]:
     return [_entry(parts, *entry) for entry in found]
 
 
-def _entry(parts: Parts, id: str, kind: str, parent: str | None) -> dict[str, Any]:
+def _entry(parts: Services, id: str, kind: str, parent: str | None) -> dict[str, Any]:
     """`root` and `max_model_len` are vLLM's, which its benchmark and other clients read."""
     told = {"id": id, "object": "model", "created": parts.model.created, "owned_by": "loramux"}
     return {**told, "kind": kind, "parent": parent, "root": id, "max_model_len": parts.prompts.room.context}
 
 
 @router.post("/completions", response_model=schemas.Completion, responses={**CALLED, **STREAMED})
-async def completions(body: schemas.CompletionBody, request: Request, runtime: Running, parts: Ready) -> Response:
+async def completions(
+    body: schemas.CompletionBody, request: Request, runtime: StateDep, parts: ServicesDep
+) -> Response:
     """Continue prompts: text, texts, token ids, or lists of them."""
     caller = runtime.caller(request, body.deadline_ms)
     with resolve_model(parts, body, caller, request) as target:
@@ -78,7 +80,7 @@ async def completions(body: schemas.CompletionBody, request: Request, runtime: R
 
 
 @router.post("/chat/completions", response_model=schemas.ChatCompletion, responses={**CALLED, **STREAMED})
-async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts: Ready) -> Response:
+async def chat(body: schemas.ChatBody, request: Request, runtime: StateDep, parts: ServicesDep) -> Response:
     """Answer a conversation. A task's template wraps its last user message."""
     caller = runtime.caller(request, body.deadline_ms)
     with resolve_model(parts, body, caller, request) as target:
@@ -93,7 +95,7 @@ async def chat(body: schemas.ChatBody, request: Request, runtime: Running, parts
 
 
 def resolve_model(
-    parts: Parts, body: schemas.V1Fields, caller: Caller, request: Request
+    parts: Services, body: schemas.V1Fields, caller: Caller, request: Request
 ) -> AbstractContextManager[Target]:
     """The target of `model`, held. Raises InvalidRequest, UnknownName, UnknownAdapter and what `within_limits` does,
     which are counted."""
@@ -107,7 +109,7 @@ def resolve_model(
 
 
 async def _answer(
-    parts: Parts,
+    parts: Services,
     request: Request,
     body: schemas.CompletionBody | schemas.ChatBody,
     caller: Caller,
@@ -143,7 +145,7 @@ async def _answer(
 
 
 async def _compiled(
-    parts: Parts, request: Request, schema: Mapping[str, Any], count: int, caller: Caller
+    parts: Services, request: Request, schema: Mapping[str, Any], count: int, caller: Caller
 ) -> Sequence[Constraint]:
     """`count` constraints that hold answers to a schema. Raises InvalidRequest, QueueFull, DeadlineExceeded, and
     ClientDisconnect."""
@@ -155,7 +157,7 @@ async def _compiled(
 
 
 def _layers(
-    parts: Parts, target: Target, body: schemas.CompletionBody | schemas.ChatBody, defaults: Mapping[str, Any]
+    parts: Services, target: Target, body: schemas.CompletionBody | schemas.ChatBody, defaults: Mapping[str, Any]
 ) -> Layers:
     """What `sampling.build` takes beside a prompt's length. Raises InvalidRequest for what is right for no prompt."""
     _check_count(parts, body)
@@ -167,7 +169,7 @@ def _layers(
     return layers
 
 
-def _check_count(parts: Parts, body: schemas.CompletionBody | schemas.ChatBody) -> None:
+def _check_count(parts: Services, body: schemas.CompletionBody | schemas.ChatBody) -> None:
     """Raises InvalidRequest and NoCapacity for more answers than one call may ask for."""
     prompt, n = body.prompt if isinstance(body, schemas.CompletionBody) else "", body.n or 1
     count = 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
@@ -187,7 +189,7 @@ def _asked(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
     return asked
 
 
-async def _prompts(parts: Parts, target: Target, body: schemas.CompletionBody) -> list[list[int]]:
+async def _prompts(parts: Services, target: Target, body: schemas.CompletionBody) -> list[list[int]]:
     """Texts go through the task's template, if there is one; token ids are taken as they are."""
     prompt = body.prompt
     if isinstance(prompt, str):

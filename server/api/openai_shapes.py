@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from server.api.generate import finite
 from server.api.stream import cut_short
 from server.engine.request import Delivery, TokenLogprob
-from server.engine.text import Detokenizer, Text
+from server.engine.tokenizer import Detokenizer, ModelTokenizer
 from server.tasks.inference import Generation, Reply
 
 
@@ -43,10 +43,10 @@ def usage(generation: Generation) -> dict[str, Any]:
 
 class CompletionShape:
     """`text_completion`, whole and in chunks of the same form. `begins` says of each answer whether its text is one of
-    its own: `Text.begins_after` of its prompt's last token.
+    its own: `ModelTokenizer.begins_after` of its prompt's last token.
     """
 
-    def __init__(self, id: str, created: int, model: str, text: Text, begins: Sequence[bool]) -> None:
+    def __init__(self, id: str, created: int, model: str, text: ModelTokenizer, begins: Sequence[bool]) -> None:
         self.id = id
         self._own = {"id": id, "object": "text_completion", "created": created, "model": model}
         self._text = text
@@ -105,7 +105,7 @@ class CompletionShape:
 class ChatShape:
     """`chat.completion`, and `chat.completion.chunk` with deltas."""
 
-    def __init__(self, id: str, created: int, model: str, text: Text) -> None:
+    def __init__(self, id: str, created: int, model: str, text: ModelTokenizer) -> None:
         self.id = id
         self._own = {"id": id, "object": "chat.completion", "created": created, "model": model}
         self._text = text

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Path, Request, Response
 
 from adapters.errors import StoreFailed
 from server.api import schemas
+from server.api.error_responses import errors
 from server.api.generate import json_response
-from server.api.responses import errors
-from server.api.runtime import NO_QUERY, Parts, Ready, Running
+from server.api.state import NO_QUERY, Services, ServicesDep, StateDep
 from server.errors import InvalidRequest
-from server.tasks.definitions import Best
+from server.tasks.definitions import BestRoute
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ Name = Annotated[str, Path(max_length=64)]
 
 
 @router.get("", response_model=schemas.TaskList, responses=errors(422, 503))
-async def list_tasks(parts: Ready) -> dict[str, Any]:
+async def list_tasks(parts: ServicesDep) -> dict[str, Any]:
     """All tasks by name."""
     return {"tasks": [task.describe() for task in parts.tasks.all()]}
 
 
 @router.get("/{task}", response_model=schemas.TaskAnswer, responses=errors(404, 422, 503))
-async def get_task(task: Name, parts: Ready) -> dict[str, Any]:
+async def get_task(task: Name, parts: ServicesDep) -> dict[str, Any]:
     """One task, and whether a folder or the API has defined it."""
     return parts.tasks.get(task).describe()
 
@@ -43,7 +43,7 @@ async def get_task(task: Name, parts: Ready) -> dict[str, Any]:
         201: {"model": schemas.TaskAnswer, "description": "the name is new"},
     },
 )
-async def put_task(task: Name, body: schemas.TaskBody, parts: Ready) -> Response:
+async def put_task(task: Name, body: schemas.TaskBody, parts: ServicesDep) -> Response:
     """Define a task. It wins over the one that an adapter's folder brings."""
     given = body.model_dump(exclude_none=True, exclude={"name", "task", "source"})
     defined, created = await asyncio.to_thread(parts.tasks.put, task, given)
@@ -52,7 +52,7 @@ async def put_task(task: Name, body: schemas.TaskBody, parts: Ready) -> Response
 
 
 @router.delete("/{task}", response_model=schemas.TaskAnswer, responses=errors(404, 422, 503, 507))
-async def delete_task(task: Name, runtime: Running, parts: Ready) -> dict[str, Any]:
+async def delete_task(task: Name, runtime: StateDep, parts: ServicesDep) -> dict[str, Any]:
     """Take a task away; one of a folder that it had covered comes back."""
     deleted = await asyncio.to_thread(parts.tasks.delete, task)
     if parts.tasks.find(task) is None:
@@ -61,12 +61,12 @@ async def delete_task(task: Name, runtime: Running, parts: Ready) -> dict[str, A
     return deleted.describe()
 
 
-async def _rerouted(parts: Parts, name: str) -> None:
+async def _rerouted(parts: Services, name: str) -> None:
     """Who leads a task is looked at by the route that it has now, and forgotten where that asks for nobody. The task is
     what it has become, whatever the disk says to that."""
     task = parts.tasks.find(name)
     try:
-        if task is not None and isinstance(task.route, Best):
+        if task is not None and isinstance(task.route, BestRoute):
             await asyncio.to_thread(parts.router.look, task)
         else:
             await asyncio.to_thread(parts.router.forget, name)
@@ -80,7 +80,7 @@ async def _rerouted(parts: Parts, name: str) -> None:
     response_class=Response,
     responses=errors(400, 404, 422, 503, 507),
 )
-async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, parts: Ready) -> Response:
+async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, parts: ServicesDep) -> Response:
     """Score an answer of the last 24 hours that the same key has asked for. Once an id: the last score counts."""
     if (body.score is None) == (body.expected is None):
         raise InvalidRequest("give either score or expected", "score")
@@ -95,12 +95,12 @@ async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, par
 
 
 @router.get("/{task}/performance", response_model=schemas.Performance, responses=errors(404, 422, 503))
-async def performance(task: Name, parts: Ready) -> dict[str, Any]:
+async def performance(task: Name, parts: ServicesDep) -> dict[str, Any]:
     """Per version: quality by source with its interval, latencies, tokens and errors; and the best, with the reason."""
     found = parts.tasks.get(task)
 
     def look() -> dict[str, Any]:
-        best = parts.router.describe(found, found.route) if isinstance(found.route, Best) else None
+        best = parts.router.describe(found, found.route) if isinstance(found.route, BestRoute) else None
         return {"task": task, "versions": parts.quality.performance(task), "best": best}
 
     return await asyncio.to_thread(look)

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
-from adapters.durable import refused
+from adapters.atomic_files import refused
 from adapters.errors import MACHINE, StoreFailed
 from adapters.peft_format import OPTIONAL, REQUIRED
 from server.errors import InvalidRequest

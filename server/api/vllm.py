@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from server.api.adapters import publish_source
+from server.api.error_responses import errors
 from server.api.openai_schemas import BOOKKEEPING, LoadAdapterBody, UnloadAdapterBody, refuse_fields
-from server.api.responses import errors
-from server.api.runtime import Ready
+from server.api.state import ServicesDep
 from server.errors import called
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
@@ -16,7 +16,7 @@ WRITE = errors(400, 404, 409, 429, 500, 503, 507)
 
 
 @router.post("/load_lora_adapter", responses=WRITE)
-async def load(body: LoadAdapterBody, parts: Ready) -> str:
+async def load(body: LoadAdapterBody, parts: ServicesDep) -> str:
     """Register an adapter from a source; with `load_inplace`, over what the name had."""
     refuse_fields(body, "", BOOKKEEPING)
     with called(source="lora_path", name="lora_name"):
@@ -25,7 +25,7 @@ async def load(body: LoadAdapterBody, parts: Ready) -> str:
 
 
 @router.post("/unload_lora_adapter", responses=WRITE)
-async def unload(body: UnloadAdapterBody, parts: Ready) -> str:
+async def unload(body: UnloadAdapterBody, parts: ServicesDep) -> str:
     """Retire an adapter."""
     refuse_fields(body, "", BOOKKEEPING)
     with called(adapters="lora_name", name="lora_name"):

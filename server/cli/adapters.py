@@ -18,7 +18,7 @@ import typer
 
 from server.cli.logs import fail
 from server.cli.options import AsJson, with_settings
-from server.cli.terminal import out, print_json, size
+from server.cli.output import out, print_json, size
 from server.errors import BadSetting, InvalidRequest, RemoteError, ServerError
 from server.settings import Settings, parse_keys
 
@@ -139,8 +139,8 @@ def check(
     Whether it fits the base is looked at if that is on this machine. A task.json that the server would serve the
     adapter without is told, and ends the command with status 1.
     """
-    from adapters.describing import of_another_base
     from adapters.peft_format import read_folder
+    from adapters.schemas import of_another_base
     from server.model.checkpoint import open_checkpoint
     from server.sources.catalogue import names_of
     from server.sources.models import locate
@@ -187,9 +187,9 @@ def _check_place(folder: Path, watched: Path, reserved: Collection[str]) -> tupl
     Raises InvalidAdapter for one in the adapter directory that is not served for that; elsewhere it may yet be
     uploaded under another name.
     """
+    from adapters.catalog import check_name
+    from adapters.directory_watcher import signature_of
     from adapters.errors import InvalidAdapter
-    from adapters.naming import check_name
-    from adapters.watch import signature_of
     from adapters.weights import RESERVED
 
     place = Path(os.path.abspath(folder))  # a link keeps its own name: it is the link that is served

@@ -13,16 +13,16 @@ import typer
 
 from adapters.errors import AdapterError
 from server.cli import logs
-from server.cli.inprocess import choice_of, open_base, opened, target_of
+from server.cli.local_engine import choice_of, open_base, opened, target_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
+from server.cli.output import Progress, in_json, out, print_json, progress
 from server.cli.signals import Interrupted
-from server.cli.terminal import Progress, in_json, out, print_json, progress
 from server.errors import BadSetting, ServerError
 from server.settings import Settings, given_path
 
 if TYPE_CHECKING:
     from adapters.data import Pair
-    from server.api.runtime import Parts
+    from server.api.state import Services
     from server.model.loader import Base
     from server.tasks.evaluation import Evaluation
 
@@ -115,7 +115,7 @@ async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress,
             found[label] = await measure(parts.inference, parts.prompts, target, asked.examples, metrics, tell=tell)
 
 
-def _task(parts: Parts, task: str) -> str:
+def _task(parts: Services, task: str) -> str:
     """The task's name; one that is a file is defined first."""
     if parts.tasks.find(task) is not None or not (path := given_path(Path(task))).is_file():
         return task
@@ -132,7 +132,7 @@ def _task(parts: Parts, task: str) -> str:
 
 def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, Any]:
     from server.tasks.evaluation import difference
-    from server.tasks.subjects import served
+    from server.tasks.mix_key import adapters_json
 
     first = next(iter(found.values()))
     rows = []
@@ -146,7 +146,7 @@ def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, A
         rows.append(
             {
                 "candidate": candidate,
-                "adapters": served(evaluation.versions),
+                "adapters": adapters_json(evaluation.versions),
                 "scores": measured,
                 "prompt_tokens": evaluation.prompt_tokens,
                 "completion_tokens": evaluation.completion_tokens,

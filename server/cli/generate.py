@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from server.cli import logs
-from server.cli.inprocess import open_base, opened, target_of, weighted
+from server.cli.local_engine import open_base, opened, target_of, weighted
 from server.cli.options import BASE, AsJson, with_settings
-from server.cli.terminal import print_json
+from server.cli.output import print_json
 from server.errors import InvalidRequest
 from server.settings import Settings
 
@@ -77,8 +77,8 @@ async def _answer(
     stream: bool,
 ) -> dict[str, Any]:
     from server.tasks.inference import Caller
+    from server.tasks.mix_key import adapters_json
     from server.tasks.sampling import OWN_DEFAULTS, build
-    from server.tasks.subjects import served
 
     async with opened(settings, base) as house:
         parts = house.parts
@@ -104,7 +104,7 @@ async def _answer(
             "text": "".join(pieces),
             "task": task,
             "finish_reason": generation.replies[0].finish_reason,
-            "adapters": served(generation.versions),
+            "adapters": adapters_json(generation.versions),
             "usage": generation.usage(),
             "seconds": round(time.monotonic() - start, 4),
         }

@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 import typer
 
-from server.cli.terminal import PATIENCE, escaped, say_error
+from server.cli.output import PATIENCE, escaped, say_error
 
 MOST_LINES = 10_000
 """Lines that wait to be written; what comes on top of them is counted instead."""

@@ -18,11 +18,11 @@ import typer
 from safetensors import SafetensorError
 
 from adapters.errors import AdapterError
-from server.bench import command as bench
-from server.cli import adapters, evaluate, generate, logs, models, offline, search, serve, train
+from benchmarks import command as bench
+from server.cli import adapters, evaluate, generate, logs, merge, models, search, serve, train
 from server.cli.options import LEFT_OUT
+from server.cli.output import in_json
 from server.cli.signals import INTERRUPTED, Interrupted, heard
-from server.cli.terminal import in_json
 from server.errors import RemoteError, ServerError, too_little_memory
 from server.settings import leave_threads_alone
 
@@ -57,8 +57,8 @@ app.command()(generate.generate)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(search.search)
-app.command()(offline.compose)
-app.command()(offline.prune)
+app.command()(merge.compose)
+app.command()(merge.prune)
 app.add_typer(adapters.app, name="adapters")
 app.command()(models.pull)
 app.command()(models.quantize)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from server.cli.options import BASE, AsJson, with_settings
-from server.cli.terminal import out, print_json, progress, size
+from server.cli.output import out, print_json, progress, size
 from server.settings import Settings
 
 
@@ -64,7 +64,7 @@ _KEYS = ("api_keys_file", "admin_keys_file", "metrics_key_file")
 @with_settings(*BASE, "state_dir", "adapter_ram", "kv_cache", "host", "port", *_KEYS, "insecure")
 def doctor(settings: Settings, as_json: AsJson = False) -> None:
     """Tell what this machine offers, what would be used, and what would go wrong."""
-    from server.doctor import examine
+    from server.cli.doctor import examine
 
     report = examine(settings)
     if as_json:

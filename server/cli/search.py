@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli import logs
-from server.cli.inprocess import open_base, opened, threads_of
+from server.cli.local_engine import open_base, opened, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
+from server.cli.output import Progress, in_json, out, print_json, progress
 from server.cli.signals import Interrupted
-from server.cli.terminal import Progress, in_json, out, print_json, progress
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
-    from adapters.search import RankSearch, Row
+    from adapters.rank_search import RankResult, RankSearch
     from adapters.training import Event
     from adapters.weights import LoraWeights
-    from server.api.assembly import House
+    from server.api.startup import RunningServer
+    from server.jobs.rank_trials import Examples
     from server.jobs.recipe import Recipe
-    from server.jobs.searching import Examples
-    from server.jobs.trainable import Trainable
+    from server.jobs.trainable_model import TrainableModel
     from server.model.loader import Base
 
 LOSS = "loss"
@@ -101,11 +101,11 @@ def search(
     """
     import torch
 
+    from server.jobs.rank_trials import examples, within
     from server.jobs.recipe import packing, read_recipe
-    from server.jobs.searching import examples, within
-    from server.jobs.trainable import Trainable
+    from server.jobs.trainable_model import TrainableModel
     from server.kernels import choose
-    from server.tasks.definitions import Fixed, parse
+    from server.tasks.definitions import FixedRoute, parse
     from server.tasks.evaluation import check_metrics, default_metric
 
     wanted = read_recipe(recipe)
@@ -116,7 +116,7 @@ def search(
     logs.configure_quietly(settings.log_format, settings.log_level)
     wanted = replace(wanted, validation=validation or wanted.validation)
     task = parse(
-        wanted.name, {k: v for k, v in wanted.task.items() if k != "task"}, default_route=Fixed(), source="api"
+        wanted.name, {k: v for k, v in wanted.task.items() if k != "task"}, default_route=FixedRoute(), source="api"
     )
     judged_by = check_metrics([metric])[0] if metric else default_metric(task)
     settings = settings.where_not_given(packing([wanted]))
@@ -133,7 +133,7 @@ def search(
     )
     for seed in plan.seeds:
         replace(wanted.config, seed=seed)  # one that is none is told before the first trial
-    model = Trainable(base, wanted.config.compute_dtype)
+    model = TrainableModel(base, wanted.config.compute_dtype)
     result, judges = _run(settings, plan, model, found, output, quiet=as_json)
     told = _told(plan, result, found, judges)
     picture, lost = _write(output, plan, result, told)
@@ -147,7 +147,7 @@ def search(
 
 
 def _run(
-    settings: Settings, plan: Plan, model: Trainable, found: Examples, output: Path, *, quiet: bool
+    settings: Settings, plan: Plan, model: TrainableModel, found: Examples, output: Path, *, quiet: bool
 ) -> tuple[RankSearch, Judges]:
     """All trials, kept in the output as they end, and what judged them."""
     from server.kernels import choose
@@ -174,21 +174,21 @@ def _told_where(trials: Path) -> Iterator[None]:
 
 def _searched(
     plan: Plan,
-    model: Trainable,
+    model: TrainableModel,
     found: Examples,
     score: Callable[[LoraWeights], float] | None,
     bar: Progress,
     stop: Callable[[], bool],
     output: Path,
 ) -> RankSearch:
-    from adapters.search import search_rank
-    from server.jobs.searching import Trials
+    from adapters.rank_search import search_rank
+    from server.jobs.rank_trials import RankTrials
 
     def heard(label: str, event: Event) -> None:
         if event.kind == "step":
             bar(label, event.step, event.steps)
 
-    trials = Trials(plan.recipe, model, found, score=score, on_event=heard, stop=stop)
+    trials = RankTrials(plan.recipe, model, found, score=score, on_event=heard, stop=stop)
     return search_rank(
         trials, plan.ranks, max_steps=plan.steps, tolerance=plan.tolerance, seeds=plan.seeds, share=plan.share,
         tell=lambda row: _keep(output, plan, row), shown=lambda score: _value(plan, score),
@@ -196,7 +196,7 @@ def _searched(
 
 
 async def _with_engine(
-    settings: Settings, base: Base, plan: Plan, model: Trainable, found: Examples, bar: Progress, output: Path
+    settings: Settings, base: Base, plan: Plan, model: TrainableModel, found: Examples, bar: Progress, output: Path
 ) -> tuple[RankSearch, Judges]:
     """The search with answers judged as they are served: trained on a thread, evaluated by an engine beside it."""
     stopped = threading.Event()
@@ -225,14 +225,14 @@ async def _with_engine(
 
 
 def _scorer(
-    house: House, base: Base, plan: Plan, found: Examples, scratch: Path, loop: asyncio.AbstractEventLoop
+    house: RunningServer, base: Base, plan: Plan, found: Examples, scratch: Path, loop: asyncio.AbstractEventLoop
 ) -> tuple[Callable[[LoraWeights], float], Judges]:
     """A function for another thread: an adapter's score by the engine. And what it is judged by."""
     from adapters import peft_format
     from adapters.errors import InvalidAdapter, InvalidData
     from server.errors import InvalidRequest
     from server.jobs.fine_tune import answerable
-    from server.jobs.searching import learned_too
+    from server.jobs.rank_trials import learned_too
     from server.tasks.evaluation import check_references, evaluate, pairs
 
     parts, name = house.parts, plan.recipe.name
@@ -280,7 +280,7 @@ def _value(plan: Plan, score: float) -> float:
     return -score if plan.metric == LOSS else score
 
 
-def _row(plan: Plan, row: Row) -> dict[str, Any]:
+def _row(plan: Plan, row: RankResult) -> dict[str, Any]:
     told = asdict(row) | {plan.metric: None if row.diverged else _value(plan, row.score), "diverged": row.diverged}
     del told["score"]
     return told
@@ -306,7 +306,7 @@ def _told(plan: Plan, result: RankSearch, found: Examples, judges: Judges) -> di
     }
 
 
-def _keep(output: Path, plan: Plan, row: Row) -> None:
+def _keep(output: Path, plan: Plan, row: RankResult) -> None:
     """What a trial has found, for whoever stops the search before its end. A disk that is full is told at the end."""
     with contextlib.suppress(OSError), (output / TRIALS).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(_row(plan, row)) + "\n")
@@ -333,13 +333,13 @@ def _make(output: Path, name: str) -> None:
 def _write(output: Path, plan: Plan, result: RankSearch, told: dict[str, Any]) -> tuple[Path | None, BadSetting | None]:
     """search.json and the plot: a PNG where matplotlib is installed, else an SVG. The plot's path, or why there is
     none."""
-    from adapters.search import plot
+    from adapters.rank_search import plot
 
     title = f"{plan.recipe.name}: {plan.metric} against parameters"
     try:
         (output / FOUND).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         if importlib.util.find_spec("matplotlib") is not None:
-            from server.bench.plots import quality
+            from benchmarks.plots import quality
 
             points = [
                 (r.rank, r.parameters, _value(plan, r.score), r.spread, r.steps) for r in result.table if not r.diverged

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from server.cli import logs, malloc
+from server.cli.doctor import check_state_dir
 from server.cli.options import EVERYTHING, LEFT_OUT, with_settings
+from server.cli.output import progress, say_error
 from server.cli.signals import SAME_SIGNAL, heard
-from server.cli.terminal import progress, say_error
-from server.doctor import check_state_dir
 from server.errors import BadSetting
 from server.settings import Settings, keep_few_kernels, leave_threads_alone
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from server.api.runtime import Runtime
+    from server.api.state import ServerState
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open. nginx keeps its own for a minute; docs/operations.md tells which proxies
@@ -139,10 +139,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise BadSetting(f"can not listen on {host}:{port}: {reason}; {advice}", "host" if named else "port") from None
 
 
-def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
+def _server(settings: Settings, app: Any, runtime: ServerState) -> uvicorn.Server:
     import uvicorn
 
-    from server.cli.http import Protocol
+    from server.cli.uvicorn_protocol import Protocol
 
     class Server(uvicorn.Server):
         """uvicorn's, with signals left to `_sigterm_and_sigint`: its own would end the process by a signal.
@@ -201,7 +201,7 @@ def _server(settings: Settings, app: Any, runtime: Runtime) -> uvicorn.Server:
 
 
 @contextlib.contextmanager
-def _sigterm_and_sigint(runtime: Runtime, drain: float) -> Iterator[None]:
+def _sigterm_and_sigint(runtime: ServerState, drain: float) -> Iterator[None]:
     """The first signal refuses new requests and lets running ones finish, within `drain` seconds; a second ends.
 
     While the base is fetched, read or packed nothing runs, and the thread that does it cannot be stopped: the first one

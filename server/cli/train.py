@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli import logs
-from server.cli.inprocess import open_base, threads_of
+from server.cli.local_engine import open_base, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
+from server.cli.output import in_json, out, print_json, progress, say_error, size
 from server.cli.signals import SAME_SIGNAL, heard
-from server.cli.terminal import in_json, out, print_json, progress, say_error, size
 from server.errors import NoCapacity, ServerError, too_little_memory
 from server.settings import Settings, keep_few_kernels
 
@@ -60,7 +60,7 @@ def train(
 
     from adapters.errors import AdapterError
     from server.jobs.recipe import check_prune_to, check_rank, check_validation, packing, read_recipes
-    from server.jobs.run import finished, prepare
+    from server.jobs.train_recipe import finished, prepare
 
     keep_few_kernels()
     torch.set_num_threads(threads_of(settings))
@@ -112,7 +112,7 @@ def train(
 def _trained(
     recipe: Recipe, base: Base, output: Path, folder: Path, stop: Callable[[], bool], quiet: bool
 ) -> LoraWeights:
-    from server.jobs.run import run
+    from server.jobs.train_recipe import run
 
     with progress("parameters", quiet=quiet) as bar, _about(recipe):
 
@@ -136,7 +136,7 @@ def _ends_all(error: AdapterError | ServerError) -> bool:
 def _about(recipe: Recipe) -> Iterator[None]:
     """Errors within say which recipe they are about: there may be many."""
     from adapters.errors import AdapterError, TrainingStopped
-    from server.engine.cuda_memory import lacks_memory
+    from server.engine.backends.cuda.memory import lacks_memory
 
     try:
         yield

@@ -120,7 +120,7 @@ def most_logits(max_batch: int) -> int:
     return max(64, 2 * max_batch)
 
 
-class Work(NamedTuple):
+class ScheduledRequest(NamedTuple):
     """A request's part of a step: its next `tokens` tokens, of whose rows the last `logits` are wanted as logits."""
 
     request: Request
@@ -128,7 +128,7 @@ class Work(NamedTuple):
     logits: int
 
 
-def build_batch(work: Sequence[Work]) -> Batch:
+def build_batch(work: Sequence[ScheduledRequest]) -> Batch:
     """The flat arrays of a step. The work must not be empty."""
     tokens: list[int] = []
     positions: list[int] = []

@@ -16,19 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 from adapters.weights import Mix
-from server.engine import completion
-from server.engine.batch import Work, build_batch, most_logits, most_tokens
+from server.engine import stop_conditions
+from server.engine.adapter_loader import AdapterLoader, Fetch
+from server.engine.adapter_slots import AdapterSlots, SlotRoom
+from server.engine.backends.protocol import Runner
+from server.engine.batch import ScheduledRequest, build_batch, most_logits, most_tokens
 from server.engine.kv_cache import KVCache, root_key
-from server.engine.loads import Fetch, Loads
-from server.engine.plan import Plan
-from server.engine.queue import Inbox
-from server.engine.record import StepRecord
+from server.engine.queue import RequestInbox
 from server.engine.request import Delivery, Request, State
-from server.engine.runner import Runner
-from server.engine.sampler import Pick, Sampler
-from server.engine.scheduler import Limits, Scheduler
-from server.engine.slots import Room, Slots
-from server.engine.text import Detokenizer, Text
+from server.engine.sampler import SampledToken, Sampler
+from server.engine.scheduler import Scheduler, SchedulerConfig
+from server.engine.step_plan import StepPlan
+from server.engine.step_stats import StepStats
+from server.engine.tokenizer import Detokenizer, ModelTokenizer
 from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotFinite, NotReady
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Engine:
         runner: Runner,
         *,
         fetch: Fetch,
-        text: Text,
+        text: ModelTokenizer,
         eos_ids: frozenset[int],
         vocab_size: int,
         context_length: int,
@@ -81,7 +81,7 @@ class Engine:
         age_limit: float = 2.0,
         step_limit: float = math.inf,
         tell: Callable[[str], None] = lambda text: None,
-        room: Room | None = None,
+        room: SlotRoom | None = None,
         told: Callable[[], None] = lambda: None,
     ) -> None:
         self.context_length = min(context_length, blocks * block_size)
@@ -92,17 +92,19 @@ class Engine:
         self._eos_ids = eos_ids
         self._block_size = block_size
         self._wake = threading.Event()
-        self._inbox = Inbox(max_queue, max_queue_tokens, self._wake.set)
-        self._slots = Slots(max_slots, runner.place, runner.clear, room)
+        self._inbox = RequestInbox(max_queue, max_queue_tokens, self._wake.set)
+        self._slots = AdapterSlots(max_slots, runner.place, runner.clear, room)
         self._scheduler = Scheduler(
             KVCache(blocks, block_size, prefix_share if prefix_cache else 0.0),
             self._slots,
-            Loads(fetch, 2 * max_batch, self._wake.set),
-            Limits(max_batch, most_tokens(max_step_tokens, max_batch), most_logits(max_batch), age_limit, step_limit),
+            AdapterLoader(fetch, 2 * max_batch, self._wake.set),
+            SchedulerConfig(
+                max_batch, most_tokens(max_step_tokens, max_batch), most_logits(max_batch), age_limit, step_limit
+            ),
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
         self._sampler = Sampler(vocab_size, eos_ids, runner.draw)
-        self._record = StepRecord(tell)
+        self._record = StepStats(tell)
         self._told = told
         self._live: dict[str, Request] = {}
         """Every request that has been drained from the inbox and has not heard of its end."""
@@ -369,22 +371,22 @@ class Engine:
         if arrivals.wanted_bytes:
             self._scheduler.press(arrivals.wanted_bytes, time.monotonic())
 
-    def _announce(self, plan: Plan) -> None:
+    def _announce(self, plan: StepPlan) -> None:
         for request in plan.entered:
             self._inbox.left(request)
         for request, delivery in plan.ended:
             self._last(request, delivery)
         self._pass_on()
 
-    def _deliver(self, work: list[Work], picks: list[Pick]) -> None:
+    def _deliver(self, work: list[ScheduledRequest], picks: list[SampledToken]) -> None:
         row = 0
         for request, _, logits in work:
             if not logits:
                 continue
             if request.scored:
-                delivery = completion.score(request, picks[row : row + logits])
+                delivery = stop_conditions.score(request, picks[row : row + logits])
             else:
-                delivery = completion.accept(request, picks[row], self._eos_ids)
+                delivery = stop_conditions.accept(request, picks[row], self._eos_ids)
                 self._record.generated += 1
             row += logits
             if delivery is None:

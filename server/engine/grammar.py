@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.schema import PARAM, prepared
-from server.engine.text import Text
+from server.engine.json_schema import PARAM, prepared
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import EngineFailed, InvalidRequest, QueueFull, ServerError, UnsupportedParameter
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Grammars:
     is traffic.
     """
 
-    def __init__(self, text: Text, vocab_size: int) -> None:
+    def __init__(self, text: ModelTokenizer, vocab_size: int) -> None:
         self._text = text
         self._size = vocab_size
         ends = np.zeros(-(-vocab_size // 32) * 4, np.uint8)
@@ -275,7 +275,7 @@ def _begin(work: Callable[[], None]) -> None:
 class _Vocabulary:
     """What `TokenizerWrapper` asks of a tokenizer."""
 
-    def __init__(self, text: Text, size: int) -> None:
+    def __init__(self, text: ModelTokenizer, size: int) -> None:
         self._text = text
         self.eos_token_id = text.eos_id
         self.bos_token_id = text.vocabulary.bos_id

@@ -24,12 +24,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from server.engine.batch import Work, build_batch
+from server.engine.backends.protocol import Runner
+from server.engine.batch import ScheduledRequest, build_batch
 from server.engine.engine import Engine
-from server.engine.plan import Plan
 from server.engine.request import Delivery, Request, State
-from server.engine.runner import Runner
-from server.engine.sampler import Drawn, Pick, drawn_picks
+from server.engine.sampler import DeviceSamples, SampledToken, drawn_picks
+from server.engine.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class DeviceRunner(Runner, Protocol):
 
 
 class _Flight(NamedTuple):
-    plan: Plan
-    drawn: Drawn
+    plan: StepPlan
+    drawn: DeviceSamples
     launched: float
 
 
@@ -115,7 +115,7 @@ class OverlappedEngine(Engine):
                     request.first_token = now
         self._deliver(work, picks)
 
-    def _took(self, plan: Plan, launched: float) -> None:
+    def _took(self, plan: StepPlan, launched: float) -> None:
         """What was launched then has come to its end."""
         began, self._landed = max(launched, self._landed), time.monotonic()
         self._scheduler.pace.learn(plan.prompts, self._landed - began)
@@ -164,10 +164,12 @@ def engine_on(runner: Runner, **options: Any) -> Engine:
     return Engine(runner, **options)
 
 
-def _running(work: Sequence[Work], picks: Sequence[Pick]) -> tuple[list[Work], list[Pick]]:
+def _running(
+    work: Sequence[ScheduledRequest], picks: Sequence[SampledToken]
+) -> tuple[list[ScheduledRequest], list[SampledToken]]:
     """The part of a step whose requests have not ended since it was launched, and their picks."""
-    kept: list[Work] = []
-    theirs: list[Pick] = []
+    kept: list[ScheduledRequest] = []
+    theirs: list[SampledToken] = []
     row = 0
     for item in work:
         if item.request.state is State.RUNNING:
@@ -177,7 +179,7 @@ def _running(work: Sequence[Work], picks: Sequence[Pick]) -> tuple[list[Work], l
     return kept, theirs
 
 
-def _promise(work: Sequence[Work]) -> None:
+def _promise(work: Sequence[ScheduledRequest]) -> None:
     """Give the token that each request is to have its place, unless it is the last."""
     row = 0
     for request, _, logits in work:

@@ -1,4 +1,5 @@
-"""Where requests wait: the `Inbox` that any thread may put into, and the `FairQueue` that the scheduler takes from.
+"""Where requests wait: the `RequestInbox` that any thread may put into, and the `FairQueue` that the scheduler
+takes from.
 
 Owns order and bounds. Does not know blocks, slots or loads.
 
@@ -46,7 +47,7 @@ class Arrivals:
 _NOTHING = Arrivals()
 
 
-class Inbox:
+class RequestInbox:
     """The engine's door, for any thread. Bounds what waits, from here until it runs for the first time.
 
     A request finds a place taken only by those that are not less urgent than it. Where all are, one whose key has fewer

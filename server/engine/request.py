@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from adapters.weights import BASE_ALONE, LoraWeights, Mix
+from adapters.weights import BASE_MIX, LoraWeights, Mix
 
 if TYPE_CHECKING:
-    from server.engine.text import Detokenizer
+    from server.engine.tokenizer import Detokenizer
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     deliver: Callable[[Delivery], None]
-    mix: Mix = BASE_ALONE
+    mix: Mix = BASE_MIX
     still_fits: Callable[[], None] = lambda: None
     """Raises NoRoom once the mix can never be in RAM any more, since its lease keeps nothing else from being pinned.
 

@@ -16,14 +16,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.batch import Logits, Work
+from server.engine.batch import Logits, ScheduledRequest
 from server.engine.request import Request, Sampling, TokenLogprob
 from server.errors import InvalidRequest, NotFinite
 
 Row = npt.NDArray[np.float32]
 
 
-class Drawn(Protocol):
+class DeviceSamples(Protocol):
     """Tokens that a runner has been told to draw."""
 
     def read(self) -> npt.NDArray[np.int32]:
@@ -39,7 +39,7 @@ class DrawnLargest(NamedTuple):
         return self.logits.largest.astype(np.int32)
 
 
-Draw = Callable[[Logits, npt.NDArray[np.float32], npt.NDArray[np.int32]], Drawn]
+DeviceSampler = Callable[[Logits, npt.NDArray[np.float32], npt.NDArray[np.int32]], DeviceSamples]
 """Of a step's logits where the runner has them, a float32 [L, 4] of temperature (0: the largest), top_p, min_p and
 noise, and an int32 [L] of top_k: the tokens, without waiting for them."""
 
@@ -52,7 +52,7 @@ _BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 """The most noise of float32, to which that of 53 bits above it is not rounded: 1 would be no share of anything."""
 
 
-class Pick(NamedTuple):
+class SampledToken(NamedTuple):
     """What one row of logits came to: a token, its log-probability if wanted, or the error that ends the request."""
 
     token: int
@@ -67,44 +67,44 @@ class Sampler:
     With `draw`, rows that want no more than a token are drawn by the runner, and only the others come here.
     """
 
-    def __init__(self, vocab: int, eos_ids: frozenset[int], draw: Draw | None = None) -> None:
+    def __init__(self, vocab: int, eos_ids: frozenset[int], draw: DeviceSampler | None = None) -> None:
         self._draw_there = draw
         self._eos = np.asarray(sorted(eos_ids), np.int64)
         self._row = np.empty(vocab, np.float32)
         self._weights = np.zeros(-(-vocab // _STRIDE) * _STRIDE, np.float32)
 
-    def pick(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
+    def pick(self, logits: Logits, work: Sequence[ScheduledRequest]) -> list[SampledToken]:
         """One pick for each row of `logits`, whose rows are those that `work` asks for, in order."""
         if self._draw_there is not None:
             return self._pick_there(logits, work, self._draw_there)
         return self._pick_here(logits, work)
 
-    def _pick_here(self, logits: Logits, work: Sequence[Work]) -> list[Pick]:
-        greedy = [Pick(token) if token >= 0 else _not_finite() for token in logits.largest.tolist()]
+    def _pick_here(self, logits: Logits, work: Sequence[ScheduledRequest]) -> list[SampledToken]:
+        greedy = [SampledToken(token) if token >= 0 else _not_finite() for token in logits.largest.tolist()]
         if all(item.logits == 0 or is_plain(item.request) for item in work):
             return greedy
         rows = logits.rows.numpy(force=True)
-        picks: list[Pick] = []
+        picks: list[SampledToken] = []
         for item in work:
             for i in range(item.logits):
                 row = len(picks)
                 picks.append(greedy[row] if is_plain(item.request) else self._pick_row(rows[row], item.request, i))
         return picks
 
-    def ahead(self, logits: Logits, work: Sequence[Work]) -> Drawn | None:
+    def ahead(self, logits: Logits, work: Sequence[ScheduledRequest]) -> DeviceSamples | None:
         """The tokens of a step, drawn on the device while others go on; None if a row wants more than a token."""
         asked = [item for item in work if item.logits]
         if self._draw_there is None or not all(is_simple(item.request) for item in asked):
             return None
         return self._ask(logits, asked, self._draw_there)
 
-    def _pick_there(self, logits: Logits, work: Sequence[Work], draw: Draw) -> list[Pick]:
+    def _pick_there(self, logits: Logits, work: Sequence[ScheduledRequest], draw: DeviceSampler) -> list[SampledToken]:
         asked = [item for item in work if item.logits]
         if not any(_is_to_draw(item.request, logits) for item in asked):
             # both what is largest and the rows are looked at
             return self._pick_here(logits if logits.knows_largest else Logits(logits.rows.cpu()), work)
         tokens = self._ask(logits, asked, draw).read()
-        picks: list[Pick] = []
+        picks: list[SampledToken] = []
         for item in asked:
             row = len(picks)
             if is_simple(item.request):
@@ -114,7 +114,7 @@ class Sampler:
         return picks
 
     @staticmethod
-    def _ask(logits: Logits, asked: Sequence[Work], draw: Draw) -> Drawn:
+    def _ask(logits: Logits, asked: Sequence[ScheduledRequest], draw: DeviceSampler) -> DeviceSamples:
         """Have the rows of simple requests drawn as they want it; the largest of the others, for nobody."""
         rows = 0
         drawn: list[tuple[int, Request]] = []
@@ -131,7 +131,7 @@ class Sampler:
             top_k[row] = sampling.top_k
         return draw(logits, how, top_k)
 
-    def _pick_row(self, raw: Row, request: Request, i: int) -> Pick:
+    def _pick_row(self, raw: Row, request: Request, i: int) -> SampledToken:
         if not np.isfinite(raw).all():
             return _not_finite()
         if request.scored:
@@ -139,13 +139,13 @@ class Sampler:
         try:
             token = self._choose(raw, request)
         except InvalidRequest as e:
-            return Pick(-1, error=e)
+            return SampledToken(-1, error=e)
         k = request.sampling.logprobs
-        return Pick(token, None if k is None else token_logprob(self._copy(raw), token, k))
+        return SampledToken(token, None if k is None else token_logprob(self._copy(raw), token, k))
 
-    def _score(self, raw: Row, request: Request, i: int) -> Pick:
+    def _score(self, raw: Row, request: Request, i: int) -> SampledToken:
         token = request.prompt[len(request.prompt) - request.scored + len(request.scores) + i]
-        return Pick(token, token_logprob(self._copy(raw), token, request.sampling.logprobs or 0))
+        return SampledToken(token, token_logprob(self._copy(raw), token, request.sampling.logprobs or 0))
 
     def _copy(self, raw: Row) -> Row:
         np.copyto(self._row, raw)
@@ -196,9 +196,9 @@ class Sampler:
         return stretch * _STRIDE + at
 
 
-def drawn_picks(tokens: npt.NDArray[np.int32]) -> list[Pick]:
+def drawn_picks(tokens: npt.NDArray[np.int32]) -> list[SampledToken]:
     """What a device has drawn, as picks."""
-    return [Pick(token) if token >= 0 else _not_finite() for token in tokens.tolist()]
+    return [SampledToken(token) if token >= 0 else _not_finite() for token in tokens.tolist()]
 
 
 def _is_to_draw(request: Request, logits: Logits) -> bool:
@@ -252,8 +252,8 @@ def token_logprob(row: Row, token: int, k: int) -> TokenLogprob:
     return TokenLogprob(token, float(row[token]) - total, best)
 
 
-def _not_finite() -> Pick:
-    return Pick(-1, error=NotFinite("the logits of this request are not finite"))
+def _not_finite() -> SampledToken:
+    return SampledToken(-1, error=NotFinite("the logits of this request are not finite"))
 
 
 def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:

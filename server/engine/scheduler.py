@@ -6,7 +6,8 @@ the queue and the loads, everything that a request holds. Does not know models, 
 A step's tokens go to running answers first (one each), then to prompts that have begun, then to requests that enter.
 Prompts that need more than all of the step's rows for prompts come last, so that a short one does not wait for a long
 one; the oldest of them has half of these rows, so that it does not wait for ever, and the other half where no other has
-half of what it has left, or less. Where a step of all its rows would take too long, prompts have fewer (`Pace`).
+half of what it has left, or less. Where a step of all its rows would take too long, prompts have fewer
+(`PrefillBudget`).
 
 Requests enter when their blocks and their slots can be reserved together, in the queue's order. A request whose
 adapters are not in memory is passed over until they are; one that finds no room is passed over too, until it has
@@ -24,14 +25,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from server.engine.batch import Work
+from server.engine.adapter_loader import AdapterLoader
+from server.engine.adapter_slots import AdapterSlots
+from server.engine.batch import ScheduledRequest
 from server.engine.kv_cache import Key, KVCache, next_key
-from server.engine.loads import Loads
-from server.engine.pace import Pace
-from server.engine.plan import Plan
+from server.engine.prefill_budget import PrefillBudget
 from server.engine.queue import OUTPUT_COST, FairQueue
 from server.engine.request import Delivery, Request, State
-from server.engine.slots import Slots
+from server.engine.step_plan import StepPlan
 from server.errors import DeadlineExceeded, EngineFailed, NoCapacity
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ LENT_ROWS = 12
 
 
 @dataclass(frozen=True)
-class Limits:
+class SchedulerConfig:
     """What a step may be: rows of `max_batch` requests and `max_step_tokens` tokens, of which `max_logits` logits,
     that hang after `step_limit` seconds."""
 
@@ -65,12 +66,19 @@ class Limits:
 class Scheduler:
     """See the module. `root` gives the prefix cache's name for what comes before a request's first token."""
 
-    def __init__(self, kv: KVCache, slots: Slots, loads: Loads, limits: Limits, root: Callable[[Request], Key]) -> None:
+    def __init__(
+        self,
+        kv: KVCache,
+        slots: AdapterSlots,
+        loads: AdapterLoader,
+        limits: SchedulerConfig,
+        root: Callable[[Request], Key],
+    ) -> None:
         self.kv = kv
         self.slots = slots
         self.loads = loads
         self.limits = limits
-        self.pace = Pace(limits.max_step_tokens, limits.step_limit)
+        self.pace = PrefillBudget(limits.max_step_tokens, limits.step_limit)
         self.waiting = FairQueue()
         self.running: list[Request] = []
         self.preemptions = 0
@@ -163,9 +171,9 @@ class Scheduler:
             return False
         return not self.waiting or not self.running or self._youngest(self.running).priority <= self.waiting.priority
 
-    def plan(self, now: float) -> Plan:
+    def plan(self, now: float) -> StepPlan:
         """What runs next. Requests that end here (deadline, failed load) are done and only have to be told."""
-        plan = Plan(most_logits=self.limits.max_logits)
+        plan = StepPlan(most_logits=self.limits.max_logits)
         self._sweep(now, plan)
         self._settle_loads(now, plan)
         self._planned_rest = self._spare()
@@ -176,7 +184,7 @@ class Scheduler:
         self._prompt(now, plan)
         return plan
 
-    def commit(self, work: list[Work], now: float) -> None:
+    def commit(self, work: list[ScheduledRequest], now: float) -> None:
         """The step has run: its tokens are in the cache, and full blocks can be found by their content."""
         for request, count, logits in work:
             request.computed += count
@@ -216,7 +224,7 @@ class Scheduler:
 
     # -- deadlines and loads
 
-    def _sweep(self, now: float, plan: Plan) -> None:
+    def _sweep(self, now: float, plan: StepPlan) -> None:
         if now < self._first_deadline:
             return
         live = [*self.running, *self.waiting]
@@ -226,7 +234,7 @@ class Scheduler:
             where = "running" if request.state is State.RUNNING else "waiting"
             self._end_in(plan, request, DeadlineExceeded(f"the deadline passed after {waited}, while {where}"), now)
 
-    def _settle_loads(self, now: float, plan: Plan) -> None:
+    def _settle_loads(self, now: float, plan: StepPlan) -> None:
         came, failed = self.loads.settle(now)
         if came:
             self._changed = True
@@ -237,13 +245,13 @@ class Scheduler:
         for request, error in failed:
             self._end_in(plan, request, error, now)
 
-    def _end_in(self, plan: Plan, request: Request, error: Exception, now: float) -> None:
+    def _end_in(self, plan: StepPlan, request: Request, error: Exception, now: float) -> None:
         self.end(request, now)
         plan.ended.append((request, Delivery(finish_reason="error", error=error)))
 
     # -- running requests
 
-    def _answer(self, plan: Plan) -> None:
+    def _answer(self, plan: StepPlan) -> None:
         """A token for each of those whose prompt is done. Makes room for it by preemption."""
         size = self.kv.block_size
         for request in [r for r in self.running if r.goal > r.computed >= len(r.blocks) * size]:
@@ -253,7 +261,7 @@ class Scheduler:
             if request.goal - request.computed == 1:
                 plan.add(request, 1, 1)
 
-    def _prompt(self, now: float, plan: Plan) -> None:
+    def _prompt(self, now: float, plan: StepPlan) -> None:
         """The rest of the step for prompts, of which some enter."""
         prompts = [r for r in self.running if r.goal - r.computed > 1]
         long = [r for r in prompts if r.goal - r.computed > self._room(r.computed, plan)]
@@ -274,17 +282,17 @@ class Scheduler:
             if request not in shorter:
                 self._add_chunk(request, plan)
 
-    def _hold(self, plan: Plan, depth: int, count: int, logits: int) -> None:
+    def _hold(self, plan: StepPlan, depth: int, count: int, logits: int) -> None:
         """Keep so much of the step from others; or give it back, if below 0."""
         plan.most -= count
         plan.most_logits -= logits
         self.pace.add(depth, count, plan.prompts)
 
-    def _room(self, depth: int, plan: Plan) -> int:
+    def _room(self, depth: int, plan: StepPlan) -> int:
         """How many rows more a prompt with so many tokens before them may have."""
         return min(plan.most - plan.tokens, self.pace.room(depth, plan.prompts))
 
-    def _make_way(self, now: float, plan: Plan) -> None:
+    def _make_way(self, now: float, plan: StepPlan) -> None:
         """A less urgent request gives up its place, one a step, while a more urgent one finds none."""
         if not self.waiting or not self.running:
             return
@@ -336,14 +344,14 @@ class Scheduler:
         request.computed = request.kept = 0
         request.scores.clear()
 
-    def _add_chunk(self, request: Request, plan: Plan) -> None:
+    def _add_chunk(self, request: Request, plan: StepPlan) -> None:
         """As much of a prompt as the step has room for."""
         count, logits = self._chunk(request, plan, self._room(request.computed, plan))
         if count > 0:
             plan.add(request, count, logits)
             self.pace.add(request.computed, count, plan.prompts)
 
-    def _chunk(self, request: Request, plan: Plan, most: int) -> tuple[int, int]:
+    def _chunk(self, request: Request, plan: StepPlan, most: int) -> tuple[int, int]:
         """How many of a prompt's tokens, at most so many, and how many of their logits the step has room for."""
         before = max(0, request.first_logit - request.computed)
         """Rows that come before the first whose logits are wanted."""
@@ -376,7 +384,7 @@ class Scheduler:
 
     # -- waiting requests
 
-    def _enter(self, now: float, plan: Plan) -> None:
+    def _enter(self, now: float, plan: StepPlan) -> None:
         if not self._changed or not self.waiting:
             return
         owing = self._owes_room(now)
@@ -401,14 +409,14 @@ class Scheduler:
         """Whether what it runs on is not in RAM for it: the base alone, or copies that are there."""
         return not request.mix or (not self.slots.hold_ram and self.slots.has(request.mix))
 
-    def _is_full(self, plan: Plan) -> bool:
+    def _is_full(self, plan: StepPlan) -> bool:
         return self._room(0, plan) <= 0 or not self._has_place(plan)
 
-    def _has_place(self, plan: Plan) -> bool:
+    def _has_place(self, plan: StepPlan) -> bool:
         """Whether another request may have a row."""
         return len(self.running) - plan.whole < self.limits.max_batch
 
-    def _prefetch(self, now: float, plan: Plan) -> None:
+    def _prefetch(self, now: float, plan: StepPlan) -> None:
         """Ask for the adapters of the next to enter, and let those that have come be copied beside the steps."""
         following = list(itertools.islice(self.waiting.in_order(), PREFETCHED))
         wanted = {digest for request in following for digest in request.mix.digests}
@@ -421,7 +429,7 @@ class Scheduler:
                     except Exception as e:
                         self._refuse(plan, request, e, now)
 
-    def _refuse(self, plan: Plan, request: Request, error: Exception, now: float) -> None:
+    def _refuse(self, plan: StepPlan, request: Request, error: Exception, now: float) -> None:
         """Its adapters could not be placed: that is this request's failure alone."""
         if not isinstance(error, NoCapacity):
             log.error("%s: its adapters could not be placed", request.id, exc_info=error)
@@ -470,7 +478,7 @@ class Scheduler:
                 return request
         return None
 
-    def _try(self, request: Request, now: float, plan: Plan) -> None:
+    def _try(self, request: Request, now: float, plan: StepPlan) -> None:
         """Let a request in if its weights, its slots and its blocks are all there."""
         weights = None
         if not self.slots.has(request.mix):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from adapters.data import Chat, Completion, Encode, Pair, Record
 from adapters.errors import InvalidData
-from server.engine.text import INPUT, Format, Text
+from server.engine.tokenizer import INPUT, Format, ModelTokenizer
 from server.errors import InvalidRequest
 
 
@@ -30,7 +30,7 @@ class Template:
         return Template(str(task.get("prompt", INPUT)), format, system if isinstance(system, str) else None)
 
 
-def encoder(text: Text, template: Template, longest: int) -> Encode:
+def encoder(text: ModelTokenizer, template: Template, longest: int) -> Encode:
     """A function for `adapters.data.tokenize`. It raises InvalidData for records that cannot be rendered. Of a
     conversation of over `longest` tokens it gives as much as shows that.
     """
@@ -50,11 +50,11 @@ def encoder(text: Text, template: Template, longest: int) -> Encode:
     return encode
 
 
-def _pair(text: Text, template: Template, record: Pair) -> tuple[list[int], int]:
+def _pair(text: ModelTokenizer, template: Template, record: Pair) -> tuple[list[int], int]:
     return text.encode_example(template.prompt, template.format, template.system, record.input, record.output)
 
 
-def _chat(text: Text, record: Chat, longest: int) -> tuple[list[int], list[bool]]:
+def _chat(text: ModelTokenizer, record: Chat, longest: int) -> tuple[list[int], list[bool]]:
     """Each answer of the assistant is learned from the tokens of all that comes before it, as a server would send it:
     those of weight 0 are a part of that, however the template writes them.
 

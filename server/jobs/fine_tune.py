@@ -17,22 +17,32 @@ from typing import Any
 
 import torch
 
-from adapters import data, peft_format, pruning, search
+from adapters import data, peft_format, pruning, rank_search
 from adapters.data import Chat, Encode, Pair, Record, Tokens
 from adapters.errors import AdapterError, InvalidData, StoreFailed, TrainingStopped
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
-from server.engine.cuda_memory import lacks_memory
-from server.engine.text import Text
+from server.engine.backends.cuda.memory import lacks_memory
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import too_little_memory
 from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
-from server.jobs.loan import at, device_of, take
+from server.jobs.gpu_share import at, device_of, take
 from server.jobs.recipe import Recipe
-from server.jobs.run import as_written, card, on_base
-from server.jobs.spec import CHECKPOINTS, EVALUATED, JUDGED, NOTE, PART, RESULT, TRAINED, VALIDATED, Spec
-from server.jobs.trainable import Trainable, loss_of
-from server.kernels.cancelling import written_anew
+from server.jobs.train_recipe import as_written, card, on_base
+from server.jobs.trainable_model import TrainableModel, loss_of
+from server.jobs.worker_messages import (
+    CHECKPOINTS,
+    EVALUATED,
+    JUDGED,
+    NOTE,
+    PART,
+    RESULT,
+    TRAINED,
+    VALIDATED,
+    WorkerSpec,
+)
+from server.kernels.recompress import recompress
 from server.model.loader import Base
 from server.tasks.scores import too_long
 
@@ -67,7 +77,7 @@ class Examples:
     left_out: int = 0
 
 
-def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
+def fine_tune(spec: WorkerSpec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
     """Trains and writes `folder/result`. Goes on from the checkpoint in `folder`, if there is one.
 
     On the GPU if the base's kernels are its, on the server's matrices and a share of the memory that it lends. Raises
@@ -89,7 +99,7 @@ def fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[
         ) from error
 
 
-def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
+def _fine_tune(spec: WorkerSpec, base: Base, folder: Path, tell: Tell, stop: Callable[[], bool]) -> LoraWeights:
     examples = prepare(spec, base, stop)
     keep_pairs(examples.records, folder)
     config = _config(spec, base)
@@ -113,10 +123,10 @@ def _fine_tune(spec: Spec, base: Base, folder: Path, tell: Tell, stop: Callable[
         count = len(examples.measured.examples)
         said = f"{known:,} of {count:,} examples that the result is measured on are learned too"
         tell({"kind": NOTE, "message": f"{said}: it will seem better than it is.", "data": {"learned_too": known}})
-    model = Trainable(base, config.compute_dtype)
+    model = TrainableModel(base, config.compute_dtype)
 
     try:
-        weights = written_anew(_train(spec, model, base, examples, config, folder / CHECKPOINTS, on_event, stop))
+        weights = recompress(_train(spec, model, base, examples, config, folder / CHECKPOINTS, on_event, stop))
         _tell_best(weights.metadata["training"], tell)
         if spec.prune_to is not None:
             weights, cut = pruning.truncate(weights, spec.prune_to, spec.name, dtype=torch.bfloat16)
@@ -170,12 +180,12 @@ class _Told:
         self._tell({k: v for k, v in line.items() if not (isinstance(v, float) and math.isnan(v))})
 
 
-def prepare(spec: Spec, base: Base, stop: Callable[[], bool] = lambda: False) -> Examples:
+def prepare(spec: WorkerSpec, base: Base, stop: Callable[[], bool] = lambda: False) -> Examples:
     """The spec's files as tokens. Raises JobError, which names the file, the line and what is wrong with it, and
     TrainingStopped.
     """
     longest = min(spec.config.max_length, base.config.context_length)
-    rendered = encoder(Text(base.vocabulary), Template.of(spec.template), longest)
+    rendered = encoder(ModelTokenizer(base.vocabulary), Template.of(spec.template), longest)
 
     def encode(record: Record) -> tuple[Sequence[int], Sequence[bool]]:
         if stop():
@@ -294,7 +304,7 @@ def _read(path: Path, name: str, param: str) -> list[Record]:
         raise JobError(f"invalid_{param}", error.message, param) from error
 
 
-def _config(spec: Spec, base: Base) -> TrainingConfig:
+def _config(spec: WorkerSpec, base: Base) -> TrainingConfig:
     """The spec's config; an adapter to start from gives ranks and modules."""
     config = on_base(spec.config, base)
     if spec.init is None:
@@ -309,8 +319,8 @@ def _config(spec: Spec, base: Base) -> TrainingConfig:
 
 
 def _train(
-    spec: Spec,
-    model: Trainable,
+    spec: WorkerSpec,
+    model: TrainableModel,
     base: Base,
     examples: Examples,
     config: TrainingConfig,
@@ -326,7 +336,7 @@ def _train(
         "stop": stop,
     }
     if spec.auto_rank:
-        return search.auto_lora(model, examples.learned, config, recovery=RECOVERY, **run)
+        return rank_search.auto_lora(model, examples.learned, config, recovery=RECOVERY, **run)
     init = _adapter(spec, base, spec.init, spec.init_name) if spec.init is not None else None
     return train(model, examples.learned, config, init, **run)
 
@@ -341,14 +351,16 @@ def _tell_best(made: Mapping[str, Any], tell: Tell) -> None:
         tell({"kind": NOTE, "message": said, "data": {"best_step": step, "valid_loss": loss}})
 
 
-def _adapter(spec: Spec, base: Base, folder: Path, name: str) -> LoraWeights:
+def _adapter(spec: WorkerSpec, base: Base, folder: Path, name: str) -> LoraWeights:
     """The server's copy of a version of its store, by the rules that let it in, and with ranks that can be rounded: the
     server serves it so too."""
     stored = peft_format.read_folder(folder, name=name, max_rank=spec.max_rank, shapes=base.shapes(), stored=True)
-    return written_anew(stored)
+    return recompress(stored)
 
 
-def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, examples: Examples) -> dict[str, Any]:
+def _losses(
+    spec: WorkerSpec, model: TrainableModel, base: Base, weights: LoraWeights, examples: Examples
+) -> dict[str, Any]:
     """The loss on the judged examples, of the result and of the one that it would replace, with that one's digest:
     another may have its name by the time that the two are compared.
     """
@@ -364,7 +376,7 @@ def _losses(spec: Spec, model: Trainable, base: Base, weights: LoraWeights, exam
     return {"losses": told}
 
 
-def _write(spec: Spec, base: Base, folder: Path, weights: LoraWeights) -> None:
+def _write(spec: WorkerSpec, base: Base, folder: Path, weights: LoraWeights) -> None:
     """The result in bf16 under a name of its own, then by a rename under the one that is looked for."""
     part = folder / PART
     shutil.rmtree(part, ignore_errors=True)

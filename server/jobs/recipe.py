@@ -29,7 +29,7 @@ from adapters.training import TrainingConfig
 from adapters.weights import RESERVED
 from server.errors import BadSetting, InvalidRequest
 from server.settings import given_path
-from server.tasks.definitions import Fixed, parse
+from server.tasks.definitions import FixedRoute, parse
 
 _KEYS = {"name", "data", "validation", "auto_rank", "prune_to", "task", "training", "card"}
 _CARD = {"about", "data", "limits"}
@@ -156,7 +156,7 @@ def read_recipe(path: Path) -> Recipe:
     _known(tables["card"], _CARD, f"{path} [card]")
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tables["training"].items()}
     try:
-        parse(name, tables["task"], default_route=Fixed(), source="file")
+        parse(name, tables["task"], default_route=FixedRoute(), source="file")
         config = TrainingConfig(**settings, data=data)
     except (AdapterError, InvalidRequest, TypeError) as error:
         raise BadSetting(f"{path}: {error}", getattr(error, "param", None)) from error

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.durable import refused
+from adapters.atomic_files import refused
 from adapters.errors import AdapterError, UnknownAdapter
 from adapters.registry import Registry
-from adapters.store import Store
+from adapters.store import AdapterStore
 from adapters.training import TrainingConfig
 from adapters.weights import RESERVED, Version
 from server.errors import InvalidRequest, UnknownName, called
 from server.jobs.errors import JobError
-from server.jobs.files import Files
+from server.jobs.file_store import FileStore
+from server.jobs.job_store import TRAINING_ID
 from server.jobs.recipe import AUTO_WIDENS, HELD_OUT, highest_rank
-from server.jobs.records import TRAINING_ID
-from server.jobs.spec import INIT, RIVAL, BaseSource, Spec
-from server.tasks.store import Tasks
+from server.jobs.worker_messages import INIT, RIVAL, BaseSource, WorkerSpec
+from server.tasks.task_store import TaskStore
 
 EPOCHS, BATCH = 3, 16
 LEARNING_RATE = 5e-4
@@ -54,7 +54,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainingRequest:
     """A training job as a client wants it. None is "auto"; `given` are the fields of `lora` that were given."""
 
     training_file: str
@@ -70,7 +70,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Ground:
+class TrainingContext:
     """What requests are checked against, and specs are made of. `origin` is None for a base that no file holds.
 
     `linears` are the paths of the modules that an adapter may have. `lend` says what a process may have of the GPU,
@@ -81,16 +81,16 @@ class Ground:
     base_name: str
     max_rank: int
     threads: int
-    files: Files
+    files: FileStore
     registry: Registry
-    store: Store
-    tasks: Tasks
+    store: AdapterStore
+    tasks: TaskStore
     linears: Collection[str]
     lend: Callable[[], Mapping[str, Any] | None] = lambda: None
     context: int | None = None
 
 
-def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
+def checked(asked: TrainingRequest, ground: TrainingContext) -> dict[str, Any]:
     """The request as it is recorded. Raises InvalidRequest, UnknownName, UnknownAdapter, each naming the field."""
     if ground.origin is None:
         raise InvalidRequest("this server's base is in memory alone, and a training process could not map it", "model")
@@ -133,7 +133,7 @@ def checked(asked: Asked, ground: Ground) -> dict[str, Any]:
     return request
 
 
-def _task(asked: Asked, ground: Ground) -> str | None:
+def _task(asked: TrainingRequest, ground: TrainingContext) -> str | None:
     """The task whose template the data go through: the one that is named, else that of the adapter's name."""
     name = asked.lora.task
     if name is None:
@@ -143,7 +143,7 @@ def _task(asked: Asked, ground: Ground) -> str | None:
     return name
 
 
-def _check_ranks(asked: Asked, ground: Ground) -> None:
+def _check_ranks(asked: TrainingRequest, ground: TrainingContext) -> None:
     lora = asked.lora
     most = highest_rank(lora.r, lora.auto_rank)
     if most > ground.max_rank:
@@ -184,7 +184,7 @@ def _routed(request: Mapping[str, Any]) -> dict[str, Any]:
     return {} if route is None else {"route": route}
 
 
-def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
+def keep_init(request: Mapping[str, Any], ground: TrainingContext, folder: Path) -> None:
     """Put the adapter to start from, as it is now, into the job's folder. Raises UnknownAdapter, StoreFailed."""
     name = request["lora"]["init_from"]
     if name is None:
@@ -194,7 +194,7 @@ def keep_init(request: Mapping[str, Any], ground: Ground, folder: Path) -> None:
         _copy(ground, version, folder / INIT)
 
 
-def _copy(ground: Ground, version: Version, target: Path) -> None:
+def _copy(ground: TrainingContext, version: Version, target: Path) -> None:
     """The folder of a version that is leased. Raises StoreFailed, for what is damaged too: nothing goes on from that,
     and who is to be compared with it would be told at the end of a training only.
     """
@@ -205,7 +205,7 @@ def _copy(ground: Ground, version: Version, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def check_base(name: str, id: str, ground: Ground) -> None:
+def check_base(name: str, id: str, ground: TrainingContext) -> None:
     """Raises JobError where the server has another base than that, on which a job was asked for or trained."""
     there = ground.origin
     if there is not None and there.id == id:
@@ -218,7 +218,7 @@ def check_base(name: str, id: str, ground: Ground) -> None:
     )
 
 
-def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path) -> Spec:
+def spec_of(name: str, request: Mapping[str, Any], ground: TrainingContext, folder: Path) -> WorkerSpec:
     """What the training process is told. The adapter that the result would replace is copied, as it is now.
 
     Raises UnknownName for a file that is gone, JobError for an adapter to start from that is, StoreFailed.
@@ -236,7 +236,7 @@ def spec_of(name: str, request: Mapping[str, Any], ground: Ground, folder: Path)
         with contextlib.suppress(UnknownAdapter), ground.registry.lease([(name, 1.0)]) as lease:
             [(version, _)] = lease.versions
             _copy(ground, version, rival)
-    return Spec(
+    return WorkerSpec(
         base=ground.origin,
         name=name,
         config=replace(config_of(request), data=files.get(request["training_file"]).filename),

@@ -1,8 +1,8 @@
-"""`Jobs`: what is queued, runs, and is over; one job of each kind at a time, in the order they came.
+"""`JobRunner`: what is queued, runs, and is over; one job of each kind at a time, in the order they came.
 
 Owns states and who may change them: a client (cancel, pause, resume), the work itself, and the end of the server,
 after which all that was queued or running is queued again, but for what may be why servers end. What a job does is its
-`Work`'s.
+`JobWork`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from adapters.errors import AdapterError, StoreFailed, encodable
 from server.errors import Conflict, ServerError, UnknownName
 from server.jobs.errors import JobError, refused
-from server.jobs.records import (
+from server.jobs.job_store import (
     ACTIVE,
     CANCELLED,
     FAILED,
@@ -28,9 +28,9 @@ from server.jobs.records import (
     TRAINING,
     VALIDATING,
     Job,
-    Records,
+    JobStore,
 )
-from server.jobs.spec import NEEDED_TO_RUN, RESULT, UNFINISHED
+from server.jobs.worker_messages import NEEDED_TO_RUN, RESULT, UNFINISHED
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ MOST_INTERRUPTED = 3
 where something starts that again."""
 
 
-class Stopped(Exception):
+class JobStopped(Exception):
     """The work has ended because it was asked to."""
 
 
@@ -48,10 +48,10 @@ def _nothing() -> None:
     """Between pieces of work there is nothing to end."""
 
 
-class Active:
+class ActiveJob:
     """A job while it is worked on: what its work may do to it, and what is asked of the work meanwhile."""
 
-    def __init__(self, job: Job, records: Records) -> None:
+    def __init__(self, job: Job, records: JobStore) -> None:
         self.job, self.records = job, records
         self.folder = records.folder(job.id)
         self.wanted: str | None = None
@@ -79,9 +79,9 @@ class Active:
                 (kill if self.wanted == CANCELLED else stop)()
 
     def check(self) -> None:
-        """Between pieces of work. Raises Stopped."""
+        """Between pieces of work. Raises JobStopped."""
         if self.wanted is not None:
-            raise Stopped
+            raise JobStopped
 
     def become(self, status: str) -> None:
         """Another status of a job that goes on."""
@@ -93,20 +93,20 @@ class Active:
         self.records.note(self.job, message, **more)
 
 
-Work = Callable[[Active], None]
-"""Does a job, from wherever it is. Raises JobError if it fails, Stopped if it was asked to end."""
+JobWork = Callable[[ActiveJob], None]
+"""Does a job, from wherever it is. Raises JobError if it fails, JobStopped if it was asked to end."""
 
 
-class Jobs:
+class JobRunner:
     """All jobs. Thread-safe. `works` has the work of each kind, each on a thread of its own."""
 
-    def __init__(self, records: Records, works: Mapping[str, Work]) -> None:
+    def __init__(self, records: JobStore, works: Mapping[str, JobWork]) -> None:
         self.records = records
         self._unsaved: dict[str, Job] = {}
         """Those whose last turn the disk has refused."""
         self._works = dict(works)
         self._condition = threading.Condition()
-        self._active: dict[str, Active] = {}
+        self._active: dict[str, ActiveJob] = {}
         self._closing = False
         for job in records.all():
             if job.status in ACTIVE:
@@ -273,7 +273,7 @@ class Jobs:
                     job = self._next(kind)
                 if self._closing or job is None:
                     return
-                active = self._active[job.id] = Active(job, self.records)
+                active = self._active[job.id] = ActiveJob(job, self.records)
                 job.status = VALIDATING if kind == TRAINING and job.trained is None else RUNNING
                 job.started_at = job.started_at or time.time()
             self._do(active, self._works[kind])
@@ -281,13 +281,13 @@ class Jobs:
     def _next(self, kind: str) -> Job | None:
         return next((job for job in self.records.all() if job.kind == kind and job.status == QUEUED), None)
 
-    def _do(self, active: Active, work: Work) -> None:
+    def _do(self, active: ActiveJob, work: JobWork) -> None:
         job = active.job
         status, message, error = SUCCEEDED, "The job has succeeded.", None
         try:
             self.records.save(job)
             work(active)
-        except Stopped:
+        except JobStopped:
             status, message = QUEUED, "The server stops; the job goes on when it starts again."
             if not self._closing:
                 message = f"The training process was stopped; the job goes on from step {job.progress.step}."

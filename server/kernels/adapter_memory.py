@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from adapters.weights import LoraWeights, LowRank, all_finite
-from server.kernels import pages
+from server.kernels import huge_pages
 from server.kernels.lora import SITES, TOGETHER
 from server.kernels.reference import check_finite
 
@@ -30,7 +30,7 @@ def in_one_piece(weights: LoraWeights, dtype: torch.dtype = torch.bfloat16, pinn
     for path, part in order:
         places.append(size)
         size += -(-getattr(weights.modules[path], part).numel() // LINE) * LINE
-    flat = torch.zeros(size, dtype=dtype, pin_memory=True) if pinned else pages.zeros(size, dtype)
+    flat = torch.zeros(size, dtype=dtype, pin_memory=True) if pinned else huge_pages.zeros(size, dtype)
     parts: dict[tuple[str, str], torch.Tensor] = {}
     for (path, part), place in zip(order, places, strict=True):
         source = getattr(weights.modules[path], part)

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
-from server.kernels.cancelling import written_anew
 from server.kernels.lora import Segments, slow_in, times
+from server.kernels.packed_format import TILE, dequantize_stored, group_values, unpack_nibbles
+from server.kernels.recompress import recompress
 from server.kernels.reference import prepared, stored_rows
-from server.kernels.stored import TILE, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import STORED, Weight
 
 INT4PACK = "int4pack-2"
@@ -97,7 +97,7 @@ class Aten:
         )
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        return prepared(written_anew(weights), self.dtype)
+        return prepared(recompress(weights), self.dtype)
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         if update is not None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank, not_finite
 from server.kernels.lora import Segments
-from server.kernels.stored import decode_tiles, dequantize_stored
+from server.kernels.packed_format import decode_tiles, dequantize_stored
 from server.kernels.weight import STORED, Weight
 
 

@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from server.errors import BadModel
-from server.kernels.stored import stored_parts
+from server.kernels.packed_format import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model import config as model_config
 from server.model import gguf_config
 from server.model import vocabulary as model_vocabulary
 from server.model.config import ModelConfig
-from server.model.digest import Digests, stamps
+from server.model.file_digest import Digests, stamps
 from server.model.gguf_file import BLOCK, GgufFile
 from server.model.quantization import GROUPS, Quantization, Rows, check_finite, quantize, quantize_table
 from server.model.values import cut

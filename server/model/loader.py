@@ -29,7 +29,7 @@ from server.kernels.threads import apart
 from server.kernels.weight import Weight
 from server.model.checkpoint import MANIFEST, MANIFEST_FORMAT, Checkpoint, open_checkpoint
 from server.model.config import ModelConfig, to_hf
-from server.model.digest import Digests
+from server.model.file_digest import Digests
 from server.model.packed_file import Packed, PackedWriter, open_packed, packed_path
 from server.model.quantization import Quantization, bits
 from server.model.values import cut

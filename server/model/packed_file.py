@@ -28,9 +28,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from server.kernels.pages import mapped
+from server.kernels.huge_pages import mapped
 from server.kernels.weight import Weight
-from server.model.digest import Digests
+from server.model.file_digest import Digests
 
 log = logging.getLogger(__name__)
 

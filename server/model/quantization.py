@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from server.errors import BadModel, BadSetting
-from server.kernels.stored import NF4, TILE, decode_tiles, pack_nibbles, stored_parts
+from server.kernels.packed_format import NF4, TILE, decode_tiles, pack_nibbles, stored_parts
 from server.kernels.weight import STORED, Weight
 
 SCHEMES = ("int4", "nf4", "none")

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from adapters.weights import MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS, RESERVED, Choice, check_weight, counts
-from server.engine.text import INPUT, Format
+from adapters.weights import MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS, RESERVED, Choice, check_weight, is_nonzero
+from server.engine.tokenizer import INPUT, Format
 from server.errors import InvalidRequest
 from server.tasks.sampling import check_defaults
 
@@ -32,7 +32,7 @@ Source = Literal["file", "api"]
 
 
 @dataclass(frozen=True)
-class Best:
+class BestRoute:
     """A route that finds out: the candidates take turns, then the one that is proven better serves."""
 
     candidates: tuple[str, ...]
@@ -54,7 +54,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedRoute:
     """A route that is a choice; the empty one is the base alone."""
 
     choice: tuple[tuple[str, float], ...] = ()
@@ -64,19 +64,19 @@ class Fixed:
         return tuple(name for name, _ in self.choice)
 
     def leads_to(self, choice: Choice) -> bool:
-        """As `Best` has it."""
+        """As `BestRoute` has it."""
         return _named(choice) == _named(self.choice)
 
     def describe(self) -> dict[str, Any]:
         return {"choice": [{"name": name, "weight": weight} for name, weight in self.choice]}
 
 
-Route = Fixed | Best
+Route = FixedRoute | BestRoute
 
 
 def _named(choice: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """A choice by names without versions, in one order, with weights as a mix has them, without what has none."""
-    return sorted((name.partition("@")[0], check_weight(weight)) for name, weight in choice if counts(weight))
+    return sorted((name.partition("@")[0], check_weight(weight)) for name, weight in choice if is_nonzero(weight))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def from_folder(adapter: str, body: Any, *, reserved: Collection[str] = (), voca
     name = body.get("task") or adapter
     if not isinstance(name, str) or name in RESERVED or name in reserved:
         raise InvalidRequest(f"{str(name)[:64]!r} can not be a task's name", "task")
-    task = parse(name, body, default_route=Fixed(((adapter, 1.0),)), source="file")
+    task = parse(name, body, default_route=FixedRoute(((adapter, 1.0),)), source="file")
     check_together(task, vocabulary)
     return task
 
@@ -207,11 +207,11 @@ def _route(route: Any) -> Route:
         names = [name.partition("@")[0] for name, _ in choice]
         if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
             raise InvalidRequest(f"the adapter {twice!r} is named twice; give it one weight", "route")
-        return Fixed(tuple(choice))
+        return FixedRoute(tuple(choice))
     return _best(route)
 
 
-def _best(route: Mapping[str, Any]) -> Best:
+def _best(route: Mapping[str, Any]) -> BestRoute:
     unknown = set(route) - {"best", "metric", "source", "min_samples"}
     if unknown:
         raise InvalidRequest(f"a route has no field {sorted(map(str, unknown))[0][:64]!r}", "route")
@@ -235,7 +235,7 @@ def _best(route: Mapping[str, Any]) -> Best:
     least = route.get("min_samples", MIN_SAMPLES)
     if not isinstance(least, int) or isinstance(least, bool) or not 1 <= least <= 1_000_000:
         raise InvalidRequest("route.min_samples must be a whole number from 1 to 1000000", "route.min_samples")
-    return Best(tuple(names), metric, source, least)
+    return BestRoute(tuple(names), metric, source, least)
 
 
 def parse_choice(entries: Any, param: str) -> Choice:

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from adapters.leases import Lease
-from adapters.weights import Choice, Mix, Version, counts
+from adapters.weights import Choice, Mix, Version, is_nonzero
 from server.engine.request import Constraint, Delivery, Request, Sampling, TokenLogprob
 from server.errors import SHUTTING_DOWN, InvalidRequest, NotFinite, NotReady, QueueFull
-from server.metrics import Ended, Metrics
+from server.metrics import Metrics, RequestRecord
 from server.tasks.admission import Admission
-from server.tasks.mailbox import Inbox, Mailbox
+from server.tasks.delivery import DeliveryInbox, EventLoopDelivery
 from server.tasks.resolve import Target
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Generation:
         """How many replies in a row answer the same prompt."""
         self.status = ""
         """The HTTP status that was recorded, or "cancelled"; empty while it runs."""
-        self.inbox = Inbox()
+        self.inbox = DeliveryInbox()
         self.whole = False
         """Nobody reads the steps: the reader is woken for the ends alone."""
         self._lease = lease
@@ -139,7 +139,7 @@ class Generation:
         return "".join(self.replies[0].text)
 
     def usage(self) -> dict[str, int]:
-        """Tokens of the call so far. A prompt that has several answers counts once."""
+        """Tokens of the call so far. A prompt that has several answers is_nonzero once."""
         firsts = [reply.request for reply in self.replies[:: self.answers]]
         prompt = sum(len(request.prompt) for request in firsts)
         completion = sum(len(s.request.output) if s.finish_reason is not None else s.tokens for s in self.replies)
@@ -155,7 +155,12 @@ class Inference:
     """Starts generations. `status_of` tells the HTTP status of an error, for the record."""
 
     def __init__(
-        self, engine: Engine, leases: Leases, metrics: Metrics, mailbox: Mailbox, status_of: Callable[[Exception], int]
+        self,
+        engine: Engine,
+        leases: Leases,
+        metrics: Metrics,
+        mailbox: EventLoopDelivery,
+        status_of: Callable[[Exception], int],
     ) -> None:
         self.engine = engine
         self.on_ended: Callable[[Generation], None] = lambda generation: None
@@ -269,7 +274,7 @@ class Inference:
         if not caller.client:
             return
         self._metrics.record(
-            Ended(
+            RequestRecord(
                 task=target.task.name if target and target.task else None,
                 adapters=_names(target.choice) if target else (),
                 status=status,
@@ -347,13 +352,13 @@ class Inference:
             self.admission.leave(caller.tenant, target.task.name if target.task else None)
 
 
-def ended(generation: Generation) -> Ended:
+def ended(generation: Generation) -> RequestRecord:
     """The record of a generation, from its requests' own timestamps."""
     requests = [s.request for s in generation.replies]
     task = generation.target.task
-    return Ended(
+    return RequestRecord(
         task=task.name if task else None,
-        adapters=tuple(version.name for version, weight in generation.versions if counts(weight)),
+        adapters=tuple(version.name for version, weight in generation.versions if is_nonzero(weight)),
         status=generation.status,
         submitted=generation.caller.arrived if generation.caller.client else min(r.submitted for r in requests),
         admitted=_least(r.admitted for r in requests),
@@ -410,7 +415,7 @@ def new_id(prefix: str) -> str:
 
 def _overflow(generation: Generation, error: NotFinite) -> Exception:
     """Whose numbers are at fault: the adapters', which a request chooses, if it has any; the base's are finite."""
-    labels = " + ".join(version.label for version, weight in generation.versions if counts(weight))
+    labels = " + ".join(version.label for version, weight in generation.versions if is_nonzero(weight))
     log.warning("%s: the logits of %s are not finite", generation.id, labels or "the base alone")
     if not labels:
         return error
@@ -430,4 +435,4 @@ def _ms(seconds: float) -> float:
 
 
 def _names(choice: Choice) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.partition("@")[0] for name, weight in choice if counts(weight)))
+    return tuple(dict.fromkeys(name.partition("@")[0] for name, weight in choice if is_nonzero(weight)))

@@ -1,4 +1,5 @@
-"""Latencies in a few hundred counters: logarithmic buckets from 0.1 ms to over an hour, percentiles within 5 %."""
+"""LatencyHistogram in a few hundred counters: logarithmic buckets from 0.1 ms to over an hour, percentiles
+within 5 %."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _WHOLE = 4 * BUCKETS
 come to as many, which is no multiple of theirs."""
 
 
-class Latencies:
+class LatencyHistogram:
     """One kind of latency of one subject. Adds up: two of them make a third."""
 
     __slots__ = ("counts",)
@@ -32,7 +33,7 @@ class Latencies:
             bucket = math.ceil(math.log(max(seconds, LOWEST) / LOWEST, FACTOR) - 1e-9)
             self.counts[min(max(bucket, 0), BUCKETS - 1)] += 1
 
-    def merge(self, other: Latencies) -> None:
+    def merge(self, other: LatencyHistogram) -> None:
         """Add another's counts."""
         self.counts += other.counts
 

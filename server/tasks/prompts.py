@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from server.engine.text import INPUT, LONG, Text
+from server.engine.tokenizer import INPUT, LONG, ModelTokenizer
 from server.errors import DeadlineExceeded, InvalidRequest, NoCapacity
 from server.tasks.definitions import Task
-from server.tasks.sampling import Room
+from server.tasks.sampling import ContextLimit
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
@@ -40,7 +40,7 @@ class Prompts:
     what may wait of all prompts of one call.
     """
 
-    def __init__(self, text: Text, room: Room, longest_token: int, most_tokens: int) -> None:
+    def __init__(self, text: ModelTokenizer, room: ContextLimit, longest_token: int, most_tokens: int) -> None:
         self.text = text
         self.room = room
         self._longest_token = longest_token

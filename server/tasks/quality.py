@@ -27,9 +27,9 @@ from server.tasks import examples
 from server.tasks.definitions import FEEDBACK_METRIC
 from server.tasks.examples import digest
 from server.tasks.intervals import Totals, interval
+from server.tasks.mix_key import AnswerRecord, MixKey
 from server.tasks.quality_file import HOUR, SUMS, opened, still_there, swept
-from server.tasks.subjects import Answered, Subject
-from server.tasks.traffic import COLUMNS, Traffic
+from server.tasks.traffic import COLUMNS, TrafficCounts
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ FEEDBACK, EVALUATION = "feedback", "evaluation"
 
 _Change = tuple[float, int, int]
 """A score, its hour, and whether it came (1) or went (-1)."""
-_Key = tuple[Subject, str, str]
+_Key = tuple[MixKey, str, str]
 """Whose scores, by which metric and from where."""
 
 
@@ -64,19 +64,19 @@ class Quality:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._retention = retention
         self._lock = threading.Lock()
-        self._pending: deque[Answered] = deque()
-        self._ids: dict[Subject, int] = {}
-        self._of_task: dict[str, dict[int, Subject]] = {}
+        self._pending: deque[AnswerRecord] = deque()
+        self._ids: dict[MixKey, int] = {}
+        self._of_task: dict[str, dict[int, MixKey]] = {}
         """The same from the other side: one task's questions do not go over all others' subjects."""
         self._latest: dict[int, int] = {}
         """The last hour of each that has a row."""
-        self._totals: dict[Subject, dict[tuple[str, str], Totals]] = {}
+        self._totals: dict[MixKey, dict[tuple[str, str], Totals]] = {}
         self._hours: dict[_Key, dict[int, Totals]] = {}
-        self._paired: dict[tuple[Subject, Subject, str], Totals] = {}
+        self._paired: dict[tuple[MixKey, MixKey, str], Totals] = {}
         """What has been asked of `examples`, a join of thousands."""
-        self._traffic: dict[int, Traffic] = {}
+        self._traffic: dict[int, TrafficCounts] = {}
         """All hours of the subjects that were asked for last, by their numbers."""
-        self._made_up: set[Subject] = set()
+        self._made_up: set[MixKey] = set()
         """Mixes that clients chose themselves."""
         self._clocks = time.time(), time.monotonic()
         """Both clocks when they were last compared."""
@@ -97,7 +97,7 @@ class Quality:
 
     # ---- writing
 
-    def answered(self, answered: Answered) -> None:
+    def answered(self, answered: AnswerRecord) -> None:
         """Take note of an answer. Costs an append."""
         self._pending.append(answered)
 
@@ -124,7 +124,7 @@ class Quality:
                 changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, row[3], stays=True)
             self._add(self._of_task[task][row[0]], FEEDBACK_METRIC, FEEDBACK, changes)
 
-    def evaluated(self, subject: Subject, metric: str, values: Mapping[str, float], asked: str = "") -> None:
+    def evaluated(self, subject: MixKey, metric: str, values: Mapping[str, float], asked: str = "") -> None:
         """Take the scores of an evaluation: example -> 0 to 1. An example that was scored before is not counted twice:
         the last one counts, as for feedback. Other subjects' scores of it are `paired` with it where they were `asked`
         with the same, which is what a task puts around an example. Raises StoreFailed if the disk refuses them.
@@ -140,7 +140,7 @@ class Quality:
             self._add(subject, metric, EVALUATION, changes)
             self._paired = {key: known for key, known in self._paired.items() if subject not in key}
 
-    def lead(self, task: str, rule: str, leader: Subject, reason: str) -> None:
+    def lead(self, task: str, rule: str, leader: MixKey, reason: str) -> None:
         """Remember who leads a task, and by which rule that was found. Raises StoreFailed if the disk refuses it."""
         with self._lock, _told_of_the_disk(), self._transaction():
             self._db.execute(
@@ -176,16 +176,16 @@ class Quality:
 
     # ---- reading
 
-    def totals(self, subject: Subject, metric: str, source: str) -> Totals:
+    def totals(self, subject: MixKey, metric: str, source: str) -> Totals:
         """All scores of a subject by one metric from one source."""
         return self._totals.get(subject, {}).get((metric, source), Totals())
 
-    def hours(self, subject: Subject, metric: str, source: str) -> dict[int, Totals]:
+    def hours(self, subject: MixKey, metric: str, source: str) -> dict[int, Totals]:
         """The same by hour."""
         with self._lock:
             return dict(self._hours.get((subject, metric, source), {}))
 
-    def paired(self, first: Subject, second: Subject, metric: str) -> Totals:
+    def paired(self, first: MixKey, second: MixKey, metric: str) -> Totals:
         """What is between two subjects on the examples that both were evaluated on: (1 + first's - second's) / 2."""
         key = (first, second, metric)
         with self._lock:
@@ -199,17 +199,17 @@ class Quality:
                     del self._paired[next(iter(self._paired))]
             return known
 
-    def leader(self, task: str, rule: str) -> tuple[Subject, str] | None:
+    def leader(self, task: str, rule: str) -> tuple[MixKey, str] | None:
         """Who leads a task by a rule, and why; None if nobody does yet."""
         query = "SELECT mix, base, reason FROM decisions WHERE task = ? AND rule = ?"
         with self._lock:
             row = self._db.execute(query, (task, rule)).fetchone()
-        return None if row is None else (Subject(task, row[0], row[1]), row[2])
+        return None if row is None else (MixKey(task, row[0], row[1]), row[2])
 
     def means(
-        self, tasks: Iterable[str], wanted: Callable[[Subject], bool] = lambda subject: True
-    ) -> list[tuple[Subject, str, str, float]]:
-        """Subject, metric, source and mean of everything of these tasks that is `wanted` and has a score; of each task
+        self, tasks: Iterable[str], wanted: Callable[[MixKey], bool] = lambda subject: True
+    ) -> list[tuple[MixKey, str, str, float]]:
+        """MixKey, metric, source and mean of everything of these tasks that is `wanted` and has a score; of each task
         those first that answered or were scored last."""
         told = []
         for task in tasks:
@@ -238,7 +238,7 @@ class Quality:
             told = sorted(sorted(subjects, key=rank)[-MOST_TOLD:])
             return [self._described(subjects[number], self._seen(number)) for number in told]
 
-    def _described(self, subject: Subject, seen: Traffic) -> dict[str, Any]:
+    def _described(self, subject: MixKey, seen: TrafficCounts) -> dict[str, Any]:
         requests, errors, prompt, generated = seen.sums
         quality: list[dict[str, Any]] = []
         for (metric, source), totals in sorted(self._totals.get(subject, {}).items()):
@@ -263,11 +263,11 @@ class Quality:
 
     # ---- with the lock
 
-    def _seen(self, number: int) -> Traffic:
+    def _seen(self, number: int) -> TrafficCounts:
         """All traffic of a subject."""
         seen = self._traffic.pop(number, None)
         if seen is None:
-            seen = Traffic()
+            seen = TrafficCounts()
             seen.join(self._rows(self._db, number))
         self._traffic[number] = seen  # behind the others
         if len(self._traffic) > MOST_TRAFFIC:
@@ -276,7 +276,7 @@ class Quality:
 
     def _load(self, db: sqlite3.Connection) -> None:
         self._hours, self._traffic, self._paired = {}, {}, {}
-        self._know({Subject(*row[1:]): row[0] for row in db.execute("SELECT id, task, mix, base FROM subjects")})
+        self._know({MixKey(*row[1:]): row[0] for row in db.execute("SELECT id, task, mix, base FROM subjects")})
         for subject in self._ids:
             subject.check()
         by_number = {number: subject for subject, number in self._ids.items()}
@@ -284,20 +284,20 @@ class Quality:
         self._latest = dict(db.execute(f"SELECT subject, max(hour) FROM ({every}) GROUP BY subject"))
         for number, metric, source, hour, *sums in db.execute("SELECT * FROM hours"):
             self._hours.setdefault((by_number[number], metric, source), {})[hour] = Totals(*sums)
-        totals: dict[Subject, dict[tuple[str, str], Totals]] = {}
+        totals: dict[MixKey, dict[tuple[str, str], Totals]] = {}
         for (subject, metric, source), hours in self._hours.items():
             totals.setdefault(subject, {})[metric, source] = Totals.joined(hours.values())
         self._totals = totals  # in one step: who reads it waits for no lock
         for number in by_number:  # what cannot be read is found now; it is kept when it is asked for
-            Traffic().join(self._rows(db, number))
+            TrafficCounts().join(self._rows(db, number))
         self._made_up = self._marked(db)
 
-    def _marked(self, db: sqlite3.Connection) -> set[Subject]:
+    def _marked(self, db: sqlite3.Connection) -> set[MixKey]:
         made_up = {number for (number,) in db.execute("SELECT subject FROM made_up")}
         return {subject for subject, number in self._ids.items() if number in made_up}
 
-    def _know(self, ids: dict[Subject, int]) -> None:
-        of_task: dict[str, dict[int, Subject]] = {}
+    def _know(self, ids: dict[MixKey, int]) -> None:
+        of_task: dict[str, dict[int, MixKey]] = {}
         for subject, number in ids.items():
             of_task.setdefault(subject.task, {})[number] = subject
         self._ids, self._of_task = ids, of_task
@@ -306,7 +306,7 @@ class Quality:
     def _rows(db: sqlite3.Connection, number: int) -> list[Sequence[Any]]:
         return db.execute(f"SELECT {COLUMNS} FROM traffic WHERE subject = ?", (number,)).fetchall()
 
-    def _add(self, subject: Subject, metric: str, source: str, changes: Sequence[_Change]) -> None:
+    def _add(self, subject: MixKey, metric: str, source: str, changes: Sequence[_Change]) -> None:
         """Do in memory what `_score` has done in the file."""
         key = (subject, metric, source)
         hours = self._hours.setdefault(key, {})
@@ -346,7 +346,7 @@ class Quality:
                 (number, metric, source, hour),
             )
 
-    def _number(self, subject: Subject) -> int:
+    def _number(self, subject: MixKey) -> int:
         if subject not in self._ids:
             self._db.execute(
                 "INSERT OR IGNORE INTO subjects (task, mix, base) VALUES (?, ?, ?)",
@@ -400,9 +400,9 @@ class Quality:
         """Whether there is room for one more mix that a client chooses."""
         return sum(subject.task == task for subject in self._made_up) < MOST_MADE_UP
 
-    def _write(self, pending: Sequence[Answered]) -> dict[tuple[int, int], Traffic]:
+    def _write(self, pending: Sequence[AnswerRecord]) -> dict[tuple[int, int], TrafficCounts]:
         """Add answers to the file, within a transaction. Answers what they come to, by subject and hour."""
-        traffic: dict[tuple[int, int], Traffic] = {}
+        traffic: dict[tuple[int, int], TrafficCounts] = {}
         rows = []
         for answered in pending:
             made_up = not answered.routed and answered.subject not in self._ids
@@ -415,12 +415,12 @@ class Quality:
             elif answered.routed and answered.subject in self._made_up:  # tried by a client before
                 self._db.execute("DELETE FROM made_up WHERE subject = ?", (number,))
                 self._made_up.remove(answered.subject)
-            traffic.setdefault((number, int(answered.at) // HOUR), Traffic()).add(answered)
+            traffic.setdefault((number, int(answered.at) // HOUR), TrafficCounts()).add(answered)
             if not answered.failed:
                 rows.append((digest(answered.id), number, answered.tenant, answered.at, _told(answered.text)))
         self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
         for (number, hour), seen in traffic.items():
-            whole = Traffic()
+            whole = TrafficCounts()
             whole.join(self._db.execute(f"SELECT {COLUMNS} FROM traffic WHERE subject = ? AND hour = ?",
                                         (number, hour)).fetchall())  # fmt: skip
             whole.merge(seen)

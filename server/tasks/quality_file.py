@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
-from adapters.durable import set_aside
+from adapters.atomic_files import set_aside
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from adapters.errors import UnknownAdapter
 from adapters.leases import Lease
 from adapters.weights import AT_DIGEST, NAME, Choice, Version
 from server.errors import UnknownName, called
-from server.tasks.definitions import DEFAULT, Best, Task
-from server.tasks.store import Tasks
+from server.tasks.definitions import DEFAULT, BestRoute, Task
+from server.tasks.task_store import TaskStore
 
 _VERSION = re.compile(f"({NAME.pattern}){AT_DIGEST}")
 
@@ -30,7 +30,7 @@ class Versions(Protocol):
 class Router(Protocol):
     """Picks one of a `best` route's candidates for the next request."""
 
-    def pick(self, task: Task, route: Best) -> str: ...
+    def pick(self, task: Task, route: BestRoute) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Target:
 class Resolver:
     """From a client's words to a `Target`."""
 
-    def __init__(self, tasks: Tasks, adapters: Versions, base: str, router: Router) -> None:
+    def __init__(self, tasks: TaskStore, adapters: Versions, base: str, router: Router) -> None:
         self.base = base
         self._tasks = tasks
         self._adapters = adapters
@@ -97,7 +97,7 @@ class Resolver:
     def _route(self, task: Task | None) -> Choice:
         if task is None:
             return []
-        if isinstance(task.route, Best):
+        if isinstance(task.route, BestRoute):
             return [(self._router.pick(task, task.route), 1.0)]
         return list(task.route.choice)
 

@@ -24,10 +24,10 @@ from typing import Any, Protocol
 
 from adapters.errors import AdapterError, StoreFailed
 from adapters.weights import Choice, Version
-from server.tasks.definitions import Best, Task
+from server.tasks.definitions import BestRoute, Task
 from server.tasks.intervals import ALPHA, Apart, Hours, Totals, by_hours, by_pairs
+from server.tasks.mix_key import MixKey
 from server.tasks.quality import FEEDBACK, Quality
-from server.tasks.subjects import Subject
 
 EXPLORED = 20
 """One request in so many goes around after a decision."""
@@ -158,12 +158,12 @@ class BestRouter:
         self._quality = quality
         self._versions = versions
         self._base = base
-        self._turns: dict[str, tuple[Best, _Turns]] = {}
-        self._leaders: dict[str, tuple[Best, Subject | None]] = {}
-        self._behind: dict[str, tuple[Best, frozenset[Subject]]] = {}
+        self._turns: dict[str, tuple[BestRoute, _Turns]] = {}
+        self._leaders: dict[str, tuple[BestRoute, MixKey | None]] = {}
+        self._behind: dict[str, tuple[BestRoute, frozenset[MixKey]]] = {}
         """Who was proven worse than some other when a task was last looked at."""
 
-    def pick(self, task: Task, route: Best) -> str:
+    def pick(self, task: Task, route: BestRoute) -> str:
         """The candidate for the next request."""
         taken = self._turns.get(task.name)
         if taken is None or taken[0] != route:
@@ -171,7 +171,7 @@ class BestRouter:
         turns = taken[1]
         subjects = self._subjects(task, route)
         leader = self._leading(task, route, subjects)
-        known, behind = self._behind.get(task.name, (route, frozenset[Subject]()))
+        known, behind = self._behind.get(task.name, (route, frozenset[MixKey]()))
         sound = [name for name in subjects if not self._versions.fails(name)] or list(subjects)
         first = [n for n in sound if known != route or subjects[n] not in behind] or sound
         if leader in sound:
@@ -184,7 +184,7 @@ class BestRouter:
         few = [name for name in rest if counts[name] < route.min_samples]
         return turns.next(few if few and random.random() < 0.5 else rest)
 
-    def review(self, task: Task, route: Best) -> Decision:
+    def review(self, task: Task, route: BestRoute) -> Decision:
         """Look at the scores again, and change the leader if that is proven.
 
         Raises StoreFailed if a new leader, or that there is none any more, cannot be written down.
@@ -202,7 +202,7 @@ class BestRouter:
             self._leaders[task.name] = (route, found)
         return decision
 
-    def _known(self, subjects: Mapping[str, Subject], route: Best) -> Known:
+    def _known(self, subjects: Mapping[str, MixKey], route: BestRoute) -> Known:
         if route.source == FEEDBACK:  # of accuracy alone
             return by_feedback({name: self._quality.hours(s, route.metric, FEEDBACK) for name, s in subjects.items()})
         return by_evaluation(
@@ -216,10 +216,10 @@ class BestRouter:
 
         Raises StoreFailed as `review` does.
         """
-        if task is not None and isinstance(task.route, Best):
+        if task is not None and isinstance(task.route, BestRoute):
             self.review(task, task.route)
 
-    def describe(self, task: Task, route: Best) -> dict[str, Any]:
+    def describe(self, task: Task, route: BestRoute) -> dict[str, Any]:
         """The `best` of a task's performance."""
         try:
             decision = self.review(task, route)
@@ -245,12 +245,12 @@ class BestRouter:
         self._behind.pop(task, None)
         self._turns.pop(task, None)
 
-    def _leading(self, task: Task, route: Best, subjects: Mapping[str, Subject]) -> str | None:
+    def _leading(self, task: Task, route: BestRoute, subjects: Mapping[str, MixKey]) -> str | None:
         """The candidate whose very version has been proven better; None if there is none, or it has changed."""
         known = self._leader(task, route)
         return next((name for name, subject in subjects.items() if subject == known), None)
 
-    def _leader(self, task: Task, route: Best) -> Subject | None:
+    def _leader(self, task: Task, route: BestRoute) -> MixKey | None:
         """What has been proven better, be it a candidate still or not."""
         known = self._leaders.get(task.name)
         if known is None or known[0] != route:
@@ -258,22 +258,22 @@ class BestRouter:
             known = self._leaders[task.name] = (route, found[0] if found else None)
         return known[1]
 
-    def _subjects(self, task: Task, route: Best) -> dict[str, Subject]:
+    def _subjects(self, task: Task, route: BestRoute) -> dict[str, MixKey]:
         """Candidate -> what it is now. One whose adapter is gone is left out.
 
         Of those of one content, as `name` may be `name@digest`, or be published under a second name, it is the one that
         leads, or else of which most is known: nothing is better than itself.
         """
-        same: dict[tuple[str, ...], dict[str, Subject]] = {}
+        same: dict[tuple[str, ...], dict[str, MixKey]] = {}
         for name in route.candidates:
             try:
                 versions = self._versions.resolve([(name, 1.0)])
             except AdapterError:
                 continue
             content = tuple(version.digest for version, _ in versions)
-            same.setdefault(content, {})[name] = Subject.of(task.name, versions, self._base)
+            same.setdefault(content, {})[name] = MixKey.of(task.name, versions, self._base)
 
-        def standing(item: tuple[str, Subject]) -> tuple[bool, int]:
+        def standing(item: tuple[str, MixKey]) -> tuple[bool, int]:
             subject = item[1]
             count = self._quality.totals(subject, route.metric, route.source).count
             return subject == self._leader(task, route), count
@@ -282,6 +282,6 @@ class BestRouter:
                     for several in same.values())  # fmt: skip
 
 
-def _rule(route: Best) -> str:
+def _rule(route: BestRoute) -> str:
     """What a decision was made by: one that another metric or source has made says nothing here."""
     return f"{route.metric} by {route.source}"

@@ -99,7 +99,7 @@ def _token_ids(value: Any) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Room:
+class ContextLimit:
     """What bounds an answer's length: the context, and the vocabulary that token ids must come from."""
 
     context: int
@@ -118,7 +118,11 @@ class Room:
 
 
 def build(
-    asked: Mapping[str, Any], task: Mapping[str, Any], server: Mapping[str, Any], room: Room, longest_prompt: int = 0
+    asked: Mapping[str, Any],
+    task: Mapping[str, Any],
+    server: Mapping[str, Any],
+    room: ContextLimit,
+    longest_prompt: int = 0,
 ) -> Sampling:
     """The `Sampling` of a request whose fields that were not given are absent or None in `asked`.
 

@@ -1,26 +1,27 @@
-"""`Traffic`: how many answers a subject gave, of how many tokens, and how fast. Does not know where it is kept."""
+"""`TrafficCounts`: how many answers a subject gave, of how many tokens, and how fast. Does not know where it
+is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from server.tasks.latency import Latencies
-from server.tasks.subjects import Answered
+from server.tasks.latency import LatencyHistogram
+from server.tasks.mix_key import AnswerRecord
 
 KINDS = ("ttft", "tpot", "e2e")
 COLUMNS = "requests, errors, prompt_tokens, generated_tokens, ttft, tpot, e2e"
-"""Of a row as `Traffic.join` takes it: four sums, then the latencies of each kind."""
+"""Of a row as `TrafficCounts.join` takes it: four sums, then the latencies of each kind."""
 
 
-class Traffic:
+class TrafficCounts:
     """What has come of one subject, in one hour or in all."""
 
     def __init__(self) -> None:
         self.sums = [0, 0, 0, 0]  # requests, errors, prompt tokens, generated tokens
-        self.latencies = {kind: Latencies() for kind in KINDS}
+        self.latencies = {kind: LatencyHistogram() for kind in KINDS}
 
-    def add(self, answered: Answered) -> None:
+    def add(self, answered: AnswerRecord) -> None:
         """Count one; the latencies of what has failed say nothing."""
         told = (1, int(answered.failed), answered.prompt_tokens, answered.generated_tokens)
         self.sums = [a + b for a, b in zip(self.sums, told, strict=True)]
@@ -28,7 +29,7 @@ class Traffic:
             for kind, latencies in self.latencies.items():
                 latencies.add(getattr(answered, kind))
 
-    def merge(self, other: Traffic) -> None:
+    def merge(self, other: TrafficCounts) -> None:
         """Add what another has seen."""
         self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
         for kind, latencies in self.latencies.items():

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from adapters.peft_format import save
-from adapters.weights import LoraWeights, LowRank, sealed
+from adapters.weights import LoraWeights, LowRank, with_digest
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +82,7 @@ def write_adapter() -> Callable[..., LoraWeights]:
             )
             for path, (out, into) in TINY_SHAPES.items()
         }
-        weights = sealed(folder.name, modules)
+        weights = with_digest(folder.name, modules)
         save(weights, folder, **extras)
         return weights
 

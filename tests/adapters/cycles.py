@@ -14,9 +14,9 @@ import psutil
 import torch
 
 from adapters.peft_format import read_folder
-from adapters.ports import NoSlots
+from adapters.protocols import NoSlots
 from adapters.registry import Registry
-from adapters.store import Store
+from adapters.store import AdapterStore
 from adapters.weights import LoraWeights
 
 WARM_UP, CYCLES, SAMPLE = 200, 2000, 20
@@ -87,7 +87,7 @@ def main() -> None:
     shapes = {path: (out, into) for path, (out, into) in given["shapes"].items()}
     os.fsync = lambda fd: None  # processes crash here, not machines
     size = read_folder(folders[0], name="a").nbytes
-    registry = Registry(Store(Path(given["store"])), shapes=shapes, ram_bytes=2 * size)
+    registry = Registry(AdapterStore(Path(given["store"])), shapes=shapes, ram_bytes=2 * size)
     registry.slots = device = Device()
     for n in range(WARM_UP):
         cycle(registry, device, folders, n)

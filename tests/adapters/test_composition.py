@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from adapters import composition, peft_format, pruning
 from adapters.errors import AdapterError, InvalidChoice
-from adapters.weights import LoraWeights, LowRank, sealed
+from adapters.weights import LoraWeights, LowRank, with_digest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -24,7 +24,7 @@ pytestmark = [
 
 def random_weights(seed: int, ranks: dict[str, int], out: int = 12, into: int = 10, scale: float = 0.5) -> LoraWeights:
     draw = torch.Generator().manual_seed(seed)
-    return sealed(
+    return with_digest(
         f"a{seed}",
         {
             path: LowRank(torch.randn(r, into, generator=draw), torch.randn(out, r, generator=draw), scale)
@@ -185,7 +185,7 @@ def test_dare_is_drawn_by_its_seed():
 
 def test_the_global_threshold_keeps_the_largest_singular_values():
     strong, weak = random_weights(0, {"m": 4}, scale=1.0), random_weights(1, {"n": 4}, scale=1e-3)
-    both = sealed("b", {**strong.modules, **weak.modules})
+    both = with_digest("b", {**strong.modules, **weak.modules})
     kept, cut = pruning.truncate_globally(both, budget=4 * 22)
     assert set(kept.modules) == {"m"} and cut.dropped == ("n",) and cut.parameters == 4 * 22
     assert cut.error < 2e-3 and cut.worst_module == "n" and cut.worst_error == 1.0
@@ -204,7 +204,7 @@ def test_the_global_threshold_keeps_the_largest_singular_values():
 
 
 def test_dropping_modules_states_its_error():
-    both = sealed("b", {**random_weights(0, {"m": 4}).modules, **random_weights(1, {"n": 2}, scale=0.01).modules})
+    both = with_digest("b", {**random_weights(0, {"m": 4}).modules, **random_weights(1, {"n": 2}, scale=0.01).modules})
     assert pruning.weakest_modules(both, 0.5) == ["n"]
     left, cut = pruning.drop_modules(both, ["n"])
     whole = (both.delta("m").norm() ** 2 + both.delta("n").norm() ** 2) ** 0.5
@@ -224,7 +224,7 @@ def test_nothing_under_the_threshold_is_kept_for_what_is_left_of_a_budget():
     def one(value, into):
         return LowRank(torch.eye(1, into) * value, torch.eye(2, 1), 1.0)
 
-    both = sealed("b", {"large": one(3.0, 4), "wide": one(2.0, 40), "small": one(1.0, 4)})
+    both = with_digest("b", {"large": one(3.0, 4), "wide": one(2.0, 40), "small": one(1.0, 4)})
     kept, cut = pruning.truncate_globally(both, budget=2 * 6)
     assert set(kept.modules) == {"large"} and cut.dropped == ("small", "wide")
 
@@ -263,11 +263,13 @@ def test_a_seed_that_is_none_is_refused_by_name():
 
 
 def test_the_weakest_modules_are_no_more_than_the_share():
-    three = sealed("b", {p: random_weights(i, {p: 2}, scale=0.1**i).modules[p] for i, p in enumerate("xyz")})
+    three = with_digest("b", {p: random_weights(i, {p: 2}, scale=0.1**i).modules[p] for i, p in enumerate("xyz")})
     assert pruning.weakest_modules(three, 0.5) == ["z"] and pruning.weakest_modules(three, 0.0) == []
-    hundred = sealed("b", {f"x{i}": three.modules["x"] for i in range(100)})
+    hundred = with_digest("b", {f"x{i}": three.modules["x"] for i in range(100)})
     assert len(pruning.weakest_modules(hundred, 0.29)) == 29
-    negative = sealed("b", {"x": LowRank(three.modules["x"].A, three.modules["x"].B, -1.0), "z": three.modules["z"]})
+    negative = with_digest(
+        "b", {"x": LowRank(three.modules["x"].A, three.modules["x"].B, -1.0), "z": three.modules["z"]}
+    )
     assert pruning.weakest_modules(negative, 0.5) == ["z"], "a negative scale makes a module no weaker"
 
 
@@ -297,7 +299,7 @@ def test_the_error_told_is_of_the_factors_as_they_are_rounded(given, asked):
     """Where what is cut is small, it is mostly what rounding costs."""
     steep = torch.logspace(0, -4, 6)
     x, y, z = (random_weights(seed, {"x": 6}).modules["x"] for seed in (1, 2, 3))
-    whole = sealed(
+    whole = with_digest(
         "whole",
         {
             "x": LowRank(x.A.to(given), (x.B * steep).to(given), 0.5),
@@ -313,14 +315,14 @@ def test_the_error_told_is_of_the_factors_as_they_are_rounded(given, asked):
     assert what.worst_error == pytest.approx(off["y"] / norms["y"], rel=1e-4)
     assert [m.A.dtype for m in cut.modules.values()] == [asked or given] * 3
     assert [m.B.dtype for m in cut.modules.values()] == [asked or t for t in (given, torch.float32, given)]
-    alone, what = pruning.truncate(sealed("x", {"x": whole.modules["x"]}), 5, dtype=asked)
+    alone, what = pruning.truncate(with_digest("x", {"x": whole.modules["x"]}), 5, dtype=asked)
     assert what.error == pytest.approx(off["x"] / norms["x"], rel=1e-3)
     if asked is not None or given != torch.float32:
         assert what.error > 2 * float(torch.linalg.svdvals(dense(whole.modules["x"]))[5] / norms["x"])
 
 
 def test_a_budget_is_met_to_the_last_parameter():
-    both = sealed(
+    both = with_digest(
         "b", {"x": LowRank(torch.ones(1, 4), torch.ones(6, 1), 1.0), "y": random_weights(2, {"y": 2}).modules["y"]}
     )
     assert pruning.truncate_globally(random_weights(1, {"x": 4}), budget=2 * 22)[1].parameters == 2 * 22

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters import peft_config, peft_format
-from adapters.durable import replace_file
+from adapters.atomic_files import replace_file
 from adapters.errors import AdapterError, BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter
-from adapters.weights import LoraWeights, LowRank, sealed
+from adapters.weights import LoraWeights, LowRank, with_digest
 
 Shapes = dict[str, tuple[int, int]]
 MakePeft = Callable[..., tuple[Any, Path]]
@@ -767,14 +767,14 @@ def test_truncation_at_every_length_is_refused(make_peft, shapes):
 
 
 def test_a_full_disk_is_told(make_peft, shapes, tmp_path):
-    weights = sealed("a", {"x": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
+    weights = with_digest("a", {"x": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreFailed, match="could not be written"):
         peft_format.save(weights, tmp_path / "file")
 
 
 def test_how_it_was_made_travels_with_the_tensors(tmp_path):
-    weights = sealed(
+    weights = with_digest(
         "a",
         {"x": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)},
         {"quantization": {"scheme": "int4"}, "training": {"samples": 3}},
@@ -906,6 +906,6 @@ def test_a_folder_has_its_config_last(tmp_path: Path, write_adapter: Any, monkey
 def test_all_that_is_told_of_how_an_adapter_was_made_travels_with_it(tmp_path: Path) -> None:
     told = {key: {"a": [1, "é"]} for key in ("quantization", "training", "composition", "pruning", "auto_lora")}
     modules = {"x": LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
-    peft_format.save(sealed("a", modules, {**told, "of no file": 1}), tmp_path / "a")
+    peft_format.save(with_digest("a", modules, {**told, "of no file": 1}), tmp_path / "a")
     metadata = peft_format.read_folder(tmp_path / "a", name="a").metadata
     assert {key: metadata[key] for key in told} == told and "of no file" not in metadata

@@ -37,10 +37,10 @@ from adapters.errors import (
     VersionMismatch,
 )
 from adapters.peft_format import read_folder, save
-from adapters.ports import NoSlots, Observer
+from adapters.protocols import NoSlots, Observer
 from adapters.registry import Registry
-from adapters.store import Disk, Store
-from adapters.weights import LoraWeights, LowRank, Mix, Version, sealed
+from adapters.store import AdapterStore, Disk
+from adapters.weights import LoraWeights, LowRank, Mix, Version, with_digest
 from tests.waiting import until
 
 Write = Callable[..., LoraWeights]
@@ -91,7 +91,7 @@ def open_registry(tmp_path: Path, tiny_shapes: dict[str, tuple[int, int]]) -> It
     def make(disk: Disk | None = None, **options: Any) -> Registry:
         for before in opened:
             before.close()
-        store = Store(tmp_path / "store", disk=disk)
+        store = AdapterStore(tmp_path / "store", disk=disk)
         opened[:] = [Registry(store, **{"shapes": tiny_shapes, "ram_bytes": ROOM, "observer": Heard(), **options})]
         return opened[0]
 
@@ -743,7 +743,7 @@ async def test_an_adapter_of_a_larger_base_is_not_set_aside_for_its_rank(
     paths = sorted(tiny_shapes)
     fewer = {path: tiny_shapes[path] for path in paths[:-1]}
     small = read_folder(folders[0], name="a")
-    save(sealed("a", {path: small.modules[path] for path in fewer}), folders[2])
+    save(with_digest("a", {path: small.modules[path] for path in fewer}), folders[2])
     await open_registry(shapes=fewer, max_rank=4).publish("a", folders[2])
     await open_registry(max_rank=8).publish("a", folders[1])
     again = open_registry(shapes=fewer, max_rank=4)
@@ -760,7 +760,7 @@ async def test_publishing_on_one_base_leaves_the_versions_of_another(
     for seed in range(5):
         torch.manual_seed(seed)
         modules = {path: LowRank(torch.randn(2, 8), torch.randn(8, 2), 2.0) for path in tiny_shapes}
-        save(sealed("a", modules), tmp_path / f"other-{seed}")
+        save(with_digest("a", modules), tmp_path / f"other-{seed}")
         await other.publish("a", tmp_path / f"other-{seed}")
     assert len(other.describe("a")["versions"]) == 3
     again = open_registry()
@@ -839,13 +839,13 @@ async def test_a_pin_whose_load_failed_holds_once_it_is_in_memory(
 def write_wide(folder: Path) -> Path:
     """The adapter in `folder`, at twice its size."""
     from adapters.peft_format import save
-    from adapters.weights import LowRank, sealed
+    from adapters.weights import LowRank, with_digest
 
     weights = read_folder(folder, name="wide")
     modules = {
         p: LowRank(torch.cat([m.A, m.A]), torch.cat([m.B, m.B], dim=1), m.scale) for p, m in weights.modules.items()
     }
-    save(sealed("wide", modules), folder)
+    save(with_digest("wide", modules), folder)
     return folder
 
 
@@ -1295,7 +1295,7 @@ def test_what_is_smaller_in_memory_than_on_the_disk_is_measured_there(open_regis
     """Files have 32 bits where a base's own kernels take 8."""
     shapes = {f"m{i}": (1024, 1024) for i in range(4)}
     modules = {path: LowRank(torch.ones(64, 1024), torch.ones(1024, 64), 1.0) for path in shapes}
-    save(sealed("a", modules), tmp_path / "a")
+    save(with_digest("a", modules), tmp_path / "a")
     size = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     assert size > 1 << 20, "of what is less the limit is another"
 

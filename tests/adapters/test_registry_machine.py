@@ -27,13 +27,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from adapters.catalog_state import KEPT
 from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed, UnknownAdapter, VersionMismatch
-from adapters.journal import KEPT
 from adapters.leases import Lease
 from adapters.peft_format import read_folder
-from adapters.ports import NoSlots
+from adapters.protocols import NoSlots
 from adapters.registry import Registry
-from adapters.store import Disk, Store
+from adapters.store import AdapterStore, Disk
 from adapters.weights import LoraWeights, Version
 from tests.waiting import until
 
@@ -101,7 +101,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        store = Store(self.root / f"store-{self.run}", disk=self.disk)
+        store = AdapterStore(self.root / f"store-{self.run}", disk=self.disk)
         self.registry = Registry(store, shapes=self.shapes, ram_bytes=BUDGET * self.size)
         self.slots = self.registry.slots = Slots()
         self.registry.start()

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from adapters.catalog_state import KEPT, CatalogState, ImportedFolder
 from adapters.errors import InvalidAdapter, NoRoom, StoreFailed
-from adapters.journal import KEPT, Journal, Taken
 from adapters.peft_format import read_folder
-from adapters.store import Disk, Record, Store
+from adapters.store import AdapterStore, Disk, VersionRecord
 from adapters.weights import LoraWeights
 
 Write = Callable[..., LoraWeights]
@@ -85,11 +85,11 @@ def full() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/secret/path")
 
 
-def publish(store: Store, name: str, folder: Path, now: float = 1.0) -> str:
+def publish(store: AdapterStore, name: str, folder: Path, now: float = 1.0) -> str:
     """What the registry does, in short."""
     with store.stage(folder) as staged:
         weights = read_folder(staged, name=name)
-        store.adopt(staged, Record.of(weights, now))
+        store.adopt(staged, VersionRecord.of(weights, now))
     store.write(store.journal.point(name, weights.digest, "test", now))
     for digest in set(store.records) - store.journal.referenced():
         store.nbytes(digest)
@@ -98,7 +98,7 @@ def publish(store: Store, name: str, folder: Path, now: float = 1.0) -> str:
     return weights.digest
 
 
-def check_whole(store: Store, unnamed: bool = False) -> dict[str, str]:
+def check_whole(store: AdapterStore, unnamed: bool = False) -> dict[str, str]:
     """Every name's versions can be read and are what they say; nothing is left over. Answers name -> digest."""
     assert not store.lost
     for name, entry in store.journal.names.items():
@@ -122,13 +122,13 @@ def folders(tmp_path: Path, write_adapter: Write) -> list[Path]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "store")
+def store(tmp_path: Path) -> Iterator[AdapterStore]:
+    store = AdapterStore(tmp_path / "store")
     yield store
     store.close()
 
 
-def test_put_and_read_back(store: Store, folders: list[Path]) -> None:
+def test_put_and_read_back(store: AdapterStore, folders: list[Path]) -> None:
     digest = publish(store, "a", folders[0])
     shutil.rmtree(folders[0])
     weights = read_folder(store.path(digest), name="a")
@@ -139,22 +139,22 @@ def test_put_and_read_back(store: Store, folders: list[Path]) -> None:
     store.close()
     assert store.nbytes(weights.digest) == weights.nbytes and store.nbytes("f" * 64) == 0
     store.close()
-    elsewhere = Store(store.root, size=lambda modules: 7 * len(modules))
+    elsewhere = AdapterStore(store.root, size=lambda modules: 7 * len(modules))
     assert elsewhere.nbytes(weights.digest) == 7 * len(record.modules), "what it takes here"
     elsewhere.close()
-    with_again = Store(store.root)
+    with_again = AdapterStore(store.root)
     assert check_whole(with_again) == {"a": digest}
     assert with_again.records[digest] == record
     with_again.close()
 
 
-def test_keeps_the_last_three_of_a_name(store: Store, folders: list[Path]) -> None:
+def test_keeps_the_last_three_of_a_name(store: AdapterStore, folders: list[Path]) -> None:
     digests = [publish(store, "a", folder) for folder in folders]
     assert store.journal.names["a"].history == tuple(digests[: -KEPT - 1 : -1])
     assert check_whole(store) == {"a": digests[-1]}
 
 
-def test_a_version_with_two_names_stays_until_both_are_gone(store: Store, folders: list[Path]) -> None:
+def test_a_version_with_two_names_stays_until_both_are_gone(store: AdapterStore, folders: list[Path]) -> None:
     digest = publish(store, "a", folders[0])
     assert publish(store, "b", folders[0]) == digest
     store.write(store.journal.retire("a"))
@@ -162,7 +162,7 @@ def test_a_version_with_two_names_stays_until_both_are_gone(store: Store, folder
     assert check_whole(store) == {"b": digest}
 
 
-def test_equal_content_renews_the_card_and_the_task(store: Store, folders: list[Path]) -> None:
+def test_equal_content_renews_the_card_and_the_task(store: AdapterStore, folders: list[Path]) -> None:
     digest = publish(store, "a", folders[0])
     (folders[0] / "README.md").write_text("new card")
     (folders[0] / "task.json").unlink()
@@ -173,7 +173,7 @@ def test_equal_content_renews_the_card_and_the_task(store: Store, folders: list[
     assert weights.metadata["card"] == "new card" and weights.metadata["task"] is None
 
 
-def test_a_damaged_version_is_replaced_by_equal_content(store: Store, folders: list[Path]) -> None:
+def test_a_damaged_version_is_replaced_by_equal_content(store: AdapterStore, folders: list[Path]) -> None:
     digest = publish(store, "a", folders[0])
     (store.path(digest) / "adapter_model.safetensors").write_bytes(b"rot")
     store.damaged.add(digest)
@@ -181,12 +181,12 @@ def test_a_damaged_version_is_replaced_by_equal_content(store: Store, folders: l
     assert check_whole(store) == {"a": digest} and not store.damaged
 
 
-def test_one_process_at_a_time(store: Store) -> None:
+def test_one_process_at_a_time(store: AdapterStore) -> None:
     with pytest.raises(StoreFailed, match="in use by another process"):
-        Store(store.root)
+        AdapterStore(store.root)
     store.close()
     store.close()
-    Store(store.root).close()
+    AdapterStore(store.root).close()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_one_process_at_a_time(store: Store) -> None:
     ],
 )
 def test_a_lost_version_is_told_and_can_be_put_again(
-    store: Store, folders: list[Path], kind: str, told: str, caplog: Any
+    store: AdapterStore, folders: list[Path], kind: str, told: str, caplog: Any
 ) -> None:
     digest, other = publish(store, "a", folders[0]), publish(store, "b", folders[1])
     store.close()
@@ -211,7 +211,7 @@ def test_a_lost_version_is_told_and_can_be_put_again(
         (store.path(digest) / "record.json").write_text("{")
     else:
         shutil.copy(store.path(other) / "record.json", store.path(digest) / "record.json")
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     assert set(again.lost) == {digest} and set(again.records) == {other}
     assert again.lost[digest].startswith(told.format(digest[:12])) and again.lost[digest] in caplog.text
     assert again.lost[digest].endswith("; publish it again, or roll back to another")
@@ -220,21 +220,21 @@ def test_a_lost_version_is_told_and_can_be_put_again(
     again.close()
 
 
-def test_an_unreadable_journal_is_an_error_and_nothing_is_deleted(store: Store, folders: list[Path]) -> None:
+def test_an_unreadable_journal_is_an_error_and_nothing_is_deleted(store: AdapterStore, folders: list[Path]) -> None:
     digest = publish(store, "a", folders[0])
     store.close()
     good = (store.root / "names.json").read_text()
     for text in ("{", "[]", '{"format": 99}', good.replace(digest, "../../etc")):
         (store.root / "names.json").write_text(text)
         with pytest.raises(StoreFailed, match=r"names\.json"):
-            Store(store.root)
+            AdapterStore(store.root)
     (store.root / "names.json").write_text(good)
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     assert check_whole(again) == {"a": digest}
     again.close()
 
 
-def script(store: Store, folders: list[Path]) -> Iterator[dict[str, str]]:
+def script(store: AdapterStore, folders: list[Path]) -> Iterator[dict[str, str]]:
     """A life of changes; yields, before each and at the end, the names as they must then be."""
     names: dict[str, str] = {}
     yield names
@@ -253,7 +253,7 @@ def script(store: Store, folders: list[Path]) -> Iterator[dict[str, str]]:
 def dry_run(folders: list[Path], root: Path) -> tuple[int, list[dict[str, str]]]:
     """How many writes the script makes, and the states that it goes through."""
     disk = FaultyDisk()
-    store = Store(root, disk=disk)
+    store = AdapterStore(root, disk=disk)
     states = list(script(store, folders))
     store.close()
     return disk.count, states
@@ -269,12 +269,12 @@ def test_a_crash_at_any_write_leaves_a_readable_store(tmp_path: Path, folders: l
         reached = 0
         store = None
         with pytest.raises(Crash):
-            store = Store(root, disk=FaultyDisk(at, half=half))
+            store = AdapterStore(root, disk=FaultyDisk(at, half=half))
             for _ in script(store, folders):
                 reached += 1
         if store is not None:
             store.close()
-        again = Store(root)
+        again = AdapterStore(root)
         # The step that crashed has happened or has not: no other state is possible.
         assert check_whole(again) in states[max(reached - 1, 0) : reached + 1]
         publish(again, "c", folders[1])
@@ -287,11 +287,11 @@ def test_a_crash_at_any_write_leaves_a_readable_store(tmp_path: Path, folders: l
 def test_a_full_disk_at_any_write_changes_nothing_that_is_seen(tmp_path: Path, folders: list[Path]) -> None:
     count, states = dry_run(folders, tmp_path / "dry")
     opening = FaultyDisk()
-    Store(tmp_path / "opening", disk=opening).close()
+    AdapterStore(tmp_path / "opening", disk=opening).close()
     failures = 0
     for at in range(opening.count, count):
         root = tmp_path / f"full-{at}"
-        store = Store(root, disk=FaultyDisk(at, full, half=True))
+        store = AdapterStore(root, disk=FaultyDisk(at, full, half=True))
         reached = 0
         try:
             for _ in script(store, folders):
@@ -308,14 +308,14 @@ def test_a_full_disk_at_any_write_changes_nothing_that_is_seen(tmp_path: Path, f
                 assert read_folder(store.path(digest), name=name).digest == digest
         digest = publish(store, "c", folders[1])  # the store goes on
         store.close()
-        again = Store(root)
+        again = AdapterStore(root)
         assert check_whole(again)["c"] == digest
         again.close()
         shutil.rmtree(root)
     assert failures > count // 2
 
 
-def test_what_is_no_regular_file_is_refused(store: Store, folders: list[Path], tmp_path: Path) -> None:
+def test_what_is_no_regular_file_is_refused(store: AdapterStore, folders: list[Path], tmp_path: Path) -> None:
     target = folders[0] / "adapter_model.safetensors"
     open_files = len(os.listdir("/proc/self/fd"))
     for make, reason in [
@@ -335,7 +335,7 @@ def test_what_is_no_regular_file_is_refused(store: Store, folders: list[Path], t
 
 
 def test_nothing_gets_its_name_before_it_is_synced(
-    store: Store, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    store: AdapterStore, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: set[Path] = set()
     rename = os.rename
@@ -352,7 +352,7 @@ def test_nothing_gets_its_name_before_it_is_synced(
 
 
 def test_another_card_is_durable_in_the_folder_of_its_version(
-    store: Store, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    store: AdapterStore, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = publish(store, "a", folders[0])
     (folders[0] / "README.md").write_text("another card")
@@ -365,13 +365,15 @@ def test_another_card_is_durable_in_the_folder_of_its_version(
     assert of_version[:1] == ["name"] and of_version[-1] == "sync", "its names are, after the last of them"
 
 
-def test_a_directory_that_is_a_link_itself_is_no_way_out(store: Store, folders: list[Path], tmp_path: Path) -> None:
+def test_a_directory_that_is_a_link_itself_is_no_way_out(
+    store: AdapterStore, folders: list[Path], tmp_path: Path
+) -> None:
     (tmp_path / "adapters").symlink_to(folders[0].parent)
     with store.stage(tmp_path / "adapters" / folders[0].name, within=tmp_path / "adapters") as staged:
         assert read_folder(staged, name="a").digest == read_folder(folders[0], name="a").digest
 
 
-def test_links_may_not_lead_out(store: Store, folders: list[Path], tmp_path: Path) -> None:
+def test_links_may_not_lead_out(store: AdapterStore, folders: list[Path], tmp_path: Path) -> None:
     jail = tmp_path / "jail"
     (jail / "bad").mkdir(parents=True)
     (jail / "good").mkdir()
@@ -388,7 +390,7 @@ def test_links_may_not_lead_out(store: Store, folders: list[Path], tmp_path: Pat
         read_folder(staged, name="good")
 
 
-def test_an_endless_file_ends(store: Store, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_file_ends(store: AdapterStore, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     file = folders[0] / "adapter_model.safetensors"
     file.write_bytes(bytes(10_000))
     told = os.fstat
@@ -400,7 +402,7 @@ def test_an_endless_file_ends(store: Store, folders: list[Path], monkeypatch: py
 
 
 def test_nothing_is_written_of_a_file_that_is_too_large_as_it_lies(
-    store: Store, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    store: AdapterStore, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A watch tries every half minute, and the limit is of gigabytes."""
     with (folders[0] / "adapter_model.safetensors").open("wb") as file:
@@ -418,7 +420,7 @@ def test_nothing_is_written_of_a_file_that_is_too_large_as_it_lies(
 
 
 def test_a_stored_version_of_another_base_says_so(folders: list[Path], tiny_shapes: dict[str, Any]) -> None:
-    record = Record.of(read_folder(folders[0], name="a"), 0.0)
+    record = VersionRecord.of(read_folder(folders[0], name="a"), 0.0)
     path = next(iter(tiny_shapes))
     assert record.misfit(tiny_shapes, 64) is None
     assert "over the limit" in (record.misfit(tiny_shapes, 1) or "")
@@ -428,9 +430,11 @@ def test_a_stored_version_of_another_base_says_so(folders: list[Path], tiny_shap
 
 def test_journal_round_trip_and_rules() -> None:
     a, b, c, d = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
-    journal = Journal().point("x", a, "api", 1.0).pin("x", True).point("x", b, "watch", 2.0).point("x", c, "api", 3.0)
-    journal = journal.take("watch/x", Taken(c, (("task.json", 1, 2, 3, 4),)))
-    assert Journal.from_json(json.loads(json.dumps(journal.to_json()))) == journal
+    journal = (
+        CatalogState().point("x", a, "api", 1.0).pin("x", True).point("x", b, "watch", 2.0).point("x", c, "api", 3.0)
+    )
+    journal = journal.take("watch/x", ImportedFolder(c, (("task.json", 1, 2, 3, 4),)))
+    assert CatalogState.from_json(json.loads(json.dumps(journal.to_json()))) == journal
     assert journal.names["x"].pinned
     assert journal.point("x", a, "api", 4.0).names["x"].history == (a, c, b), "rolled back: the old one is first again"
     assert journal.point("x", d, "api", 4.0).names["x"].history == (d, c, b)
@@ -441,26 +445,26 @@ def test_journal_round_trip_and_rules() -> None:
 @pytest.mark.parametrize(
     ("damage", "told"), [({"format": 2}, "format 2 is not known"), ({"names": {"x": {"history": []}}}, "64 hex digits")]
 )
-def test_names_of_a_later_form_or_without_a_version_are_refused(store: Store, damage: Any, told: str) -> None:
-    fields = Journal().point("x", "a" * 64, "api", 1.0).to_json()
+def test_names_of_a_later_form_or_without_a_version_are_refused(store: AdapterStore, damage: Any, told: str) -> None:
+    fields = CatalogState().point("x", "a" * 64, "api", 1.0).to_json()
     if "names" in damage:
         damage = {"names": {"x": {**fields["names"]["x"], **damage["names"]["x"]}}}
     store.close()
     (store.root / "names.json").write_text(json.dumps({**fields, **damage}))
     with pytest.raises(StoreFailed, match=rf"names\.json .*{told}"):
-        Store(store.root)
+        AdapterStore(store.root)
 
 
 @pytest.mark.parametrize("below", ["f" * 64, "f", 1, ["b"]])
-def test_a_name_that_was_put_over_none_of_its_versions_is_damage(store: Store, below: Any) -> None:
-    journal = Journal().point("x", "a" * 64, "api", 1.0).point("x", "b" * 64, "watch", 2.0)
+def test_a_name_that_was_put_over_none_of_its_versions_is_damage(store: AdapterStore, below: Any) -> None:
+    journal = CatalogState().point("x", "a" * 64, "api", 1.0).point("x", "b" * 64, "watch", 2.0)
     store.close()
     fields = journal.to_json()
     assert fields["names"]["x"]["below"] == "a" * 64
     fields["names"]["x"]["below"] = below
     (store.root / "names.json").write_text(json.dumps(fields))
     with pytest.raises(StoreFailed, match=r"names.json .* none of its versions.*; put a good copy back"):
-        Store(store.root)
+        AdapterStore(store.root)
 
 
 @pytest.mark.parametrize(
@@ -476,28 +480,28 @@ def test_a_name_that_was_put_over_none_of_its_versions_is_damage(store: Store, b
         None,
     ],
 )
-def test_a_damaged_record_costs_its_adapter_alone(store: Store, folders: list[Path], damage: Any) -> None:
+def test_a_damaged_record_costs_its_adapter_alone(store: AdapterStore, folders: list[Path], damage: Any) -> None:
     digest, other = publish(store, "a", folders[0]), publish(store, "b", folders[1])
     store.close()
     file = store.path(digest) / "record.json"
     fields = json.loads(file.read_text())
     file.write_text(json.dumps({**fields, **damage} if isinstance(damage, dict) else damage))
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert "cannot be read" in again.lost[digest] and set(again.records) == {other}
     file.unlink()
     file.mkdir()
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert "Is a directory" in again.lost[digest] and publish(again, "a", folders[0]) == digest
         assert set(again.records) == {digest, other} and not again.lost
 
 
-def test_what_a_later_version_tells_of_one_is_let_be(store: Store, folders: list[Path]) -> None:
+def test_what_a_later_version_tells_of_one_is_let_be(store: AdapterStore, folders: list[Path]) -> None:
     """Else going back to this one would lose all that it has served."""
     digest = publish(store, "a", folders[0])
     store.close()
     file = store.path(digest) / "record.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "of_tomorrow": [1]}))
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert set(again.records) == {digest} and not again.lost
 
 
@@ -506,11 +510,11 @@ import sys
 from pathlib import Path
 from adapters.peft_format import read_folder
 from adapters.registry import Registry
-from adapters.store import Store
+from adapters.store import AdapterStore
 
 root, folders = Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]]
 shapes = {p: (m.B.shape[0], m.A.shape[1]) for p, m in read_folder(folders[0], name="a").modules.items()}
-registry = Registry(Store(root), shapes=shapes, ram_bytes=1 << 20)
+registry = Registry(AdapterStore(root), shapes=shapes, ram_bytes=1 << 20)
 for n in range(10**6):
     registry.publish_now("ab"[n % 2], folders[n % len(folders)])
     if n % 5 == 4:
@@ -536,13 +540,13 @@ def test_kill_minus_nine_while_registering(tmp_path: Path, folders: list[Path]) 
             time.sleep(0.003 * run)
             process.kill()
         assert process.returncode == -signal.SIGKILL
-        store = Store(root)
+        store = AdapterStore(root)
         assert set(check_whole(store)) & {"a", "b"}
         publish(store, "c", folders[0])
         store.close()
 
 
-def test_names_of_equal_content_have_a_card_and_a_task_each(store: Store, folders: list[Path]) -> None:
+def test_names_of_equal_content_have_a_card_and_a_task_each(store: AdapterStore, folders: list[Path]) -> None:
     digest = publish(store, "a", folders[0])
     before = store.records[digest].metadata_of("a")
     assert before["task"] is not None and before["card"] == "card 0"
@@ -552,7 +556,7 @@ def test_names_of_equal_content_have_a_card_and_a_task_each(store: Store, folder
     (folders[0] / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "of/b"}))
     assert publish(store, "b", folders[0]) == digest
     store.close()
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     record = again.records[digest]
     assert record.metadata_of("a") == before
     assert [record.metadata_of("b")[key] for key in ("task", "card", "base")] == [None, "of b", "of/b"]
@@ -563,7 +567,7 @@ def test_names_of_equal_content_have_a_card_and_a_task_each(store: Store, folder
 
 
 def test_what_was_told_of_a_version_before_names_had_their_own_is_every_names(
-    store: Store, folders: list[Path]
+    store: AdapterStore, folders: list[Path]
 ) -> None:
     digest = publish(store, "a", folders[0])
     store.close()
@@ -571,7 +575,7 @@ def test_what_was_told_of_a_version_before_names_had_their_own_is_every_names(
     fields = json.loads(file.read_text())
     del fields["told"]
     file.write_text(json.dumps(fields))
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     assert again.records[digest].metadata_of("a")["card"] == "card 0"
     (folders[0] / "README.md").write_text("of b")
     publish(again, "b", folders[0])
@@ -579,36 +583,40 @@ def test_what_was_told_of_a_version_before_names_had_their_own_is_every_names(
     again.close()
 
 
-def test_a_version_whose_folder_went_while_it_was_served_can_be_put_again(store: Store, folders: list[Path]) -> None:
+def test_a_version_whose_folder_went_while_it_was_served_can_be_put_again(
+    store: AdapterStore, folders: list[Path]
+) -> None:
     digest = publish(store, "a", folders[0])
     shutil.rmtree(store.path(digest))
     assert publish(store, "a", folders[0]) == digest
     assert check_whole(store) == {"a": digest}
 
 
-def test_names_that_somebody_takes_away_cost_no_version(store: Store, folders: list[Path], caplog: Any) -> None:
+def test_names_that_somebody_takes_away_cost_no_version(store: AdapterStore, folders: list[Path], caplog: Any) -> None:
     """As the server says what to do about a damaged file."""
     digests = {publish(store, "a", folders[0]), publish(store, "b", folders[1])}
     store.close()
     (store.root / "names.json").unlink()
     (store.path(min(digests)) / "record.json").write_text("damaged too")
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     assert not again.journal.names and {p.name for p in (store.root / "unnamed").iterdir()} == digests
     assert "kept in" in caplog.text
     assert all((store.root / "unnamed" / d / "adapter_model.safetensors").exists() for d in digests)
     third = publish(again, "c", folders[2])
     again.close()
-    assert check_whole(Store(store.root), unnamed=True) == {"c": third}
+    assert check_whole(AdapterStore(store.root), unnamed=True) == {"c": third}
 
 
-def test_names_that_are_put_back_have_their_versions_again(store: Store, folders: list[Path], caplog: Any) -> None:
+def test_names_that_are_put_back_have_their_versions_again(
+    store: AdapterStore, folders: list[Path], caplog: Any
+) -> None:
     digests = {"a": publish(store, "a", folders[0]), "b": publish(store, "b", folders[1])}
     store.close()
     names = (store.root / "names.json").read_bytes()
     (store.root / "names.json").unlink()
-    Store(store.root).close()
+    AdapterStore(store.root).close()
     (store.root / "names.json").write_bytes(names)
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     assert check_whole(again, unnamed=True) == digests and caplog.text.count("has a name again") == 2
     assert not list((store.root / "unnamed").iterdir())
     again.close()
@@ -616,7 +624,7 @@ def test_names_that_are_put_back_have_their_versions_again(store: Store, folders
 
 @pytest.mark.parametrize("ago", [0.0, 3600.0])
 def test_an_older_copy_of_the_names_is_known_whatever_the_clocks_were(
-    store: Store, folders: list[Path], ago: float
+    store: AdapterStore, folders: list[Path], ago: float
 ) -> None:
     """The version after it is of a clock that was not set yet, and the copy may be put back at once."""
     names, kept = store.root / "names.json", publish(store, "a", folders[0])
@@ -625,22 +633,24 @@ def test_an_older_copy_of_the_names_is_known_whatever_the_clocks_were(
     store.close()
     newest = names.read_bytes()
     names.write_text(json.dumps({**older, "written": older["written"] - ago}))
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert check_whole(again, unnamed=True) == {"a": kept}
         assert [p.name for p in (store.root / "unnamed").iterdir()] == [newer]
     names.write_bytes(newest)
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert check_whole(again, unnamed=True) == {"a": kept, "b": newer}
     names.write_text(json.dumps(older))
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         third = publish(again, "c", folders[2])
     (store.root / "versions" / ("f" * 64)).mkdir()  # from that on it is the last again, and what a crash leaves goes
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert check_whole(again, unnamed=True) == {"a": kept, "c": third}
         assert [p.name for p in (store.root / "unnamed").iterdir()] == [newer]
 
 
-def test_an_older_copy_of_the_store_costs_no_version_that_came_after_it(store: Store, folders: list[Path]) -> None:
+def test_an_older_copy_of_the_store_costs_no_version_that_came_after_it(
+    store: AdapterStore, folders: list[Path]
+) -> None:
     """It has brought what the lock tells along, and was put over the versions that are there."""
     hour_ago = time.time() - 3600
     kept, retired = publish(store, "a", folders[0], hour_ago - 60), publish(store, "r", folders[2], hour_ago - 30)
@@ -648,25 +658,27 @@ def test_an_older_copy_of_the_store_costs_no_version_that_came_after_it(store: S
     newer = publish(store, "b", folders[1], hour_ago + 60)
     store.close()
     (store.root / "names.json").write_text(json.dumps({**names, "written": hour_ago, "writes": store._writes}))
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     assert check_whole(again, unnamed=True) == {"a": kept}
     assert [p.name for p in (store.root / "unnamed").iterdir()] == [newer] != [retired], "that was deleted before"
     again.close()
 
 
-def test_names_that_do_not_tell_when_they_were_written_are_the_last(store: Store, folders: list[Path]) -> None:
+def test_names_that_do_not_tell_when_they_were_written_are_the_last(store: AdapterStore, folders: list[Path]) -> None:
     """Those of versions before; what a crash has left beside them goes."""
     kept, left = publish(store, "a", folders[0]), publish(store, "r", folders[2])
     names = store.journal.retire("r").to_json()
     store.close()
     (store.root / "names.json").write_text(json.dumps(names))
     (store.root / "lock").write_bytes(b"")
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     assert check_whole(again) == {"a": kept} and not again.path(left).exists()
     again.close()
 
 
-def test_an_older_copy_of_the_names_costs_no_version_whose_record_is_damaged(store: Store, folders: list[Path]) -> None:
+def test_an_older_copy_of_the_names_costs_no_version_whose_record_is_damaged(
+    store: AdapterStore, folders: list[Path]
+) -> None:
     """When it was made is not known, so it may have come after the copy."""
     names = store.journal.to_json()
     newer = publish(store, "a", folders[0])
@@ -674,11 +686,11 @@ def test_an_older_copy_of_the_names_costs_no_version_whose_record_is_damaged(sto
     (store.path(newer) / "record.json").write_text("{")
     told = {"written": time.time() - 3600, "writes": store._writes}
     (store.root / "names.json").write_text(json.dumps({**names, **told}))
-    Store(store.root).close()
+    AdapterStore(store.root).close()
     assert [path.name for path in (store.root / "unnamed").iterdir()] == [newer]
 
 
-def test_so_it_does_if_the_clock_was_set_back_since(store: Store, folders: list[Path]) -> None:
+def test_so_it_does_if_the_clock_was_set_back_since(store: AdapterStore, folders: list[Path]) -> None:
     """When the copy was made tells nothing of what came after it then, and what came before is kept as well."""
     kept, retired = publish(store, "a", folders[0]), publish(store, "r", folders[2])
     names = store.journal.retire("r").to_json()
@@ -686,29 +698,29 @@ def test_so_it_does_if_the_clock_was_set_back_since(store: Store, folders: list[
     store.close()
     told = {"written": time.time() + 3600, "writes": store._writes}
     (store.root / "names.json").write_text(json.dumps({**names, **told}))
-    again = Store(store.root)
+    again = AdapterStore(store.root)
     assert check_whole(again, unnamed=True) == {"a": kept}
     assert {p.name for p in (store.root / "unnamed").iterdir()} == {newer, retired}
     again.close()
 
 
-def test_names_that_are_taken_away_once_more_cost_no_start(store: Store, folders: list[Path]) -> None:
+def test_names_that_are_taken_away_once_more_cost_no_start(store: AdapterStore, folders: list[Path]) -> None:
     """What was set aside the first time has been published again since, and is set aside again."""
     digest = publish(store, "a", folders[0])
     store.close()
     (store.root / "names.json").unlink()
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert publish(again, "a", folders[0]) == digest
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert check_whole(again, unnamed=True) == {"a": digest}
     (store.root / "names.json").unlink()
-    with closing(Store(store.root)) as again:
+    with closing(AdapterStore(store.root)) as again:
         assert not again.journal.names and [p.name for p in (store.root / "unnamed").iterdir()] == [digest]
         assert read_folder(store.root / "unnamed" / digest, name="a").digest == digest
 
 
 @pytest.mark.parametrize("how", ["written to", "replaced", "the other file"])
-def test_what_changes_while_it_is_copied_is_not_taken(store: Store, folders: list[Path], how: str) -> None:
+def test_what_changes_while_it_is_copied_is_not_taken(store: AdapterStore, folders: list[Path], how: str) -> None:
     tensors, config = (folders[0] / name for name in ("adapter_model.safetensors", "adapter_config.json"))
     copy = store._disk.copy
 
@@ -732,7 +744,9 @@ def test_what_changes_while_it_is_copied_is_not_taken(store: Store, folders: lis
     store._disk.copy = copy  # type: ignore[method-assign]
 
 
-def test_a_crash_while_versions_are_set_aside_costs_none(store: Store, folders: list[Path], tmp_path: Path) -> None:
+def test_a_crash_while_versions_are_set_aside_costs_none(
+    store: AdapterStore, folders: list[Path], tmp_path: Path
+) -> None:
     digests = {publish(store, "a", folders[0]), publish(store, "b", folders[1])}
     store.close()
     (store.root / "names.json").unlink()
@@ -740,12 +754,12 @@ def test_a_crash_while_versions_are_set_aside_costs_none(store: Store, folders: 
         root = tmp_path / f"crash-{at}"
         shutil.copytree(store.root, root)
         with pytest.raises(Crash):
-            Store(root, disk=FaultyDisk(at))
-        Store(root).close()
+            AdapterStore(root, disk=FaultyDisk(at))
+        AdapterStore(root).close()
         assert {path.name for path in (root / "unnamed").iterdir()} == digests
 
 
-def test_names_that_could_not_be_written_leave_nothing_behind(store: Store, folders: list[Path]) -> None:
+def test_names_that_could_not_be_written_leave_nothing_behind(store: AdapterStore, folders: list[Path]) -> None:
     publish(store, "a", folders[0])
     store._disk = FaultyDisk(0, full, half=True)
     with pytest.raises(StoreFailed, match="the disk is full"):
@@ -754,13 +768,13 @@ def test_names_that_could_not_be_written_leave_nothing_behind(store: Store, fold
 
 
 def test_what_a_record_is_asked_for_at_each_look_is_worked_out_once(tmp_path: Path, write_adapter: Any) -> None:
-    record = Record.of(write_adapter(tmp_path / "a", rank=3), 0.0)
+    record = VersionRecord.of(write_adapter(tmp_path / "a", rank=3), 0.0)
     assert (record.ranks, record.targets) == ([3], ["q_proj", "v_proj"])
     assert record.ranks is record.ranks and record.targets is record.targets
 
 
 def test_a_version_that_is_deleted_is_not_damaged_any_more(tmp_path: Path, write_adapter: Any) -> None:
-    store = Store(tmp_path / "store")
+    store = AdapterStore(tmp_path / "store")
     digest = publish(store, "a", write_adapter(tmp_path / "a") and tmp_path / "a")
     store.damaged.add(digest)
     store.write(store.journal.retire("a"))

@@ -23,7 +23,7 @@ import triton
 
 from benchmarks import gpu, gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_peers, gpu_products
 from benchmarks.gpu_base import Kind, _linear, random_adapters
-from server.kernels.cuda import Cuda, packing, products
+from server.kernels.cuda import Cuda, matmul, packing
 from server.kernels.lora import SITES
 from server.model.config import from_hf
 
@@ -342,11 +342,11 @@ def test_distinct_adapters_are_those_of_neighbours() -> None:
 
 
 def test_products_are_timed_both_ways_and_as_they_were_afterwards() -> None:
-    before = products.DENSE_ROWS
+    before = matmul.DENSE_ROWS
     with pytest.raises(ValueError), gpu_kernels._dense_from(65):
-        assert products.DENSE_ROWS == 65
+        assert matmul.DENSE_ROWS == 65
         raise ValueError
-    assert products.DENSE_ROWS == before
+    assert matmul.DENSE_ROWS == before
 
 
 def test_the_ten_minutes_begin_before_what_takes_seconds_to_import() -> None:

@@ -11,7 +11,7 @@ from adapters.layers import LoraSpec, inject, trainable_parameters
 from benchmarks import memory_table
 from benchmarks.memory_table import count, parameters, stored, table, trained
 from benchmarks.shapes import LLAMA_7B, QWEN_7B
-from server.jobs.trainable import Trainable
+from server.jobs.trainable_model import TrainableModel
 from server.model.config import from_hf
 from server.model.quantization import quantize
 
@@ -33,7 +33,7 @@ def test_full_lora_and_qlora_of_7b() -> None:
 
 def test_a_tree_trains_what_is_counted(tiny_base) -> None:
     spec = LoraSpec(rank=3, targets=memory_table.ATTENTION)
-    found = inject(Trainable(tiny_base, "float32").tree, spec)
+    found = inject(TrainableModel(tiny_base, "float32").tree, spec)
     assert sum(p.numel() for layer in found.values() for p in (layer.lora_A, layer.lora_B)) == trained(
         tiny_base.config, 3
     )

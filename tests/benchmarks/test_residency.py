@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import benchmarks.residency
+from benchmarks.embedded_server import ServerProcess
 from benchmarks.residency import ask_all, check_read, drop, places
-from benchmarks.serving import Server
 
 NAMES = ["a0", "a1"]
 
@@ -71,7 +71,7 @@ def answering() -> Iterator[Places]:
 def measured(server: Places) -> dict[str, Any]:
     process: Any = SimpleNamespace(pid=os.getpid())
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    return asyncio.run(places(Server(process, url, Path("log")), NAMES, beside=False))
+    return asyncio.run(places(ServerProcess(process, url, Path("log")), NAMES, beside=False))
 
 
 def test_adapters_on_disk_are_read_once_and_then_in_ram(answering: Places) -> None:

@@ -148,7 +148,7 @@ def default_server(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> 
 @pytest.fixture(scope="session")
 def write_random(base: Base) -> Callable[..., Path]:
     """Writes an adapter of random content for the embedded base: write_random(path, rank=8, seed=1, ...)."""
-    from server.bench.synthetic import write_adapter
+    from benchmarks.synthetic import write_adapter
 
     return lambda path, **kw: write_adapter(path, base.shapes(), **kw)
 

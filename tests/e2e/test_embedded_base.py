@@ -15,8 +15,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
+from server.kernels.packed_format import dequantize_stored
 from server.kernels.reference import Reference
-from server.kernels.stored import dequantize_stored
 from server.model.checkpoint import open_checkpoint
 from server.model.loader import Base, load_base
 

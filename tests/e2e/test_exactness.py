@@ -12,9 +12,9 @@ import torch
 
 from adapters.peft_format import read_folder
 from adapters.weights import LoraWeights
+from server.engine.backends.protocol import make_runner
 from server.engine.batch import Batch
-from server.engine.runner import make_runner
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.model.loader import Base
 from tests.e2e.conftest import Live, sentences
 from tests.e2e.oracle import Oracle, config_of, write_peft
@@ -59,7 +59,7 @@ def test_a_sweep_of_weights_in_one_batch(base: Base, oracle: Oracle, two: list[t
     runner.allocate(64, 16)
     for slot, (_, weights) in enumerate(two):
         runner.place(slot, weights)
-    prompt = Text(base.vocabulary).encode(PROMPT)
+    prompt = ModelTokenizer(base.vocabulary).encode(PROMPT)
     # A zero weight never reaches a batch: the canonical mix drops it.
     mixes = [((0, w),) if w else () for w in WEIGHTS] + [((0, 0.5), (1, 0.5))]
     together = prefill(runner, prompt, mixes).clone()
@@ -103,7 +103,7 @@ def test_odd_adapters_as_served(default_server: Live, base: Base, oracle: Oracle
         answer = default_server.client.post("/adapters", files=files, data={"name": f"odd{i}"})
         assert answer.status_code == 201, answer.text
     names = [oracle.add(folder) for folder in folders]
-    text = Text(base.vocabulary)
+    text = ModelTokenizer(base.vocabulary)
     mixes, prompts = [*(((i, 1.0),) for i in range(len(ODD))), *MIXES], sentences()[:6]
     cases = [(p, mix) for mix in mixes for p in prompts]
     answers = default_server.post_all(

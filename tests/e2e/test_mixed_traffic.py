@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.model.loader import Base
 from tests.e2e.conftest import Live, sentences
 from tests.e2e.oracle import Oracle
@@ -29,7 +29,7 @@ NEW_TOKENS = 8
 def test_every_answer_is_that_of_peft_alone_while_adapters_change(
     reference_server: Live, base: Base, oracle: Oracle, write_random: Callable[..., Path], tmp_path: Path
 ) -> None:
-    live, text = reference_server, Text(base.vocabulary)
+    live, text = reference_server, ModelTokenizer(base.vocabulary)
     folders: dict[str, Path] = {}
     known: dict[str, Path] = {}
 

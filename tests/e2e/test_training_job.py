@@ -65,7 +65,7 @@ def losses(client: openai.OpenAI, id: str) -> dict[int, float]:
 
 
 def child(id: str) -> int:
-    found = subprocess.run(["pgrep", "-f", f"server.jobs.child .*{id}"], capture_output=True, text=True, check=True)
+    found = subprocess.run(["pgrep", "-f", f"server.jobs.worker .*{id}"], capture_output=True, text=True, check=True)
     return int(found.stdout.split()[0])
 
 

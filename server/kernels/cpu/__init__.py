@@ -14,10 +14,10 @@ import torch
 
 from adapters.weights import LoraWeights
 from server.kernels.adapter_memory import in_one_piece
-from server.kernels.cancelling import written_anew
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.adapter_codes import encoded
-from server.kernels.cpu.places import places
+from server.kernels.cpu.adapter_layout import adapter_layout
+from server.kernels.recompress import recompress
 from server.kernels.weight import Weight
 
 
@@ -69,9 +69,9 @@ class Native:
         return packing.dequantize(weight, start, stop)
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        weights = written_anew(weights)
+        weights = recompress(weights)
         kept = in_one_piece(weights, self.dtype) if scheme == "none" else encoded(weights)
-        return replace(kept, places=places(kept))
+        return replace(kept, layout=adapter_layout(kept))
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.detach().float().contiguous()

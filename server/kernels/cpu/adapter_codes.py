@@ -17,7 +17,7 @@ import torch
 
 from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
-from server.kernels import pages
+from server.kernels import huge_pages
 from server.kernels.adapter_memory import walk
 from server.kernels.cpu import bindings
 from server.kernels.cpu.packing import GROUP
@@ -39,7 +39,7 @@ def encoded(weights: LoraWeights) -> LoraWeights:
     different ranks; and MemoryError.
     """
     layout = _layout(tuple((path, update.rank, *update.shape) for path, update in weights.modules.items()))
-    flat = pages.zeros(sum(layout.pieces), torch.uint8)
+    flat = huge_pages.zeros(sum(layout.pieces), torch.uint8)
     lying = dict(zip(layout.order, torch.split_with_sizes(flat, layout.pieces), strict=True))
     table = layout.table.copy()
     for codes in (table["a"]["codes"], table["b"]["codes"], table["units"]):

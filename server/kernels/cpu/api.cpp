@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "gemm.h"
-#include "launcher.h"
+#include "async_queue.h"
 #include "lora_codes.h"
 #include "model.h"
 #include "pool.h"
@@ -69,7 +69,7 @@ struct Served {
   Model model;
   std::vector<int64_t> drawn;   // the tokens of the last step's rows of logits
   std::vector<int64_t> tokens;  // of a step that names some of those
-  Launcher launcher;            // ends first
+  AsyncQueue launcher;            // ends first
 
   Served(const Config& config, const Layer* layers, const Matrix& embed, const Matrix& head, const float* norm,
          Pool& pool)
@@ -209,6 +209,6 @@ void loramux_model_linger(void* model, int64_t number, int64_t left) {
 int64_t loramux_model_done(void* model) { return static_cast<Served*>(model)->launcher.done(); }
 
 int64_t loramux_model_bytes(void* model) { return static_cast<Served*>(model)->model.work_bytes(); }
-// Nanoseconds that each kind of phase has taken since the last call; see Phase in team.h.
+// Nanoseconds that each kind of phase has taken since the last call; see Phase in layer_parallel.h.
 void loramux_model_times(void* model, int64_t* out) { static_cast<Served*>(model)->model.take_times(out); }
 }

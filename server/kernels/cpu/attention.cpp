@@ -4,9 +4,9 @@
 #include <cmath>
 #include <limits>
 
-#include "attention_unit.h"
+#include "amx_attention.h"
 #include "simd.h"
-#include "walks.h"
+#include "attention_loops.h"
 
 namespace loramux {
 namespace {

@@ -1,5 +1,5 @@
 // Causal attention over KV blocks in bf16, with accumulation in float32.
-// A query's sums run over tokens 0, 1, 2, ... of its own context, or over sixteens of them (attention_unit.h), whatever the
+// A query's sums run over tokens 0, 1, 2, ... of its own context, or over sixteens of them (amx_attention.h), whatever the
 // tile, the chunk or the blocks.
 #pragma once
 #include "target.h"

@@ -13,7 +13,7 @@ from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int32, c_int64,
 from functools import lru_cache
 from pathlib import Path
 
-from server.kernels.cpu.sources import MACHINES, digest
+from server.kernels.cpu.source_digest import MACHINES, digest
 from server.kernels.lora import SITES
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loramux_model_done": (c_int64, [c_void_p]),
     "loramux_model_bytes": (c_int64, [c_void_p]),
     "loramux_model_times": (None, [c_void_p, POINTER(c_int64)]),
-    "loramux_last_words": (None, [c_void_p]),
+    "loramux_crash_report": (None, [c_void_p]),
 }
 
 

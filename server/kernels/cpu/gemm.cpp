@@ -4,7 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "matrix_unit.h"
+#include "amx_gemm.h"
 #include "simd.h"
 
 namespace loramux {
@@ -23,7 +23,7 @@ int64_t walks_over(int64_t rows) {
   return rows / most + (rows % most + ROWS - 1) / ROWS;
 }
 
-// The quantiles of NormalFloat4 (QLoRA, appendix E), as in server/kernels/stored.py.
+// The quantiles of NormalFloat4 (QLoRA, appendix E), as in server/kernels/packed_format.py.
 const float NF4_TABLE[16] = {-1.0f,
                              -0.6961928009986877f,
                              -0.5250730514526367f,

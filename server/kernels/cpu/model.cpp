@@ -49,7 +49,7 @@ void Model::set_cache(uint16_t* cache, int64_t blocks, int64_t block_size, const
 
 int64_t Model::work_bytes() const {
   int64_t bytes = stream_.bytes() + normed_.bytes() + together_.bytes();
-  for (const Team& team : alone_) bytes += team.bytes();
+  for (const LayerParallel& team : alone_) bytes += team.bytes();
   for (const Local& local : local_) bytes += local.tile.bytes() + local.rows.bytes() + local.draw.bytes();
   return bytes;
 }
@@ -58,13 +58,13 @@ int64_t Model::work_bytes() const {
 void Model::take_times(int64_t* out) {
   for (size_t i = 0; i < PHASES; i++) {
     int64_t alone = 0;
-    for (const Team& team : alone_) alone += team.times()[i];
+    for (const LayerParallel& team : alone_) alone += team.times()[i];
     const auto threads = static_cast<int64_t>(local_.size());
     out[i] = times_[i] + together_.times()[i] + alone / threads;
   }
   times_.fill(0);
   together_.forget_times();
-  for (Team& team : alone_) team.forget_times();
+  for (LayerParallel& team : alone_) team.forget_times();
 }
 
 int64_t Model::clock(Phase phase, int64_t since) {
@@ -171,13 +171,13 @@ std::vector<int64_t> Model::parts_of(const Step& step, const std::vector<int64_t
 }
 
 // The teams of the step, of one thread each for the rows up to each of `ends`, or one of all threads.
-std::vector<Team*> Model::deal(const Step& step, const std::vector<int64_t>& ends) {
+std::vector<LayerParallel*> Model::deal(const Step& step, const std::vector<int64_t>& ends) {
   row_sequence_.resize(static_cast<size_t>(step.rows));
   for (int64_t s = 0; s < step.sequences; s++)
     for (int64_t r = step.row_start[s]; r < step.row_start[s + 1]; r++)
       row_sequence_[static_cast<size_t>(r)] = static_cast<int32_t>(s);
   float* stream = stream_.reserve(step.rows * base_.config.hidden);
-  std::vector<Team*> teams;
+  std::vector<LayerParallel*> teams;
   int64_t first = 0;
   for (const int64_t last : ends) {
     teams.push_back(&alone_[teams.size()]);
@@ -243,16 +243,16 @@ Outcome Model::run(const Step& step) {
   touched_.store(touched);
   const std::vector<int64_t> costs = costs_of(step);
   std::vector<int64_t> ends = parts_of(step, costs);
-  Quicker* apart = ends.empty() ? nullptr : &apart_[static_cast<size_t>((step.rows - 1) / APART)];
+  Autotuner* apart = ends.empty() ? nullptr : &apart_[static_cast<size_t>((step.rows - 1) / APART)];
   if (apart != nullptr && apart->way() == 1) ends.clear();
   steps_apart_ += !ends.empty();
-  const std::vector<Team*> teams = deal(step, ends);
+  const std::vector<LayerParallel*> teams = deal(step, ends);
   // Found after the other: of ways that took turns in step, neither would be measured by itself.
-  Quicker* sparing = nullptr;
+  Autotuner* sparing = nullptr;
   if (teams[0]->can_spare() && (apart == nullptr || apart->known()))
     sparing = &sparing_[std::min(PACES - 1, power_of_two(teams[0]->ahead_pace()))][power_of_two(step.rows)];
   if (sparing != nullptr && sparing->way() == 1) {
-    for (Team* team : teams) team->spare();
+    for (LayerParallel* team : teams) team->spare();
     steps_sparing_++;
   }
   pool_.run(static_cast<int>((step.rows + ROWS - 1) / ROWS), [&](int piece, int) {
@@ -283,7 +283,7 @@ Outcome Model::run(const Step& step) {
   }
   t = now();
   const double took = static_cast<double>(t - layers_began_.load()) / static_cast<double>(std::max<int64_t>(1, costs.back()));
-  for (Quicker* way : {apart, sparing})
+  for (Autotuner* way : {apart, sparing})
     if (way != nullptr) way->took(took);
   head(step);
   if (step.logit_count > 0) head_took_.store(clock(HEAD, t) - t);

@@ -12,10 +12,10 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "pool.h"
-#include "quicker.h"
-#include "resident.h"
+#include "autotune.h"
+#include "model_state.h"
 #include "sampling.h"
-#include "team.h"
+#include "layer_parallel.h"
 
 namespace loramux {
 
@@ -54,21 +54,21 @@ class Model {
   std::vector<RowBlock> blocks_of(const Step& step, int64_t first, int64_t last) const;
   std::vector<int64_t> costs_of(const Step& step) const;
   std::vector<int64_t> parts_of(const Step& step, const std::vector<int64_t>& costs) const;
-  std::vector<Team*> deal(const Step& step, const std::vector<int64_t>& ends);
+  std::vector<LayerParallel*> deal(const Step& step, const std::vector<int64_t>& ends);
   void head(const Step& step);
   int64_t clock(Phase phase, int64_t since);
 
-  Resident base_;
+  ModelState base_;
   const Matrix embed_, head_;
   const float* const norm_;
   Pool& pool_;
-  Team together_;
-  std::deque<Team> alone_;  // one for each thread, none if there is one only
+  LayerParallel together_;
+  std::deque<LayerParallel> alone_;  // one for each thread, none if there is one only
   // Of steps of more than i times APART rows: whether threads take rows alone (0) or together (1).
-  std::array<Quicker, BLOCK / APART> apart_;
+  std::array<Autotuner, BLOCK / APART> apart_;
   // Of steps of 2^i rows and more at paces of 2^j and more: whether what the next layer reads is asked for at that (0) or
   // sparingly (1).
-  std::array<Quicker, 64> sparing_[PACES];
+  std::array<Autotuner, 64> sparing_[PACES];
   std::atomic<int64_t> touched_{0}, steps_apart_{0}, steps_sparing_{0};
 
   std::vector<int32_t> row_sequence_;

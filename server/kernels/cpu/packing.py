@@ -10,7 +10,7 @@ import math
 import torch
 
 from server.kernels.cpu import bindings
-from server.kernels.stored import NF4, dequantize_stored, group_values, unpack_nibbles
+from server.kernels.packed_format import NF4, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import Weight
 
 LAYOUT = "vnni-8"

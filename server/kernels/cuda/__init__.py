@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from adapters.weights import LoraWeights
 from server.errors import to_install
 from server.kernels.adapter_memory import in_one_piece
-from server.kernels.cancelling import written_anew
 from server.kernels.cuda import adapter_codes, packing
-from server.kernels.cuda.places import places
-from server.kernels.stored import TILE
+from server.kernels.cuda.adapter_layout import adapter_layout
+from server.kernels.packed_format import TILE
+from server.kernels.recompress import recompress
 from server.kernels.weight import Weight
 
 CAPABILITY = (8, 0)
@@ -84,25 +84,25 @@ class Cuda:
     def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
         if not _is_on_gpu(weight) or start % TILE:
             return packing.dequantize(weight, start, stop)
-        from server.kernels.cuda.products import dequantized
+        from server.kernels.cuda.matmul import dequantized
 
         stop = weight.shape[0] if stop is None else min(stop, weight.shape[0])
         return dequantized(packing.part(weight, start, stop), torch.float32)
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        pinned, weights = torch.cuda.is_available(), written_anew(weights)
+        pinned, weights = torch.cuda.is_available(), recompress(weights)
         if scheme == "none":
             kept = in_one_piece(weights, self.dtype, pinned)
         else:
             kept = adapter_codes.encoded(weights, pinned)
-        return replace(kept, places=places(kept, self.dtype if scheme == "none" else torch.int8))
+        return replace(kept, layout=adapter_layout(kept, self.dtype if scheme == "none" else torch.int8))
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] times the transposed matrix, in x's dtype. On a GPU so many outputs at a time that no more than
         BLOCK_BYTES are dequantized: a large output table in float32 would be gigabytes."""
         if not _is_on_gpu(weight):
             return _product(x, packing.dequantize(weight).to(x.dtype), update)
-        from server.kernels.cuda.products import dequantized
+        from server.kernels.cuda.matmul import dequantized
 
         outputs, inputs = weight.shape
         step = max(TILE, BLOCK_BYTES // (inputs * x.element_size()) // TILE * TILE)

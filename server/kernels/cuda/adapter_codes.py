@@ -11,9 +11,9 @@ import torch
 
 from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
-from server.kernels import pages
+from server.kernels import huge_pages
 from server.kernels.adapter_memory import walk
-from server.kernels.cuda.places import LINE
+from server.kernels.cuda.adapter_layout import LINE
 
 _LEAST = 1e-30
 """Below this a reciprocal would overflow; a rank whose values are all smaller is as good as zero."""
@@ -35,7 +35,7 @@ def encoded(weights: LoraWeights, pinned: bool) -> LoraWeights:
             end += _lines(4 * update.rank)
         places[path, part] = end
         end += _lines(getattr(update, part).numel())
-    flat = torch.zeros(end, dtype=torch.int8, pin_memory=True) if pinned else pages.zeros(end, torch.int8)
+    flat = torch.zeros(end, dtype=torch.int8, pin_memory=True) if pinned else huge_pages.zeros(end, torch.int8)
     modules: dict[str, LowRank] = {}
     for path, update in weights.modules.items():
         kept, units = [], torch.ones(update.rank)

@@ -22,7 +22,7 @@ from itertools import product
 import torch
 
 from server.errors import BadModel
-from server.kernels.stored import NF4, TILE, decode_tiles, unpack_nibbles
+from server.kernels.packed_format import NF4, TILE, decode_tiles, unpack_nibbles
 from server.kernels.weight import Weight
 
 LAYOUT = "words-2"

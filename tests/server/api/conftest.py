@@ -18,14 +18,14 @@ import pytest
 import uvicorn
 
 import server.app
+from adapters.directory_watcher import DirectoryWatcher
 from adapters.peft_format import save
-from adapters.watch import Watch
 from adapters.weights import LoraWeights
-from server.api import assembly
-from server.api.assembly import House, build
-from server.api.runtime import Runtime
+from server.api import startup
+from server.api.startup import RunningServer, build
+from server.api.state import ServerState
 from server.app import create_app
-from server.cli.http import Protocol
+from server.cli.uvicorn_protocol import Protocol
 from server.model.loader import Base
 from server.settings import Settings
 from tests.waiting import SECONDS
@@ -42,7 +42,7 @@ TASK = {
 class Live:
     """A running server: `http` is a client of it, `runtime` its inside."""
 
-    def __init__(self, runtime: Runtime, port: int) -> None:
+    def __init__(self, runtime: ServerState, port: int) -> None:
         self.runtime = runtime
         self.app: Any = None
         self.url = f"http://127.0.0.1:{port}"
@@ -51,8 +51,8 @@ class Live:
         self.stop: Callable[[], None] = lambda: None
 
     @property
-    def house(self) -> House:
-        assert isinstance(self.runtime.house, House)
+    def house(self) -> RunningServer:
+        assert isinstance(self.runtime.house, RunningServer)
         return self.runtime.house
 
     def generate(self, prompt: str = "hello there", task: str | None = None, **fields: Any) -> httpx.Response:
@@ -138,14 +138,14 @@ def wait_ready(client: httpx.Client) -> None:
 @pytest.fixture
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server's watch looks ten times a second, at folders that have been still, and are gone, after some tenths."""
-    monkeypatch.setattr("adapters.watch.GONE_SECONDS", 0.3)
-    monkeypatch.setattr(assembly, "Watch", partial(Watch, interval=0.1, still=0.2))
+    monkeypatch.setattr("adapters.directory_watcher.GONE_SECONDS", 0.3)
+    monkeypatch.setattr(startup, "DirectoryWatcher", partial(DirectoryWatcher, interval=0.1, still=0.2))
 
 
 @pytest.fixture
 def idle_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server's watch looks once, at the start: what a test puts out of memory it would take in again."""
-    monkeypatch.setattr(assembly, "Watch", partial(Watch, interval=3600.0))
+    monkeypatch.setattr(startup, "DirectoryWatcher", partial(DirectoryWatcher, interval=3600.0))
 
 
 Start = Callable[..., Live]

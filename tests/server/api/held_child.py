@@ -11,10 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from server.jobs import child
+from server.jobs import worker
 
 GATE = Path(sys.argv[1])
-trained = child.run
+trained = worker.run
 
 
 def run(folder: Path, tell: Any, stop: threading.Event) -> None:
@@ -26,5 +26,5 @@ def run(folder: Path, tell: Any, stop: threading.Event) -> None:
     trained(folder, tell_and_wait, stop)
 
 
-child.run = run
-sys.exit(child.main(Path(sys.argv[2])))
+worker.run = run
+sys.exit(worker.main(Path(sys.argv[2])))

@@ -20,9 +20,9 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from server.api import limits
+from server.api import middleware
 from server.api.auth import Access, KeyRing, access
-from server.api.limits import patient
+from server.api.middleware import patient
 from server.errors import BadSetting, BodyTooSlow
 from tests.waiting import until
 
@@ -345,7 +345,7 @@ def test_what_nobody_expected_is_a_500_that_tells_only_its_id(live: Any, monkeyp
 
 def test_a_body_of_too_many_keys_is_not_read(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is between them: nobody else is answered meanwhile."""
-    monkeypatch.setattr(limits, "MAX_KEYS", 50)
+    monkeypatch.setattr(middleware, "MAX_KEYS", 50)
     live = start()
     for colon, code in ((":", "utf-8"), (" :", "utf-8"), ("\n:", "utf-8"), (":", "utf-16-le")):
         for more, status in ((49, 422), (50, 413)):
@@ -386,13 +386,13 @@ def test_who_asks_before_it_sends_its_body_hears_at_once_that_it_is_refused(
 ) -> None:
     """And is not told to go on. One that sends it unasked hears it afterwards, as without that question."""
     drained = []
-    drain = limits._drain
+    drain = middleware._drain
 
     async def counted(receive: Any) -> None:
         drained.append(receive)
         await drain(receive)
 
-    monkeypatch.setattr(limits, "_drain", counted)
+    monkeypatch.setattr(middleware, "_drain", counted)
     live = start(max_body=10_000, **KEYED)
     with dial(live) as connection:
         ask = b"POST /generate HTTP/1.1\r\n%bExpect: 100-continue\r\nContent-Length: 10001\r\n\r\n"

@@ -1,4 +1,4 @@
-"""Files and training jobs over HTTP, by OpenAI's own client, over a tiny base.
+"""FileStore and training jobs over HTTP, by OpenAI's own client, over a tiny base.
 
 What a process can do is shown with real ones; they take longer to import torch than to train. What is told and
 published of any job is shown with the same work on a thread of the server's own.
@@ -27,14 +27,14 @@ import pytest
 
 import server.app
 from adapters.errors import StoreFailed
-from server.api.assembly import build
 from server.api.files import content
-from server.jobs import child, process, training
-from server.jobs.files import Files
-from server.jobs.publishing import Publishing
-from server.jobs.records import Job, Progress
+from server.api.startup import build
+from server.jobs import training_job, worker, worker_process
+from server.jobs.file_store import FileStore
+from server.jobs.job_store import Job, Progress
+from server.jobs.publisher import Publisher
 from server.jobs.requests import config_of
-from server.jobs.spec import Spec
+from server.jobs.worker_messages import WorkerSpec
 from server.model.loader import Base
 from tests import waiting
 from tests.server.api.test_openapi_document import check
@@ -72,7 +72,7 @@ class Within:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         told: list[str] = []
-        child.run(self._folder, lambda line: told.append(json.dumps(line)), self._stop)
+        worker.run(self._folder, lambda line: told.append(json.dumps(line)), self._stop)
         return map(json.loads, told)
 
     def stop(self) -> None:
@@ -84,7 +84,7 @@ class Within:
 @pytest.fixture
 def within(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs are trained by threads."""
-    monkeypatch.setattr(training, "Process", Within)
+    monkeypatch.setattr(training_job, "Process", Within)
 
 
 def client_of(live: Any) -> openai.OpenAI:
@@ -251,7 +251,9 @@ class Gate:
 @pytest.fixture
 def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
     file = tmp_path / "gate"
-    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(Path(__file__).with_name("held_child.py")), str(file)))
+    monkeypatch.setattr(
+        worker_process, "COMMAND", (sys.executable, str(Path(__file__).with_name("held_child.py")), str(file))
+    )
     return Gate(file)
 
 
@@ -305,7 +307,7 @@ def test_pausing_killing_and_restarting_change_no_bit(
     live = house()
     client = client_of(live)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "Process", Within)
+        patch.setattr(training_job, "Process", Within)
         whole = until(client, long_job(client, 30, suffix="whole").id)
     gate.name(5)
     job = long_job(client, 30, suffix="parts")
@@ -458,11 +460,11 @@ def test_a_trained_job_goes_on_without_its_files(
         raise StoreFailed("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Publishing, "publish", full)
+        patch.setattr(Publisher, "publish", full)
         job = until(client, create(client, suffix="late", seed=2).id)
     assert job.status == "failed" and "no space left" in job.error.message
     folder = live.runtime.settings.state_dir / "jobs" / job.id
-    assert Spec.read(folder).created_at == record_of(live, job.id)["created_at"], "what a template is told"
+    assert WorkerSpec.read(folder).created_at == record_of(live, job.id)["created_at"], "what a template is told"
     client.files.delete(job.training_file)
     client.fine_tuning.jobs.resume(job.id)
     job = until(client, job.id)
@@ -474,7 +476,7 @@ def test_a_full_disk_is_told_as_that(client: openai.OpenAI, monkeypatch: pytest.
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "/a/secret/spec.json")
 
-    monkeypatch.setattr(Spec, "write", full)
+    monkeypatch.setattr(WorkerSpec, "write", full)
     job = until(client, create(client).id)
     assert job.status == "failed" and job.error.code == "failed", job
     assert "No space left on device" in job.error.message and "secret" not in job.error.message
@@ -578,7 +580,7 @@ def test_evaluating_candidates_of_a_task(
     assert all(row["score"] > 0 for row in job["result"]["candidates"])
 
     with monkeypatch.context() as small:
-        small.setattr("server.jobs.evaluating.MAX_BYTES", 100)
+        small.setattr("server.jobs.evaluation_job.MAX_BYTES", 100)
         for large, field in (({"data": LINES}, "data"), ({"file": file}, "file")):
             refused = live.http.post("/tasks/mood/evaluate", json=large)
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, field), refused.text
@@ -844,7 +846,7 @@ async def test_a_file_that_is_deleted_while_it_is_sent_is_sent_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """And is closed then, or when its client leaves."""
-    files, opened, sent = Files(tmp_path / "files"), list[Any](), list[Any]()
+    files, opened, sent = FileStore(tmp_path / "files"), list[Any](), list[Any]()
     file = files.add(lambda path: path.write_bytes(bytes(200_000)), "a.jsonl", "fine-tune")
     path_open = Path.open
 

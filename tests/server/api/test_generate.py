@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import server.app
-from server.api.assembly import build
 from server.api.generate import finite
+from server.api.startup import build
+from server.engine.backends.protocol import TorchRunner
 from server.engine.batch import Batch
-from server.engine.runner import TorchRunner
 from server.model.loader import Base
 from server.tasks.prompts import Prompts
 from tests.waiting import SECONDS, until

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 import server.app
-from server.api.runtime import Runtime
+from server.api.state import ServerState
 from server.api.watchdog import EXIT_CODE, Watchdog
 from server.cli import logs
 from server.settings import Settings
@@ -56,7 +56,7 @@ def test_one_failed_step_does_not_keep_a_server_unready_that_gets_no_requests(
         breaking.setattr(runner, "run", lambda batch: 1 / 0)
         assert live.generate("x").status_code == 500
     assert live.http.get("/health/ready").status_code == 503
-    monkeypatch.setattr("server.engine.record.FAILING_SECONDS", 0.0)
+    monkeypatch.setattr("server.engine.step_stats.FAILING_SECONDS", 0.0)
     assert live.http.get("/health/ready").status_code == 200
 
 
@@ -144,7 +144,7 @@ def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pyt
     assert "/generate" in caplog.text and "private" not in caplog.text
 
     def told() -> list[logging.LogRecord]:
-        return [r for r in caplog.records if r.name == "server.api.limits" and "/generate" in r.getMessage()]
+        return [r for r in caplog.records if r.name == "server.api.middleware" and "/generate" in r.getMessage()]
 
     until(lambda: len(told()) >= 2)  # a line is written once its answer has left
     lines = [json.loads(logs.JsonLines().format(record)) for record in told()]
@@ -253,8 +253,8 @@ def test_a_backup_as_the_documentation_has_it_is_put_back(live: Any, start: Any,
 def test_the_end_counts_from_when_it_was_first_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a signal first, and by the end of the application after that."""
     now = [100.0]
-    monkeypatch.setattr("server.api.runtime.time.monotonic", lambda: now[0])
-    runtime = Runtime(Settings())
+    monkeypatch.setattr("server.api.state.time.monotonic", lambda: now[0])
+    runtime = ServerState(Settings())
     runtime.drain()
     now[0] += 7.0
     runtime.drain()
@@ -264,7 +264,7 @@ def test_the_end_counts_from_when_it_was_first_told(monkeypatch: pytest.MonkeyPa
 async def test_who_is_told_to_leave_while_it_loads_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     house = SimpleNamespace(parts=SimpleNamespace(model=SimpleNamespace(name="m")))
     monkeypatch.setattr(server.app, "assemble", lambda *_: house)
-    runtime = Runtime(Settings())
+    runtime = ServerState(Settings())
     runtime.drain()
     await server.app._load(runtime, lambda error: None, find=lambda *_: None)  # type: ignore[arg-type, return-value]
     assert runtime.state == "draining" and runtime.house is house
@@ -278,7 +278,7 @@ async def test_whatever_fails_while_it_loads_fails_the_start(
         raise kind("at line 1")
 
     monkeypatch.setattr(server.app, "assemble", failing)
-    runtime, failures = Runtime(Settings()), list[Exception]()
+    runtime, failures = ServerState(Settings()), list[Exception]()
     await server.app._load(runtime, failures.append, find=lambda *_: None)  # type: ignore[arg-type, return-value]
     assert runtime.state == "failed" and [str(error) for error in failures] == ["at line 1"]
 
@@ -288,7 +288,7 @@ async def test_a_start_that_is_cancelled_is_no_failure(monkeypatch: pytest.Monke
         raise asyncio.CancelledError
 
     monkeypatch.setattr(asyncio, "to_thread", cancelled)
-    runtime = Runtime(Settings())
+    runtime = ServerState(Settings())
     with pytest.raises(asyncio.CancelledError):
         await server.app._load(runtime, lambda error: None, find=lambda *_: None)  # type: ignore[arg-type, return-value]
     assert runtime.state == "loading"

@@ -19,11 +19,11 @@ from server.metrics import (
     MAX_PAIRS,
     TPOT_BUCKETS,
     TTFT_BUCKETS,
-    Ended,
     Metrics,
+    RequestRecord,
     Snapshot,
 )
-from server.tasks.subjects import Subject
+from server.tasks.mix_key import MixKey
 from tests.waiting import until
 
 SERIES = {
@@ -70,9 +70,9 @@ def value(text: str, name: str, **labels: str) -> float | None:
     return None
 
 
-def ended(task: str | None, *adapters: str, status: str = "200", **more: Any) -> Ended:
+def ended(task: str | None, *adapters: str, status: str = "200", **more: Any) -> RequestRecord:
     times: dict[str, Any] = {"submitted": 1.0, "admitted": 1.5, "first_token": 2.0, "finished": 4.0}
-    return Ended(
+    return RequestRecord(
         task,
         adapters,
         status,
@@ -163,9 +163,9 @@ def test_what_is_refused_at_the_door_is_counted(start: Any) -> None:
 def test_means_are_over_what_was_measured() -> None:
     """A classification has no first token, and does not make it look earlier."""
     metrics = Metrics()
-    metrics.record(Ended("t", ("a",), "200", submitted=10.0, first_token=12.0, finished=13.0))
+    metrics.record(RequestRecord("t", ("a",), "200", submitted=10.0, first_token=12.0, finished=13.0))
     for _ in range(4):
-        metrics.record(Ended("t", ("a",), "200", submitted=10.0, finished=11.0))
+        metrics.record(RequestRecord("t", ("a",), "200", submitted=10.0, finished=11.0))
     told = metrics.totals()["t"]
     assert (told["ttft_seconds"], told["duration_seconds"]) == (2.0, 7.0 / 5)
     assert all(not name.startswith("_") for name in told)
@@ -342,7 +342,7 @@ def test_of_mixes_that_were_evaluated_the_last_are_series(live: Any, monkeypatch
     for name in ("mood", "second"):
         assert live.http.put(f"/tasks/{name}", json={"prompt": "{input}", "route": route}).status_code in (200, 201)
         for weights in ((0.25, 0.75), (1.0, 0.0), (0.1, 0.2), (0.3, 0.2), (0.5, 0.2), (0.7, 0.2)):
-            subject = Subject.of(name, zip((a, b), weights, strict=True), parts.model.id)
+            subject = MixKey.of(name, zip((a, b), weights, strict=True), parts.model.id)
             for metric in ("accuracy", "chrf"):
                 parts.quality.evaluated(subject, metric, {"x": 1.0})
     found = families(live.http.get("/metrics").text)["loramux_task_quality"].samples
@@ -357,9 +357,9 @@ def test_of_versions_that_are_gone_a_scrape_reads_no_mix(live: Any, monkeypatch:
     parts = live.house.parts
     for n in range(5):
         for weight in (1.0, 0.5):
-            gone = Subject.of("mood", [(Version("mood", f"{n}" * 64), weight)], parts.model.id)
+            gone = MixKey.of("mood", [(Version("mood", f"{n}" * 64), weight)], parts.model.id)
             parts.quality.evaluated(gone, "accuracy", {"x": 1.0})
-    there = Subject.of("mood", [(parts.registry.current("mood"), 1.0)], parts.model.id)
+    there = MixKey.of("mood", [(parts.registry.current("mood"), 1.0)], parts.model.id)
     parts.quality.evaluated(there, "accuracy", {"x": 1.0})
     read = list[str]()
 
@@ -367,7 +367,7 @@ def test_of_versions_that_are_gone_a_scrape_reads_no_mix(live: Any, monkeypatch:
         read.append(text)
         return json.loads(text)
 
-    monkeypatch.setattr("server.tasks.subjects.json", SimpleNamespace(loads=loads, dumps=json.dumps))
+    monkeypatch.setattr("server.tasks.mix_key.json", SimpleNamespace(loads=loads, dumps=json.dumps))
     text = live.http.get("/metrics").text
     assert value(text, "loramux_task_quality", task="mood", version=there.label) == 1.0
     assert set(read) == {there.mix}
@@ -546,11 +546,13 @@ def test_series_of_an_adapter_outlive_one_whose_name_is_part_of_its() -> None:
 def test_a_time_of_nothing_is_a_time() -> None:
     """An answer that began as it was asked for, on a clock of some milliseconds."""
     metrics = Metrics()
-    metrics.record(Ended("t", ("a",), "200", submitted=1.0, admitted=1.0, first_token=1.0, finished=1.0, tpot=0.0))
+    metrics.record(
+        RequestRecord("t", ("a",), "200", submitted=1.0, admitted=1.0, first_token=1.0, finished=1.0, tpot=0.0)
+    )
     text = metrics.render().decode()
     for name in ("request_duration", "time_to_first_token", "time_per_output_token", "queue"):
         assert value(text, f"loramux_{name}_seconds_count", task="t") == 1, name
-    metrics.record(Ended("u", ("a",), "200"))
+    metrics.record(RequestRecord("u", ("a",), "200"))
     text = metrics.render().decode()
     assert value(text, "loramux_queue_seconds_count", task="u") == 0
 
@@ -605,7 +607,7 @@ def test_a_mix_that_is_the_same_is_one_series_in_whatever_order() -> None:
 def test_what_is_on_a_bound_is_under_it() -> None:
     """`le` is less or equal."""
     metrics = Metrics()
-    metrics.record(Ended("t", (), "200", submitted=0.0, admitted=0.5, finished=0.5))
+    metrics.record(RequestRecord("t", (), "200", submitted=0.0, admitted=0.5, finished=0.5))
     text = metrics.render().decode()
     assert value(text, "loramux_queue_seconds_bucket", le="0.5") == 1
     assert value(text, "loramux_queue_seconds_bucket", le="0.3") == 0

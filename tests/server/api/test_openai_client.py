@@ -15,7 +15,7 @@ import pytest
 
 from server.api.openai_shapes import CompletionShape
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.tasks.inference import Generation, Reply
 
 
@@ -147,7 +147,7 @@ def test_the_token_that_was_drawn_is_among_the_best(client: openai.OpenAI) -> No
 
 
 def test_offsets_of_tokens_are_places_in_the_text(tiny_vocabulary: Any) -> None:
-    text = Text(tiny_vocabulary)
+    text = ModelTokenizer(tiny_vocabulary)
     shape = CompletionShape("cmpl-1", 0, "tiny", text, [False])
     offsets = []
     for id in (*text.encode("é日x"), text.eos_id, *text.encode("!")):
@@ -158,7 +158,7 @@ def test_offsets_of_tokens_are_places_in_the_text(tiny_vocabulary: Any) -> None:
 
 def test_of_tokens_that_read_alike_the_better_one_is_told(tiny_vocabulary: Any) -> None:
     """Each is but a piece of a character."""
-    text = Text(tiny_vocabulary)
+    text = ModelTokenizer(tiny_vocabulary)
     first, second, third = text.encode("日")
     told = TokenLogprob(third, -3.0, ((first, -0.5), (second, -1.0)))
     shape = CompletionShape("cmpl-1", 0, "tiny", text, [False])

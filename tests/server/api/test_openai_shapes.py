@@ -11,18 +11,18 @@ import pytest
 from adapters.strict_json import once
 from server.api.openai_shapes import ChatShape, CompletionShape, V1Events
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import ServerError
 from server.model.vocabulary import from_gguf
 from server.tasks.inference import Generation, Reply
 
 
 @pytest.fixture
-def text(tiny_vocabulary: Any) -> Text:
-    return Text(tiny_vocabulary)
+def text(tiny_vocabulary: Any) -> ModelTokenizer:
+    return ModelTokenizer(tiny_vocabulary)
 
 
-def answered(text: Text, *answers: str, logprobs: int | None = None) -> Generation:
+def answered(text: ModelTokenizer, *answers: str, logprobs: int | None = None) -> Generation:
     """A call of answers to prompts of two tokens, of which one came from the cache."""
     generation = Generation.__new__(Generation)
     generation.answers, generation.replies = 1, []
@@ -48,7 +48,7 @@ USAGE = {
 }
 
 
-def test_each_completion_has_its_own_text_and_log_probabilities(text: Text) -> None:
+def test_each_completion_has_its_own_text_and_log_probabilities(text: ModelTokenizer) -> None:
     shape = CompletionShape("cmpl-1", 77, "tiny", text, [False, False])
     told = shape.whole(answered(text, "日", "xy", logprobs=1))
     own = {key: told[key] for key in ("id", "object", "created", "model", "usage")}
@@ -66,7 +66,7 @@ def test_each_completion_has_its_own_text_and_log_probabilities(text: Text) -> N
 
 
 def test_a_first_space_is_the_tokenizers_where_an_answer_is_a_text_of_its_own(spm_metadata: dict[str, Any]) -> None:
-    text = Text(from_gguf(spm_metadata))
+    text = ModelTokenizer(from_gguf(spm_metadata))
     other = text.encode("other", bos=False)
     generation = answered(text, "", "", logprobs=1)
     for reply in generation.replies:
@@ -76,7 +76,7 @@ def test_a_first_space_is_the_tokenizers_where_an_answer_is_a_text_of_its_own(sp
     assert told[0]["logprobs"]["top_logprobs"] is None
 
 
-def test_each_chat_choice_has_its_own_text_and_log_probabilities(text: Text) -> None:
+def test_each_chat_choice_has_its_own_text_and_log_probabilities(text: ModelTokenizer) -> None:
     told = ChatShape("chatcmpl-1", 77, "tiny", text).whole(answered(text, "日", "xy", logprobs=1))
     own = {key: told[key] for key in ("id", "object", "created", "model", "usage")}
     assert own == {"id": "chatcmpl-1", "object": "chat.completion", "created": 77, "model": "tiny", "usage": USAGE}
@@ -91,7 +91,7 @@ def test_each_chat_choice_has_its_own_text_and_log_probabilities(text: Text) -> 
     ]
 
 
-def test_what_cannot_be_is_a_number_of_json(text: Text) -> None:
+def test_what_cannot_be_is_a_number_of_json(text: ModelTokenizer) -> None:
     [id] = text.encode("x")
     told = (TokenLogprob(id, -math.inf, ((id, -math.inf),)),)
     for shape in (CompletionShape("c", 0, "tiny", text, [False]), ChatShape("c", 0, "tiny", text)):
@@ -101,7 +101,7 @@ def test_what_cannot_be_is_a_number_of_json(text: Text) -> None:
 
 @pytest.mark.parametrize(("usage", "each"), [(False, False), (True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("chat", [False, True])
-def test_chunks_tell_of_usage_as_it_is_asked_for(text: Text, chat: bool, usage: bool, each: bool) -> None:
+def test_chunks_tell_of_usage_as_it_is_asked_for(text: ModelTokenizer, chat: bool, usage: bool, each: bool) -> None:
     generation = answered(text, "日", "xy")
     shape: Any = (
         ChatShape("c-1", 77, "tiny", text) if chat else CompletionShape("c-1", 77, "tiny", text, [False, False])
@@ -125,7 +125,7 @@ def test_chunks_tell_of_usage_as_it_is_asked_for(text: Text, chat: bool, usage: 
     assert step[0]["choices"] == [{"index": 1, **shown, "logprobs": None, "finish_reason": None}]
 
 
-def test_a_chunk_that_shows_nothing_has_no_delta_and_log_probabilities_if_there_are_any(text: Text) -> None:
+def test_a_chunk_that_shows_nothing_has_no_delta_and_log_probabilities_if_there_are_any(text: ModelTokenizer) -> None:
     shape = ChatShape("c", 0, "tiny", text)
     assert json.loads(shape.choice(0, Delivery(finish_reason="stop"), True)) == {
         "index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop",
@@ -135,7 +135,7 @@ def test_a_chunk_that_shows_nothing_has_no_delta_and_log_probabilities_if_there_
     assert told["delta"] == {} and [token["token"] for token in told["logprobs"]["content"]] == ["x"]
 
 
-def test_a_stream_that_the_server_cut_short_is_no_answer(text: Text) -> None:
+def test_a_stream_that_the_server_cut_short_is_no_answer(text: ModelTokenizer) -> None:
     events = V1Events(answered(text, "x"), ChatShape("c", 0, "tiny", text), False)
     with pytest.raises(ServerError):
         events.step(0, Delivery(finish_reason="cancelled"))

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from server.engine.text import LONG
+from server.engine.tokenizer import LONG
+from server.tasks.mix_key import MixKey
 from server.tasks.prompts import MESSAGE
-from server.tasks.subjects import Subject
 from tests.waiting import SECONDS, until
 
 BEST = {"prompt": "{input}", "labels": ["x", "y"], "route": {"best": ["a", "b"], "min_samples": 40}}
@@ -124,7 +124,7 @@ def test_a_best_route_is_looked_at_when_the_task_or_a_version_has_changed(
     parts = live.house.parts
     first = {name: parts.registry.current(name) for name in "ab"}
     for name, value in (("a", 0.0), ("b", 1.0)):
-        subject = Subject.of("contest", [(first[name], 1.0)], parts.model.id)
+        subject = MixKey.of("contest", [(first[name], 1.0)], parts.model.id)
         parts.quality.evaluated(subject, "accuracy", {f"{i}": value for i in range(100)})
 
     def served() -> list[str]:

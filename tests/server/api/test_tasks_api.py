@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import StoreFailed
-from server.tasks.store import Tasks
+from server.tasks.task_store import TaskStore
 from tests.waiting import until
 
 BODY = {"prompt": "Say: {input}"}
@@ -47,9 +47,9 @@ def test_a_put_reads_what_a_get_answers(live: Any) -> None:
 def test_tasks_outlive_the_server(start: Any, tmp_path: Any) -> None:
     first = start()
     assert first.http.put("/tasks/own", json=BODY).status_code == 201
-    from server.tasks.store import Tasks
+    from server.tasks.task_store import TaskStore
 
-    again = Tasks(tmp_path / "state" / "tasks.json", first.house.parts.registry)
+    again = TaskStore(tmp_path / "state" / "tasks.json", first.house.parts.registry)
     assert again.get("own").prompt == BODY["prompt"]
 
 
@@ -57,21 +57,21 @@ def test_one_damaged_task_does_not_take_the_others_with_it(start: Any, tmp_path:
     first = start()
     for name in ("good", "bad"):
         assert first.http.put(f"/tasks/{name}", json=BODY).status_code == 201
-    from server.tasks.store import Tasks
+    from server.tasks.task_store import TaskStore
 
     file, registry = tmp_path / "state" / "tasks.json", first.house.parts.registry
     stored = json.loads(file.read_text())
     stored["tasks"]["bad"]["prompt"] = "no place for what is asked"
     damaged = json.dumps(stored)
     file.write_text(damaged)
-    again = Tasks(file, registry)
+    again = TaskStore(file, registry)
     assert again.find("good") is not None and again.find("bad") is None
     again.put("new", BODY)
     assert {"good", "new"} == json.loads(file.read_text())["tasks"].keys()
     aside = file.with_suffix(".broken.json")
     assert aside.read_text() == damaged, "nothing of it is lost"
     file.write_text("{")
-    assert Tasks(file, registry).find("good") is None and not file.exists()
+    assert TaskStore(file, registry).find("good") is None and not file.exists()
     assert (aside.read_text(), file.with_suffix(".broken2.json").read_text()) == (damaged, "{")
 
 
@@ -348,8 +348,8 @@ def test_a_task_that_goes_with_its_folder_is_forgotten(start: Any, write_adapter
 
 
 def test_a_task_that_has_the_name_of_the_base_waits_for_another(live: Any, tmp_path: Path, caplog: Any) -> None:
-    def opened(base: str) -> Tasks:
-        return Tasks(tmp_path / "tasks.json", live.house.parts.registry, reserved=(base,))
+    def opened(base: str) -> TaskStore:
+        return TaskStore(tmp_path / "tasks.json", live.house.parts.registry, reserved=(base,))
 
     opened("one").put("two", {"prompt": "Say: {input}"})
     under_way = opened("two")

@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from adapters import peft_format
-from adapters.weights import LowRank, sealed
-from server.api.runtime import Runtime
+from adapters.weights import LowRank, with_digest
+from server.api.state import ServerState
 from server.cli import adapters as cli_adapters
-from server.cli import app, logs, main, terminal
+from server.cli import app, logs, main, output
+from server.cli.doctor import examine
 from server.cli.options import EVERYTHING, SECRET
 from server.cli.serve import _server, listen
-from server.doctor import examine
 from server.errors import BadSetting
 from server.model.config import from_hf
 from server.settings import Settings, flag
@@ -190,7 +190,7 @@ def test_check_says_what_the_server_would_of_another_base(tmp_path: Path) -> Non
     refused = runner.invoke(app, [*check, "--model", str(tmp_path)])
     assert refused.exit_code == 1 and "made for another base" in str(refused.exception)
     one = {"model.layers.0.mlp.up_proj": LowRank(torch.ones(1, 8), torch.ones(8, 1), 1.0)}
-    another = sealed("a", one, {"base": "org/another"})
+    another = with_digest("a", one, {"base": "org/another"})
     peft_format.save(another, tmp_path / "own", shapes=shapes.linear_shapes())
     own = runner.invoke(app, ["adapters", "check", str(tmp_path / "own"), "--json", "--model", str(tmp_path)])
     assert "it names 'org/another' as its base" in json.loads(own.output)["notes"][0]
@@ -331,14 +331,14 @@ def test_all_addresses_are_also_those_of_ipv4() -> None:
 
 def test_a_connection_is_kept_for_longer_than_a_proxy_keeps_it() -> None:
     """nginx keeps its own for a minute; one that sent a request as the server closed would answer 502."""
-    assert _server(Settings(), lambda: None, Runtime(Settings())).config.timeout_keep_alive > 60
+    assert _server(Settings(), lambda: None, ServerState(Settings())).config.timeout_keep_alive > 60
 
 
 @pytest.mark.parametrize("drain", [0.0, 0.5])
 def test_a_server_ends_once_it_drains_and_not_before(drain: float) -> None:
     async def ticked() -> list[bool]:
         settings = Settings(drain=drain)
-        runtime = Runtime(settings)
+        runtime = ServerState(settings)
         server = _server(settings, lambda: None, runtime)
         server.server_state.tasks.add(asyncio.create_task(asyncio.sleep(60)))
         ended = [await server.on_tick(1)]
@@ -372,22 +372,22 @@ def test_json_log_lines() -> None:
 
 
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with terminal.progress("bytes") as bar:
+    with output.progress("bytes") as bar:
         for done in (0, 5, 10):
             bar("fetching", done, 10)
         bar("loading", 0, 0)
     assert capsys.readouterr().err == "fetching ...\nloading ...\n"
-    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
-    with terminal.progress("bytes") as bar:
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
+    with output.progress("bytes") as bar:
         for done in (0, 5, 10):
             bar("fetching", done, 10)
         bar("loading", 0, 0)
         bar("loading", 7, 0)
     assert capsys.readouterr().err == "fetching ...\nfetching 50 %\nfetching 100 %\nloading ...\n"
-    with terminal.progress("bytes", quiet=True) as bar:
+    with output.progress("bytes", quiet=True) as bar:
         bar("fetching", 1, 2)
     told: list[str] = []
-    with terminal.progress("bytes", tell=told.append) as bar:
+    with output.progress("bytes", tell=told.append) as bar:
         bar("fetching", 0, 2)
         bar("fetching", 1, 2)
     assert told == ["fetching ...", "fetching 50 %"] and capsys.readouterr().err == ""
@@ -395,7 +395,7 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
 
 @pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3072.0 GiB")])
 def test_sizes_for_people(n: int, text: str) -> None:
-    assert terminal.size(n) == text
+    assert output.size(n) == text
 
 
 def test_a_line_of_the_log_is_one_whatever_strangers_write() -> None:
@@ -407,9 +407,9 @@ def test_a_line_of_the_log_is_one_whatever_strangers_write() -> None:
 def test_no_name_of_a_stranger_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("name")
     table.add_row("a\x1b]0;b\x07")
-    terminal.out().print(table)
-    terminal.out().print("one [x]\r\n\ttwo \u202e\x9b2J\r")
-    terminal.say_error("no \x1b[2J")
+    output.out().print(table)
+    output.out().print("one [x]\r\n\ttwo \u202e\x9b2J\r")
+    output.say_error("no \x1b[2J")
     told = capsys.readouterr()
     assert "a\\x1b]0;b\\x07" in told.out and "one [x]\n        two \\u202e\\x9b2J\\r\n" in told.out
     assert "\x1b" not in told.out and told.err == "error: no \\x1b[2J\n"

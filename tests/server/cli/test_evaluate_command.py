@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from adapters.peft_format import save
 from adapters.weights import LoraWeights
-from server.api import assembly
+from server.api import startup
 from server.cli import app, evaluate, main
+from server.engine.backends.protocol import TorchRunner
 from server.engine.batch import Batch
-from server.engine.runner import TorchRunner
 from server.errors import InvalidRequest
 from server.model.loader import Base
 from server.tasks import evaluation
@@ -96,7 +96,7 @@ def test_one_example_has_no_interval_and_the_answer_is_still_json(given: Path) -
 def test_a_slow_machine_ends_no_command(given: Path, monkeypatch: pytest.MonkeyPatch, limit: float | None) -> None:
     """Whatever a step takes; with a `limit` that is not the command's own it would."""
     ended: list[int] = []
-    watchdog, step = assembly.Watchdog, TorchRunner.run
+    watchdog, step = startup.Watchdog, TorchRunner.run
 
     def watching(steps: Any, limit: float, given: float | None = limit) -> Any:
         return watchdog(steps, limit=given or limit, interval=0.01, end=ended.append)
@@ -105,7 +105,7 @@ def test_a_slow_machine_ends_no_command(given: Path, monkeypatch: pytest.MonkeyP
         time.sleep(0.2)
         return step(runner, batch)
 
-    monkeypatch.setattr(assembly, "Watchdog", watching)
+    monkeypatch.setattr(startup, "Watchdog", watching)
     monkeypatch.setattr(TorchRunner, "run", slow)
     command = ["evaluate", "data.jsonl", "--task", "mood", "--limit", "2", "--library", "library", "--json", *SETTINGS]
     assert runner.invoke(app, command).exit_code == 0

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from adapters.errors import AdapterError
 from server.cli import app, generate
-from server.cli.inprocess import opened
+from server.cli.local_engine import opened
 from server.errors import InvalidRequest
 from server.model.loader import Base
 from server.settings import Settings
@@ -90,7 +90,7 @@ async def test_who_is_told_to_end_while_it_opens_leaves_nothing(
         (settings.state_dir / "made").touch()
         return House()
 
-    monkeypatch.setattr("server.api.assembly.build", build)
+    monkeypatch.setattr("server.api.startup.build", build)
 
     async def use() -> None:
         async with opened(Settings(), tiny_base):

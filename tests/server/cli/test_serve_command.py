@@ -21,9 +21,9 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.store import Store
-from server.api.limits import Boundary
-from server.api.runtime import Runtime
+from adapters.store import AdapterStore
+from server.api.middleware import RequestBoundary
+from server.api.state import ServerState
 from server.cli import logs, malloc
 from server.cli.options import LEFT_OUT
 from server.cli.serve import _server, _sigterm_and_sigint, listen, many_files, serve, spool_in
@@ -82,7 +82,7 @@ def test_the_state_directory_is_looked_at_first(started: Callable[..., None], tm
     (tmp_path / "file").touch()
     with pytest.raises(BadSetting, match="can not be written"):
         started(state_dir=tmp_path / "file")
-    store = Store(tmp_path / "state" / "store")
+    store = AdapterStore(tmp_path / "state" / "store")
     try:
         with pytest.raises(BadSetting, match="in use by another process"):
             started(state_dir=tmp_path / "state")
@@ -115,7 +115,7 @@ def test_a_signal_ends_what_only_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr("server.cli.serve._end_children", lambda: ended_children.append(1))  # those of all tests
     ended_children: list[int] = []
-    runtime = Runtime(Settings())
+    runtime = ServerState(Settings())
     with _sigterm_and_sigint(runtime, 30.0), pytest.raises(SystemExit) as ended:
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 0 and not runtime.draining_for and ended_children == [1]
@@ -145,7 +145,7 @@ def test_a_drain_ends_with_what_ran_when_it_began_and_with_what_was_written() ->
     """Requests that are refused meanwhile are none of those, however many come."""
 
     async def drained() -> None:
-        runtime = Runtime(Settings())
+        runtime = ServerState(Settings())
         server = _server(Settings(), lambda *_: None, runtime)
         running, refused = asyncio.Event(), asyncio.Event()
         tasks, connections = server.server_state.tasks, server.server_state.connections
@@ -171,7 +171,7 @@ def test_a_drain_ends_with_what_ran_when_it_began_and_with_what_was_written() ->
 
 def test_a_drain_ends_when_its_time_is_over() -> None:
     async def drained() -> None:
-        runtime = Runtime(Settings(drain="10ms"))
+        runtime = ServerState(Settings(drain="10ms"))
         server = _server(runtime.settings, lambda *_: None, runtime)
         server.server_state.connections.add(Written(1))  # type: ignore[arg-type]
         runtime.drain()
@@ -194,7 +194,7 @@ def test_a_server_ends_though_a_client_does_not_read(
 ) -> None:
     """Whatever it has asked for behind an answer that it leaves unread, and without a fault in the log."""
     monkeypatch.setattr("server.cli.serve.LAST_WORDS", 1)
-    runtime, begun, ended = Runtime(Settings(drain=0.0)), [], []
+    runtime, begun, ended = ServerState(Settings(drain=0.0)), [], []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -207,7 +207,7 @@ def test_a_server_ends_though_a_client_does_not_read(
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body", "body": bytes(16 << 20)})
 
-    server = _server(runtime.settings, Boundary(app, runtime.unread, runtime.closes), runtime)
+    server = _server(runtime.settings, RequestBoundary(app, runtime.unread, runtime.closes), runtime)
 
     def run() -> None:
         server.run(sockets=[listener])

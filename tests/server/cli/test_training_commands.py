@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 from adapters import peft_format, training
 from adapters.errors import AdapterError, Diverged, StoreFailed, TrainingStopped
 from adapters.weights import LoraWeights, LowRank
-from server.bench import plots
+from benchmarks import plots
 from server.cli import app, main, search, train
 from server.cli.main import _as_ctrl_c
 from server.errors import BadSetting, ServerError
-from server.jobs import run
+from server.jobs import train_recipe
+from server.jobs.rank_trials import within
 from server.jobs.recipe import Recipe, read_recipe
-from server.jobs.run import prepare
-from server.jobs.searching import within
-from server.jobs.trainable import Trainable, loss_of
+from server.jobs.train_recipe import prepare
+from server.jobs.trainable_model import TrainableModel, loss_of
 from server.model.loader import Base
 from tests.waiting import until
 
@@ -169,7 +169,7 @@ def test_a_trial_that_diverges_is_told_as_that(
         modules = {path: LowRank(torch.full_like(m.A, value), m.B, m.scale) for path, m in weights.modules.items()}
         return replace(weights, modules=modules)
 
-    monkeypatch.setattr("server.jobs.searching.train", broken)
+    monkeypatch.setattr("server.jobs.rank_trials.train", broken)
     command = ["search", "echo.toml", "--ranks", "1,2,4", "--steps", "9", "--validation", "held.jsonl"]
     done = runner.invoke(app, [*command, "--metric", metric, "--state-dir", "state"])
     assert done.exit_code == 0, done.output + repr(done.exception)
@@ -251,14 +251,14 @@ def test_a_home_is_meant_by_its_sign_in_a_recipe(given: Path, monkeypatch: pytes
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
     """The recipe of that name fails by the error, once it is trained."""
-    run_ = run.run
+    run_ = train_recipe.run
 
     def broken(recipe: Recipe, *arguments: object, **how: object) -> LoraWeights:
         if recipe.name == name:
             raise error
         return run_(recipe, *arguments, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run, "run", broken)
+    monkeypatch.setattr(train_recipe, "run", broken)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(
     (given / "echo.toml").write_text(RECIPE.replace("echo", name) + "save_steps = 1\n")
     command = ["train", "echo.toml", "--steps", "4", "--state-dir", "state"]
     with monkeypatch.context() as patch:
-        patch.setattr("server.jobs.run.time.time", lambda: 1e9)
+        patch.setattr("server.jobs.train_recipe.time.time", lambda: 1e9)
         counted(patch, fails_at=3)
         assert "as by a signal" in str(runner.invoke(app, command).exception)
     steps = counted(monkeypatch)
@@ -526,7 +526,7 @@ def test_what_pruning_costs_and_what_was_learned_of_the_judges_is_told(given: Pa
     assert pruned["rank"] == max(weights.ranks) == 1 and pruned["error"] > 0.01
     recipe = read_recipe(given / "echo.toml")
     _, held = prepare(recipe, tiny_base, given)
-    served = loss_of(Trainable(tiny_base, "float32"), weights, held)
+    served = loss_of(TrainableModel(tiny_base, "float32"), weights, held)
     assert pruned["loss"] == served, "of what is left, in bf16 as it is there"
     assert pruned["loss"] != made["evaluations"][-1]["loss"]
     assert (
@@ -656,7 +656,7 @@ def test_who_stops_a_search_is_told_where_its_trials_lie(
             until(how["stop"])  # beside an engine it trains on a thread, which hears of it a little later
         return train_(*arguments, **how)
 
-    monkeypatch.setattr("server.jobs.searching.train", stopping)
+    monkeypatch.setattr("server.jobs.rank_trials.train", stopping)
     command = ["search", "echo.toml", "--ranks", "1,2,4", "--steps", "9", "--share", "1", "--metric", metric, "--json"]
     monkeypatch.setattr(sys, "argv", ["loramux", *command, "--state-dir", "state"])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,13 +21,13 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from adapters.weights import BASE_ALONE, LoraWeights, LowRank, Mix
+from adapters.weights import BASE_MIX, LoraWeights, LowRank, Mix
 from server.engine.batch import Batch, Logits
 from server.engine.engine import Engine
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling, State
-from server.engine.sampler import Draw
-from server.engine.text import Text
+from server.engine.sampler import DeviceSampler
+from server.engine.tokenizer import ModelTokenizer
 from server.model.vocabulary import Vocabulary
 from tests.waiting import SECONDS
 
@@ -66,7 +66,7 @@ def logits_for(history: Sequence[int], mix: Sequence[tuple[str, float]], vocab: 
 class FakeRunner:
     """See the module. `before` is called with each batch and may raise; what it returns is added to the logits."""
 
-    draw: Draw | None = None
+    draw: DeviceSampler | None = None
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
@@ -244,7 +244,7 @@ class Heard:
 class Bench:
     """An engine on the fake runner. Its thread does not run unless a test starts it."""
 
-    def __init__(self, text: Text, **options: Any) -> None:
+    def __init__(self, text: ModelTokenizer, **options: Any) -> None:
         self.text = text
         overlapped = options.pop("overlapped", False)
         late = options.pop("late", overlapped)
@@ -268,7 +268,7 @@ class Bench:
         self.engine._inbox.open()
         self._ids = itertools.count()
 
-    def submit(self, prompt: Sequence[int], *, mix: Mix = BASE_ALONE, **options: Any) -> Heard:
+    def submit(self, prompt: Sequence[int], *, mix: Mix = BASE_MIX, **options: Any) -> Heard:
         kept = {
             key: options.pop(key)
             for key in ("fair_key", "tenant", "priority", "deadline", "scored", "constraint")
@@ -331,19 +331,19 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_text(template: str | None = TEMPLATE, *, add_bos: bool = False) -> Text:
+def make_text(template: str | None = TEMPLATE, *, add_bos: bool = False) -> ModelTokenizer:
     tokenizer = make_tokenizer()
     special = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
-    return Text(Vocabulary(tokenizer, template, frozenset({EOS}), 0, special, add_bos, EOS))
+    return ModelTokenizer(Vocabulary(tokenizer, template, frozenset({EOS}), 0, special, add_bos, EOS))
 
 
 @pytest.fixture(scope="session")
-def text() -> Text:
+def text() -> ModelTokenizer:
     return make_text()
 
 
 @pytest.fixture
-def bench(text: Text, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
+def bench(text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
     """A function that makes a `Bench`; options are those of `Engine`, and `fetch`."""
     late: list[Delivery] = []
     monkeypatch.setattr("server.engine.engine._nobody", late.append)

@@ -16,13 +16,13 @@ import torch
 
 import server.engine.engine
 from adapters.errors import NoRoom
-from adapters.weights import BASE_ALONE, Mix
+from adapters.weights import BASE_MIX, Mix
+from server.engine.adapter_slots import SlotRoom
 from server.engine.engine import LONGEST_REST
-from server.engine.record import StepRecord
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
-from server.engine.slots import Room
-from server.engine.text import Text
+from server.engine.step_stats import StepStats
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
 from server.model.vocabulary import from_gguf
 from tests.server.engine.conftest import Panic
@@ -50,7 +50,7 @@ def test_one_request(bench: Any, tools: Any) -> None:
 
 
 def test_an_answer_keeps_its_first_space_where_it_goes_on_from_words(tools: Any, spm_metadata: dict[str, Any]) -> None:
-    text = Text(from_gguf(spm_metadata))
+    text = ModelTokenizer(from_gguf(spm_metadata))
     b = tools.Bench(text)
     [other] = text.encode("other", bos=False)
     b.runner.before = lambda batch: 100 * torch.eye(text.size)[other]
@@ -181,7 +181,7 @@ def test_a_step_in_which_the_process_was_stopped_has_no_such_rest_after_it(
     rests: list[float] = []
     monkeypatch.setattr(server.engine.engine.time, "sleep", rests.append)
     hours = property(lambda record: 3600.0, lambda record, seconds: None)
-    monkeypatch.setattr(StepRecord, "last_seconds", hours, raising=False)
+    monkeypatch.setattr(StepStats, "last_seconds", hours, raising=False)
     b = bench()
     b.engine.lend(True)
     b.submit(prompt(1), max_tokens=2)
@@ -973,7 +973,7 @@ def test_the_less_urgent_stop_for_an_urgent_load_that_lacks_room_for_too_long(be
 def test_copies_on_a_device_stay_and_are_run_on_when_ram_is_short(bench: Any, tools: Any) -> None:
     """They take none of it: neither do their slots fall idle for it, nor does anyone wait who runs on them."""
     fetch = tools.Fetcher(ready={"a1", "a2"})
-    b = bench(fetch=fetch, room=Room(100, lambda w: 10), age_limit=0.02, context_length=256, blocks=128)
+    b = bench(fetch=fetch, room=SlotRoom(100, lambda w: 10), age_limit=0.02, context_length=256, blocks=128)
     b.submit(prompt(1), mix=tools.mix_of("a1"))
     b.settle()
     low = b.submit(prompt(2), mix=tools.mix_of("a2"), priority=1, max_tokens=200)
@@ -996,7 +996,7 @@ def test_the_less_urgent_run_on_where_their_end_would_give_no_room(bench: Any, t
     """One on the base alone, and one whose adapter a more urgent one uses too."""
     fetch = tools.Fetcher(ready={"a1"})
     b = bench(fetch=fetch, age_limit=0.02, context_length=256, blocks=128)
-    mixes = BASE_ALONE, tools.mix_of("a1")
+    mixes = BASE_MIX, tools.mix_of("a1")
     low = [b.submit(prompt(i), mix=mix, priority=1, max_tokens=200) for i, mix in enumerate(mixes)]
     first = b.submit(prompt(3), mix=tools.mix_of("a1"), max_tokens=200)
     b.engine.step()

@@ -19,9 +19,9 @@ from hypothesis.stateful import (
 )
 
 from adapters.weights import LoraWeights, Mix
+from server.engine.adapter_slots import AdapterSlots, SlotRoom
 from server.engine.kv_cache import KVCache, next_key, root_key
 from server.engine.request import State
-from server.engine.slots import Room, Slots
 
 SMALL = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -88,7 +88,7 @@ class KVMachine(RuleBasedStateMachine):
 class SlotsMachine(RuleBasedStateMachine):
     """Mixes take slots and give them back; a model says who holds what."""
 
-    room: Room | None = None
+    room: SlotRoom | None = None
     held = Bundle("held")
     names = st.sampled_from([f"{i:x}" * 64 for i in range(6)])
 
@@ -97,7 +97,7 @@ class SlotsMachine(RuleBasedStateMachine):
         self.placed: dict[int, str] = {}
         self.fail = False
         self.holders: dict[str, int] = {}
-        self.slots = Slots(4, self.place, self.clear, self.room)
+        self.slots = AdapterSlots(4, self.place, self.clear, self.room)
 
     def place(self, slot: int, weights: LoraWeights) -> None:
         if self.fail:
@@ -170,7 +170,7 @@ def test_kv_cache_machine() -> None:
 class RoomMachine(SlotsMachine):
     """The same where adapters take bytes, which the slots do not divide: all of them are small."""
 
-    room = Room(101, lambda weights: 1 + int(weights.digest[0], 16))
+    room = SlotRoom(101, lambda weights: 1 + int(weights.digest[0], 16))
 
 
 @pytest.mark.parametrize("machine", [SlotsMachine, RoomMachine])
@@ -283,9 +283,9 @@ def engine_machine(bench: Any, tools: Any, **options: Any) -> type[RuleBasedStat
     return EngineMachine
 
 
-@pytest.mark.parametrize("room", [None, Room(101, lambda weights: 20)], ids=["in RAM", "copied"])
+@pytest.mark.parametrize("room", [None, SlotRoom(101, lambda weights: 20)], ids=["in RAM", "copied"])
 @pytest.mark.parametrize("overlapped", [False, True], ids=["plain", "overlapped"])
 def test_engine_machine(
-    bench: Any, tools: Any, overlapped: bool, room: Room | None, caplog: pytest.LogCaptureFixture
+    bench: Any, tools: Any, overlapped: bool, room: SlotRoom | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_state_machine_as_test(engine_machine(bench, tools, overlapped=overlapped, room=room), settings=SMALL)

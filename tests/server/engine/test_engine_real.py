@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from server.engine.backends.protocol import make_runner
 from server.engine.overlap import engine_on
-from server.engine.runner import make_runner
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.kernels import choose, cpu
 from server.model.loader import Base
 
@@ -42,7 +42,7 @@ def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Ca
             weights_ = tiny_adapter(i, rank=(4, 3, 16, 7, 1, 8)[i])
             known[tools.digest_of(f"a{i}")] = replace(weights_, digest=tools.digest_of(f"a{i}"))
         known = {digest: base.prepare(w) for digest, w in known.items()}
-        made = tools.Bench(Text(base.vocabulary), fetch=tools.Fetcher(known=known))
+        made = tools.Bench(ModelTokenizer(base.vocabulary), fetch=tools.Fetcher(known=known))
         settings: dict[str, Any] = {
             "fetch": made.fetch,
             "text": made.text,

@@ -17,12 +17,12 @@ from adapters.errors import NoRoom, UnknownAdapter
 from adapters.leases import Lease
 from adapters.peft_format import save
 from adapters.registry import Registry
-from adapters.store import Store
-from adapters.weights import LowRank, sealed
+from adapters.store import AdapterStore
+from adapters.weights import LowRank, with_digest
+from server.engine.backends.protocol import TorchRunner
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
-from server.engine.runner import TorchRunner
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.model.loader import Base
 from tests.waiting import until
 
@@ -45,12 +45,12 @@ class House:
                 for path, (out, into) in base.config.linear_shapes().items()
                 if path.endswith("q_proj")
             }
-            weights = sealed(f"a{seed}", modules)
+            weights = with_digest(f"a{seed}", modules)
             save(weights, root / f"a{seed}")
             folders.append(root / f"a{seed}")
         self.size = base.prepare(weights).nbytes
         self.registry = Registry(
-            Store(root / "store"),
+            AdapterStore(root / "store"),
             shapes=base.config.linear_shapes(),
             prepare=base.prepare,
             ram_bytes=room * self.size,
@@ -58,7 +58,7 @@ class House:
         self.engine = Engine(
             runner,
             fetch=self.registry.fetch,
-            text=Text(base.vocabulary),
+            text=ModelTokenizer(base.vocabulary),
             eos_ids=frozenset(),
             vocab_size=base.config.vocab_size,
             context_length=256,

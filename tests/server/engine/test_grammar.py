@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from server.engine.grammar import Grammar, Grammars
 from server.engine.request import Delivery, Request, Sampling
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import EngineFailed, InvalidRequest, QueueFull
 from server.model.vocabulary import Vocabulary, from_gguf
 from tests.server.engine.conftest import Panic
@@ -36,15 +36,15 @@ POINT = {
 
 
 @pytest.fixture
-def tiny_text(tiny_vocabulary: Vocabulary) -> Text:
-    return Text(tiny_vocabulary)
+def tiny_text(tiny_vocabulary: Vocabulary) -> ModelTokenizer:
+    return ModelTokenizer(tiny_vocabulary)
 
 
 def allowed(grammar: Grammar, size: int) -> list[int]:
     return np.flatnonzero(np.unpackbits(grammar.mask(), count=size, bitorder="little")).tolist()
 
 
-def walk(text: Text, grammar: Grammar, seed: int, most: int = 400) -> str | None:
+def walk(text: ModelTokenizer, grammar: Grammar, seed: int, most: int = 400) -> str | None:
     """A random answer within the grammar; None if it did not end."""
     dice, said = random.Random(seed), []
     for _ in range(most):
@@ -56,7 +56,7 @@ def walk(text: Text, grammar: Grammar, seed: int, most: int = 400) -> str | None
     return None
 
 
-def test_random_walks_follow_the_schema(tiny_text: Text) -> None:
+def test_random_walks_follow_the_schema(tiny_text: ModelTokenizer) -> None:
     import jsonschema
 
     grammars = Grammars(tiny_text, tiny_text.size).ask(POINT, 20).result()
@@ -71,14 +71,14 @@ def test_random_walks_follow_the_schema(tiny_text: Text) -> None:
 def test_a_space_before_a_text_is_not_put_into_an_answer(
     spm_metadata: dict[str, Any],
 ) -> None:
-    text = Text(from_gguf(spm_metadata))
+    text = ModelTokenizer(from_gguf(spm_metadata))
     schema = {"type": "object", "properties": {"the other": {"enum": ["and again"]}}, "additionalProperties": False}
     answers = [walk(text, grammar, i) for i, grammar in enumerate(Grammars(text, text.size).ask(schema, 10).result())]
     whole = [json.loads(a) for a in answers if a is not None]
     assert {"the other": "and again"} in whole and all(a in ({}, {"the other": "and again"}) for a in whole)
 
 
-def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(tiny_text: Text) -> None:
+def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(tiny_text: ModelTokenizer) -> None:
     special = set(tiny_text.vocabulary.special.values())
     [grammar] = Grammars(tiny_text, tiny_text.size).ask({"enum": [{"a": "<|im_end|>"}]}, 1).result()
     said = b""
@@ -97,7 +97,7 @@ def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(t
     ("space", "may"),
     [("", True), (" ", True), ("\n", True), ("\n  ", True), ("  ", False), ("\n\n", False), (" \n", False)],
 )
-def test_no_room_is_lost_on_spaces_and_empty_lines(tiny_text: Text, space: str, may: bool) -> None:
+def test_no_room_is_lost_on_spaces_and_empty_lines(tiny_text: ModelTokenizer, space: str, may: bool) -> None:
     [grammar] = Grammars(tiny_text, tiny_text.size).ask(POINT, 1).result()
     for token in tiny_text.encode("{" + space + '"', bos=False, begins=False):
         if token not in allowed(grammar, tiny_text.size):
@@ -107,7 +107,7 @@ def test_no_room_is_lost_on_spaces_and_empty_lines(tiny_text: Text, space: str, 
     assert may
 
 
-def test_a_model_s_table_may_be_longer_than_the_vocabulary(tiny_text: Text) -> None:
+def test_a_model_s_table_may_be_longer_than_the_vocabulary(tiny_text: ModelTokenizer) -> None:
     [grammar] = Grammars(tiny_text, tiny_text.size + 50).ask(POINT, 1).result()
     ids = allowed(grammar, tiny_text.size + 50)
     assert ids and max(ids) < tiny_text.size
@@ -120,7 +120,7 @@ def test_a_model_s_table_may_be_longer_than_the_vocabulary(tiny_text: Text) -> N
         ({"$ref": "#"}, "refer to itself"),
     ],
 )
-def test_why_a_schema_is_refused_is_told_in_words(tiny_text: Text, schema: dict[str, Any], why: str) -> None:
+def test_why_a_schema_is_refused_is_told_in_words(tiny_text: ModelTokenizer, schema: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         [grammar] = Grammars(tiny_text, tiny_text.size).ask(schema, 1).result()
         grammar.mask()
@@ -138,7 +138,7 @@ def test_why_a_schema_is_refused_is_told_in_words(tiny_text: Text, schema: dict[
         {"allOf": [{"type": "string"}, {"type": "integer"}]},
     ],
 )
-def test_what_cannot_be_held_to_is_refused_and_soon(tiny_text: Text, schema: dict[str, Any]) -> None:
+def test_what_cannot_be_held_to_is_refused_and_soon(tiny_text: ModelTokenizer, schema: dict[str, Any]) -> None:
     grammars = Grammars(tiny_text, tiny_text.size)
     start = time.process_time()
     with pytest.raises(InvalidRequest, match="schema") as told:
@@ -149,7 +149,7 @@ def test_what_cannot_be_held_to_is_refused_and_soon(tiny_text: Text, schema: dic
 
 
 @pytest.mark.parametrize("pattern", ["(.*a.*){200}", "^(([a-z])+.)+[A-Z]([a-z])+$"])
-def test_a_mask_takes_bounded_time(tiny_text: Text, pattern: str) -> None:
+def test_a_mask_takes_bounded_time(tiny_text: ModelTokenizer, pattern: str) -> None:
     """A pattern made to explode: each step is quick, or the request ends with an error of its own."""
     [grammar] = Grammars(tiny_text, tiny_text.size).ask({"type": "string", "pattern": pattern}, 1).result()
     try:
@@ -212,7 +212,7 @@ def numbers(count: int, **limits: float) -> dict[str, Any]:
     ],
 )
 def test_numbers_that_take_long_are_refused_at_once(
-    tiny_text: Text, schema: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+    tiny_text: ModelTokenizer, schema: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammars = Grammars(tiny_text, tiny_text.size)
     monkeypatch.setattr(grammars, "_compile", lambda schema: pytest.fail("it was compiled"))
@@ -221,7 +221,7 @@ def test_numbers_that_take_long_are_refused_at_once(
     assert refused.value.param == "response_format"
 
 
-def test_usual_numbers_are_compiled(tiny_text: Text) -> None:
+def test_usual_numbers_are_compiled(tiny_text: ModelTokenizer) -> None:
     grammars = Grammars(tiny_text, tiny_text.size)
     assert grammars.ask(numbers(20, minimum=0, maximum=1e6, multipleOf=0.01), 1).result()
     assert grammars.ask({"type": "integer", "allOf": [{"multipleOf": 3600}, {"multipleOf": 0.5}]}, 1).result()
@@ -229,20 +229,24 @@ def test_usual_numbers_are_compiled(tiny_text: Text) -> None:
     assert grammars.ask(named, 1).result()
 
 
-def test_the_vocabulary_is_told_before_the_first_request(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vocabulary_is_told_before_the_first_request(
+    tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grammars = Grammars(tiny_text, tiny_text.size)
     monkeypatch.setattr(Grammars, "_told", lambda self: pytest.fail("it was told during traffic"))
     assert grammars.ask(POINT, 1).result(10)
 
 
-def test_without_the_library_the_rest_works(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_rest_works(tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     grammars = Grammars(tiny_text, tiny_text.size)
     with pytest.raises(InvalidRequest, match="llguidance is not installed"):
         grammars.ask(POINT, 1).result()
 
 
-def test_what_nobody_waits_for_any_more_is_not_compiled(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_waits_for_any_more_is_not_compiled(
+    tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grammars, begun, go_on, compiled = Grammars(tiny_text, tiny_text.size), threading.Event(), threading.Event(), []
     compile = grammars._compile
 
@@ -267,7 +271,7 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(tiny_text: Text, monkeyp
     grammars.close()
 
 
-def test_tenants_take_turns(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tenants_take_turns(tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight requests of 50 answers each from one, then one from another, which waits for one grammar and no more."""
     grammars, go_on, compiled = Grammars(tiny_text, tiny_text.size), threading.Event(), []
     compile = grammars._compile
@@ -288,7 +292,7 @@ def test_tenants_take_turns(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_left_of_a_request_that_nobody_waits_for_is_dropped(
-    tiny_text: Text, monkeypatch: pytest.MonkeyPatch
+    tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammars, begun, go_on, compiled = Grammars(tiny_text, tiny_text.size), threading.Event(), threading.Event(), []
 
@@ -308,7 +312,9 @@ def test_what_is_left_of_a_request_that_nobody_waits_for_is_dropped(
     assert compiled == ["gone", "bad"]
 
 
-def test_whoever_leaves_as_their_turn_ends_takes_nobody_elses(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_leaves_as_their_turn_ends_takes_nobody_elses(
+    tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A future says that it is cancelled before the request is dropped for it, and turns go on meanwhile."""
     grammars, begun, go_on = Grammars(tiny_text, tiny_text.size), threading.Event(), threading.Event()
     compile, drop = grammars._compile, grammars._drop
@@ -334,7 +340,7 @@ def test_whoever_leaves_as_their_turn_ends_takes_nobody_elses(tiny_text: Text, m
 
 
 def test_a_request_that_is_done_before_its_asker_goes_on_is_done_once(
-    tiny_text: Text, monkeypatch: pytest.MonkeyPatch
+    tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the asker's thread is held up: what is refused takes no time at all."""
     grammars = Grammars(tiny_text, tiny_text.size)
@@ -354,7 +360,7 @@ def test_a_request_that_is_done_before_its_asker_goes_on_is_done_once(
 
 
 def test_where_the_system_has_no_thread_the_next_request_is_served(
-    tiny_text: Text, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And whoever runs the server is told why, and what to do, in one line for many requests."""
     grammars, usual = Grammars(tiny_text, tiny_text.size), threading.stack_size()
@@ -426,7 +432,9 @@ print("begun", end="")
 """
 
 
-def test_a_panic_of_the_library_is_one_requests_failure(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_of_the_library_is_one_requests_failure(
+    tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def panics(schema: str) -> Any:
         raise Panic("at line 1")
 
@@ -438,7 +446,7 @@ def test_a_panic_of_the_library_is_one_requests_failure(tiny_text: Text, monkeyp
     assert grammars.ask(POINT, 1).result(10)
 
 
-def test_one_tenants_schemas_leave_room_for_others(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tenants_schemas_leave_room_for_others(tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.grammar.MAX_WAITING", 2)
     monkeypatch.setattr("server.engine.grammar.MAX_WAITING_IN_ALL", 3)
     grammars, go_on = Grammars(tiny_text, tiny_text.size), threading.Event()
@@ -457,7 +465,7 @@ def test_one_tenants_schemas_leave_room_for_others(tiny_text: Text, monkeypatch:
     grammars.close()
 
 
-def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: Text) -> None:
+def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: ModelTokenizer) -> None:
     engine = bench()
     [grammar] = Grammars(text, text.size).ask({"enum": [{"a": 1}]}, 1).result()
     heard = engine.submit(text.encode("hi"), max_tokens=60, min_tokens=50, ignore_eos=False, constraint=grammar)
@@ -466,7 +474,7 @@ def test_an_answer_that_is_whole_ends_before_min_tokens(bench: Any, text: Text) 
 
 
 @pytest.mark.parametrize("least", [0, 50])
-def test_an_answer_that_is_whole_ends_where_ends_are_ignored(bench: Any, text: Text, least: int) -> None:
+def test_an_answer_that_is_whole_ends_where_ends_are_ignored(bench: Any, text: ModelTokenizer, least: int) -> None:
     engine = bench()
     [grammar] = Grammars(text, text.size).ask({"enum": [{"a": 1}]}, 1).result()
     heard = engine.submit(text.encode("hi"), max_tokens=60, min_tokens=least, ignore_eos=True, constraint=grammar)
@@ -474,7 +482,7 @@ def test_an_answer_that_is_whole_ends_where_ends_are_ignored(bench: Any, text: T
     assert heard.reason == "stop" and json.loads(heard.text) == {"a": 1}
 
 
-def test_a_token_that_stops_answers_stops_none_before_min_tokens(bench: Any, text: Text) -> None:
+def test_a_token_that_stops_answers_stops_none_before_min_tokens(bench: Any, text: ModelTokenizer) -> None:
     """The grammar allows nothing else there, and goes on after it."""
     engine = bench()
     [grammar] = Grammars(text, text.size).ask(POINT, 1).result()
@@ -485,7 +493,7 @@ def test_a_token_that_stops_answers_stops_none_before_min_tokens(bench: Any, tex
     assert heard.error is None and heard.tokens[0] == brace and len(heard.tokens) >= 8 and heard.text.startswith("{")
 
 
-def test_in_one_batch_with_others(bench: Any, text: Text) -> None:
+def test_in_one_batch_with_others(bench: Any, text: ModelTokenizer) -> None:
     """Each request has its own place in its grammar; those without one answer as they do alone."""
     engine = bench()
     grammars = Grammars(text, text.size).ask(POINT, 3).result()
@@ -507,10 +515,10 @@ def test_in_one_batch_with_others(bench: Any, text: Text) -> None:
             assert heard.text.startswith("{")
 
 
-def test_an_end_that_is_an_ordinary_token_is_no_part_of_it_either(tiny_text: Text) -> None:
+def test_an_end_that_is_an_ordinary_token_is_no_part_of_it_either(tiny_text: ModelTokenizer) -> None:
     """It would end the answer in the middle of a text."""
     letter = tiny_text.encode("a")[0]
-    text = Text(replace(tiny_text.vocabulary, eos_ids=tiny_text.vocabulary.eos_ids | {letter}))
+    text = ModelTokenizer(replace(tiny_text.vocabulary, eos_ids=tiny_text.vocabulary.eos_ids | {letter}))
     for vocabulary, there in ((tiny_text, True), (text, False)):
         (grammar,) = Grammars(vocabulary, vocabulary.size).ask({"type": "string"}, 1).result()
         grammar.accept(vocabulary.encode('"')[0])
@@ -527,7 +535,7 @@ def uncollected() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("uncollected")
-def test_a_grammar_goes_with_whoever_asked_for_it(tiny_text: Text) -> None:
+def test_a_grammar_goes_with_whoever_asked_for_it(tiny_text: ModelTokenizer) -> None:
     grammars = Grammars(tiny_text, tiny_text.size)
     left = [weakref.ref(grammar) for _ in range(3) for grammar in grammars.ask(POINT, 2).result()]
     cancelled = grammars.ask(POINT, 1)
@@ -537,7 +545,9 @@ def test_a_grammar_goes_with_whoever_asked_for_it(tiny_text: Text) -> None:
 
 
 @pytest.mark.usefixtures("uncollected")
-def test_of_a_schema_that_is_refused_nothing_is_kept(tiny_text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_schema_that_is_refused_nothing_is_kept(
+    tiny_text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grammars, left = Grammars(tiny_text, tiny_text.size), list[Any]()
     compile = grammars._compile
 
@@ -557,7 +567,7 @@ def test_of_a_schema_that_is_refused_nothing_is_kept(tiny_text: Text, monkeypatc
 @pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("end", ["stop", "cancelled", "refused"])
 def test_a_request_that_has_ended_keeps_neither_its_grammar_nor_who_listens(
-    bench: Any, text: Text, overlapped: bool, end: str
+    bench: Any, text: ModelTokenizer, overlapped: bool, end: str
 ) -> None:
     """Who listens keeps its requests, as a call keeps the sequences of its answers."""
     engine = bench(overlapped=overlapped)

@@ -356,7 +356,7 @@ def test_a_step_that_fails_leaves_a_device_that_answers_as_it_was(bench: Any, to
 
 def test_a_device_with_a_fault_is_lost_for_good(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long ago the step was that failed."""
-    monkeypatch.setattr("server.engine.record.FAILING_SECONDS", 0.0)
+    monkeypatch.setattr("server.engine.step_stats.FAILING_SECONDS", 0.0)
     made = bench(overlapped=True)
     bad = made.submit([5, 6, 7])
     made.runner.fault = RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -20,8 +20,9 @@ import torch
 if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") != "1":
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from server.engine.cuda_memory import FOR_GRAPHS, work_bytes
-from server.engine.cuda_runner import CudaRunner
+from server.engine.backends.cuda.device_model import DeviceModel, DeviceStep
+from server.engine.backends.cuda.memory import FOR_GRAPHS, work_bytes
+from server.engine.backends.cuda.runner import CudaRunner
 from server.engine.engine import Engine
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import State
@@ -29,7 +30,6 @@ from server.errors import NoCapacity
 from server.kernels.cuda import Cuda
 from server.kernels.cuda.lora import Pool
 from server.kernels.reference import Reference
-from server.model.on_device import DeviceModel, DeviceStep
 from tests.server.kernels import tiny
 from tests.server.kernels.conftest import _interpreter  # noqa: F401
 from tests.server.kernels.tiny import BLOCK, Tiny, adapter, llama

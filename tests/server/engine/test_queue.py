@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.engine import queue
-from server.engine.queue import FairQueue, Inbox
+from server.engine.queue import FairQueue, RequestInbox
 from server.engine.request import Request, Sampling
 from server.errors import NoCapacity, NotReady, QueueFull
 
@@ -209,14 +209,14 @@ def test_what_is_remembered_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert q._service[0, "key199"] > 1e6, "who has had most is remembered longest"
 
 
-def opened(**bounds: int) -> Inbox:
-    inbox = Inbox(bounds.get("requests", 4), bounds.get("tokens", 100), lambda: None)
+def opened(**bounds: int) -> RequestInbox:
+    inbox = RequestInbox(bounds.get("requests", 4), bounds.get("tokens", 100), lambda: None)
     inbox.open()
     return inbox
 
 
 def test_a_closed_inbox_says_why() -> None:
-    inbox = Inbox(1, 1, lambda: None)
+    inbox = RequestInbox(1, 1, lambda: None)
     with pytest.raises(NotReady, match="not been started"):
         inbox.put(request())
     inbox.open()
@@ -243,7 +243,7 @@ def test_what_has_left_makes_room_once() -> None:
 
 def test_whatever_comes_wakes_the_engine() -> None:
     woken: list[bool] = []
-    inbox = Inbox(4, 100, lambda: woken.append(True))
+    inbox = RequestInbox(4, 100, lambda: woken.append(True))
     inbox.open()
     for come in (
         lambda: inbox.put(request()),

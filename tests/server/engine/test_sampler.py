@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.batch import Logits, Work
+from server.engine.batch import Logits, ScheduledRequest
 from server.engine.request import Request, Sampling
-from server.engine.sampler import Pick, Sampler, token_logprob, uniform
+from server.engine.sampler import SampledToken, Sampler, token_logprob, uniform
 from server.errors import EngineFailed, InvalidRequest
 
 VOCAB = 1000
@@ -28,9 +28,9 @@ def request(output: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2), seed
     return made
 
 
-def pick(logits: Any, *requests: Request) -> list[Pick]:
+def pick(logits: Any, *requests: Request) -> list[SampledToken]:
     rows = torch.from_numpy(np.atleast_2d(np.asarray(logits, np.float32)))
-    return Sampler(rows.shape[1], frozenset({EOS})).pick(Logits(rows), [Work(r, 1, 1) for r in requests])
+    return Sampler(rows.shape[1], frozenset({EOS})).pick(Logits(rows), [ScheduledRequest(r, 1, 1) for r in requests])
 
 
 def noise(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
@@ -51,7 +51,7 @@ def drawn(row: np.ndarray, count: int = 4000, **options: Any) -> Counter[int]:
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
     row = np.zeros(VOCAB)
     row[[700, 30, 31]] = 4.0
-    assert pick(row, request())[0] == Pick(30)
+    assert pick(row, request())[0] == SampledToken(30)
     assert pick(row, request(logprobs=3))[0].token == 30
     assert [t for t, _ in pick(row, request(logprobs=3))[0].logprob.top] == [30, 31, 700]
 
@@ -237,7 +237,7 @@ def test_tokens_are_drawn_where_the_logits_are() -> None:
     draw = Draws(11, -1, 13)
     requests = [request(), request(temperature=0.5, top_k=3, top_p=0.9, seed=7), request(logprobs=2)]
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
-    work, sampler = [Work(r, 1, 1) for r in requests], Sampler(20, frozenset(), draw)
+    work, sampler = [ScheduledRequest(r, 1, 1) for r in requests], Sampler(20, frozenset(), draw)
     picks = sampler.pick(Logits(logits), work)
     assert sampler.ahead(Logits(logits), work) is None, "a row wants more than a token"
     [(rows, how, top_k)] = draw.asked
@@ -253,7 +253,7 @@ def test_noise_that_float32_would_round_to_one_is_below_it(monkeypatch: pytest.M
     """Beyond the last token that has a chance there may be others."""
     monkeypatch.setattr("server.engine.sampler.uniform", lambda seed, index: 1 - 2.0**-53)
     draw = Draws(1)
-    Sampler(20, frozenset(), draw).pick(Logits(torch.randn(1, 20)), [Work(request(temperature=1.0), 1, 1)])
+    Sampler(20, frozenset(), draw).pick(Logits(torch.randn(1, 20)), [ScheduledRequest(request(temperature=1.0), 1, 1)])
     [(_, how, _)] = draw.asked
     assert how[0, 3] == np.nextafter(np.float32(1), np.float32(0))
 
@@ -267,7 +267,7 @@ def test_what_is_drawn_here_is_drawn_by_the_noise_that_runners_are_told(
     row = np.zeros(VOCAB)
     row[100:110] = 50.0
     draw, chosen = Draws(0), request(temperature=1.0)
-    Sampler(VOCAB, frozenset(), draw).pick(Logits(torch.zeros(1, VOCAB)), [Work(chosen, 1, 1)])
+    Sampler(VOCAB, frozenset(), draw).pick(Logits(torch.zeros(1, VOCAB)), [ScheduledRequest(chosen, 1, 1)])
     [(_, how, _)] = draw.asked
     assert how[0, 3] == 0.5
     assert pick(row, request(temperature=1.0, **more))[0].token == 105
@@ -276,7 +276,9 @@ def test_what_is_drawn_here_is_drawn_by_the_noise_that_runners_are_told(
 def test_a_temperature_below_all_floats_is_none() -> None:
     """In float32 it divides to what is no number, there as here."""
     draw = Draws(3)
-    Sampler(20, frozenset(), draw).pick(Logits(torch.zeros(1, 20)), [Work(request(temperature=1e-39), 1, 1)])
+    Sampler(20, frozenset(), draw).pick(
+        Logits(torch.zeros(1, 20)), [ScheduledRequest(request(temperature=1e-39), 1, 1)]
+    )
     [(_, how, _)] = draw.asked
     assert how.tolist() == [[0.0, 0.0, 0.0, 0.0]]
 

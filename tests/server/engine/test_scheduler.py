@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from server.engine.adapter_slots import SlotRoom
 from server.engine.scheduler import LENT_ROWS, OUTPUT_COST, REST
-from server.engine.slots import Room
 from server.errors import InvalidRequest, NotFinite
 
 
@@ -495,7 +495,7 @@ def test_a_wrong_constraint_casts_no_doubt_on_what_was_computed(bench: Any, tool
 
 def test_nothing_is_copied_ahead_for_whom_room_would_have_to_be_found_while_it_is_owed(bench: Any, tools: Any) -> None:
     fetch = tools.Fetcher(ready={"a1"})
-    b = bench(fetch=fetch, room=Room(100, lambda weights: 10), age_limit=30.0, max_batch=2)
+    b = bench(fetch=fetch, room=SlotRoom(100, lambda weights: 10), age_limit=30.0, max_batch=2)
     b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
     b.engine.step()
     lacks = b.submit(prompt(9), mix=tools.mix_of("a3"))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from adapters.weights import LoraWeights
+from server.engine.backends.protocol import TorchRunner, make_runner
 from server.engine.batch import Batch
-from server.engine.runner import TorchRunner, make_runner
 
 if TYPE_CHECKING:
     from server.model.loader import Base

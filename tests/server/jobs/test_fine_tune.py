@@ -26,21 +26,21 @@ from adapters import data
 from adapters.errors import InvalidAdapter, TrainingStopped
 from adapters.peft_format import read_folder, save
 from adapters.training import Event, TrainingConfig
-from adapters.weights import LoraWeights, LowRank, sealed
+from adapters.weights import LoraWeights, LowRank, with_digest
 from server.engine import chat_template
 from server.engine.chat_template import as_of
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import InvalidRequest
-from server.jobs import child
 from server.jobs import fine_tune as fine_tune_module
-from server.jobs.child import Words
+from server.jobs import worker
 from server.jobs.errors import JobError
 from server.jobs.fine_tune import _Told, answerable, fine_tune, held_out, keep_pairs, prepare
-from server.jobs.process import last_words
-from server.jobs.publishing import Verdict, losses_table, shares
-from server.jobs.run import _measured, as_written
-from server.jobs.spec import BaseSource, Spec
-from server.jobs.trainable import Trainable, loss_of
+from server.jobs.publisher import Verdict, losses_table, shares
+from server.jobs.train_recipe import _measured, as_written
+from server.jobs.trainable_model import TrainableModel, loss_of
+from server.jobs.worker import Words
+from server.jobs.worker_messages import BaseSource, WorkerSpec
+from server.jobs.worker_process import last_words
 from server.tasks.evaluation import Score, pairs
 
 CONFIG = TrainingConfig(
@@ -49,11 +49,11 @@ CONFIG = TrainingConfig(
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> Spec:
+def spec(tmp_path: Path) -> WorkerSpec:
     content = tmp_path / "content"
     content.write_text("".join(json.dumps({"input": f"the {i}", "output": "good"}) + "\n" for i in range(10)))
     origin = BaseSource(tmp_path, "tiny", "reference", "none", None, False, 8, tmp_path, "0" * 64)
-    return Spec(
+    return WorkerSpec(
         base=origin, name="x", config=CONFIG, data=content, data_name="d.jsonl", template={}, threads=1, max_rank=64
     )
 
@@ -67,7 +67,7 @@ def test_a_spec_is_read_as_it_was_written(spec, tmp_path):
         config=replace(CONFIG, lora_rank_of={"a": 1}),
     )
     whole.write(tmp_path)
-    assert Spec.read(tmp_path) == whole
+    assert WorkerSpec.read(tmp_path) == whole
 
 
 def run_child(folder: Path, stop_at: int = 0) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def run_child(folder: Path, stop_at: int = 0) -> list[dict[str, Any]]:
         if line["kind"] == "step" and line["step"] == stop_at:
             stop.set()
 
-    child.run(folder, tell, stop)
+    worker.run(folder, tell, stop)
     return told
 
 
@@ -102,11 +102,11 @@ def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(spec, tiny_b
     zone("HERE0")
     dated = "Today is {{ strftime_now('%d %b %Y') }}\n" + tiny_base.vocabulary.chat_template
     base = replace(tiny_base, vocabulary=replace(tiny_base.vocabulary, chat_template=dated))
-    monkeypatch.setattr(child, "_base", lambda spec: base)
+    monkeypatch.setattr(worker, "_base", lambda spec: base)
     created = datetime(2030, 5, 4, 12, tzinfo=UTC).timestamp()
     replace(spec, created_at=created, held_out=0.2).write(tmp_path)
     with as_of(created):
-        assert "04 May 2030" in Text(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
+        assert "04 May 2030" in ModelTokenizer(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
     assert run_child(tmp_path, stop_at=2)[-1]["kind"] == "stopped"
 
     class Tomorrow(datetime):
@@ -118,11 +118,11 @@ def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(spec, tiny_b
     zone("ELSEWHERE-14")
     told = run_child(tmp_path)
     assert [line["step"] for line in told if line["kind"] == "step"] == [3, 4] and told[-1]["kind"] == "trained", told
-    assert "02 Jan 2031" in Text(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
+    assert "02 Jan 2031" in ModelTokenizer(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
 
 
 def test_a_full_disk_is_told_and_kills_no_process(spec, tiny_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(child, "_base", lambda spec: tiny_base)
+    monkeypatch.setattr(worker, "_base", lambda spec: tiny_base)
     spec.write(tmp_path)
 
     def full(*_: Any) -> None:
@@ -132,15 +132,15 @@ def test_a_full_disk_is_told_and_kills_no_process(spec, tiny_base, tmp_path, mon
     [end] = run_child(tmp_path)
     assert end["kind"] == "failed" and "No space left on device" in end["message"] and "secret" not in end["message"]
     monkeypatch.undo()
-    monkeypatch.setattr(child, "_base", lambda spec: tiny_base)
-    monkeypatch.setattr("adapters.durable.open", full, raising=False)
+    monkeypatch.setattr(worker, "_base", lambda spec: tiny_base)
+    monkeypatch.setattr("adapters.atomic_files.open", full, raising=False)
     end = run_child(tmp_path)[-1]
     assert end["code"] == "failed" and "checkpoint could not be written: No space left" in end["message"]
     assert "secret" not in end["message"]
 
 
 def test_settings_that_do_not_fit_the_base_fail_the_job(spec, tiny_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(child, "_base", lambda spec: tiny_base)
+    monkeypatch.setattr(worker, "_base", lambda spec: tiny_base)
     replace(spec, config=replace(CONFIG, target_modules=("nothing",))).write(tmp_path)
     end = run_child(tmp_path)[-1]
     assert end["kind"] == "failed" and end["code"] == "invalid_settings" and "target_modules" in end["message"]
@@ -255,7 +255,7 @@ def test_a_loss_is_of_what_is_published(spec, tiny_base, tmp_path):
     fine_tune(replace(spec, held_out=0.2), tiny_base, tmp_path, told.append, lambda: False)
     result = read_folder(tmp_path / "result", name="x", shapes=tiny_base.shapes())
     held = prepare(replace(spec, held_out=0.2), tiny_base).judged
-    assert told[-1]["losses"]["eval"] == loss_of(Trainable(tiny_base, "float32"), result, held)
+    assert told[-1]["losses"]["eval"] == loss_of(TrainableModel(tiny_base, "float32"), result, held)
 
 
 def converted(into: int, out: int, seed: int) -> LowRank:
@@ -269,7 +269,7 @@ def converted(into: int, out: int, seed: int) -> LowRank:
 @pytest.fixture
 def cancelling(tiny_base) -> LoraWeights:
     found = {path: shape for path, shape in tiny_base.shapes().items() if path.endswith("q_proj")}
-    return sealed("x", {path: converted(into, out, i) for i, (path, (out, into)) in enumerate(found.items())})
+    return with_digest("x", {path: converted(into, out, i) for i, (path, (out, into)) in enumerate(found.items())})
 
 
 def assert_same_update(made: LoraWeights, given: LoraWeights) -> None:
@@ -290,7 +290,7 @@ def test_an_adapter_whose_ranks_cancel_is_started_from_and_written_like_any_othe
     fine_tune(again, tiny_base, tmp_path, told.append, lambda: False)
     assert_same_update(read_folder(tmp_path / "result", name="x", shapes=tiny_base.shapes()), cancelling)
     losses, held = told[-1]["losses"], prepare(again, tiny_base).judged
-    exact = loss_of(Trainable(tiny_base, "float32"), cancelling, held)
+    exact = loss_of(TrainableModel(tiny_base, "float32"), cancelling, held)
     assert losses["rival"] == pytest.approx(exact, rel=1e-2) and losses["rival_digest"] == cancelling.digest
     assert told[-1]["made"]["from"] == f"x@{cancelling.digest[:12]}"
 
@@ -310,7 +310,7 @@ def test_ranks_that_cancel_once_it_is_trained_are_written_anew_before_they_are_r
 def test_the_error_of_pruning_is_that_of_the_files(spec, tiny_base, tmp_path, monkeypatch):
     """Rounding them to bf16 costs more than the cut of a rank that says nothing."""
     draw, faint = torch.Generator().manual_seed(0), torch.tensor([1.0, 1.0, 1.0, 1e-5])
-    trained = sealed(
+    trained = with_digest(
         "x",
         {
             path: LowRank(torch.randn(4, into, generator=draw), torch.randn(out, 4, generator=draw) * faint, 1.0)
@@ -563,7 +563,7 @@ def test_what_the_next_server_does_not_hear_either_is_kept(tmp_path):
 
 
 def test_what_was_on_its_way_to_a_server_that_went_is_told_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(child, "ON_THEIR_WAY", 3)
+    monkeypatch.setattr(worker, "ON_THEIR_WAY", 3)
     reader, writer = os.pipe()
     with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as gone:
         words = Words(gone, tmp_path / "untold")
@@ -580,12 +580,12 @@ def test_what_was_on_its_way_to_a_server_that_went_is_told_again(tmp_path, monke
 
 def test_a_job_waits_for_the_process_of_a_server_that_was_killed(tmp_path):
     def held(stop: threading.Event) -> bool:
-        with child._alone(tmp_path, stop) as held:
+        with worker._alone(tmp_path, stop) as held:
             return held
 
     stop = threading.Event()
     with ThreadPoolExecutor() as pool:
-        with (tmp_path / child.LOCK).open("w") as orphan:
+        with (tmp_path / worker.LOCK).open("w") as orphan:
             fcntl.flock(orphan, fcntl.LOCK_EX)
             waiting, stopped = pool.submit(held, threading.Event()), pool.submit(held, stop)
             stop.set()
@@ -681,13 +681,13 @@ def test_the_seconds_of_two_runs_are_those_of_both():
 def test_a_signal_ends_the_wait_for_another_process(tmp_path, monkeypatch):
     """Whose handler runs on the thread that waits: it wants nothing which that holds."""
     stop = threading.Event()
-    monkeypatch.setattr(child, "time", SimpleNamespace(sleep=lambda seconds: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=lambda seconds: signal.raise_signal(signal.SIGTERM)))
     monkeypatch.setattr(stop, "wait", lambda timeout: pytest.fail("it holds the lock that `set` wants"))
     before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     try:
-        with (tmp_path / child.LOCK).open("w") as other:
+        with (tmp_path / worker.LOCK).open("w") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
-            with child._alone(tmp_path, stop) as held:
+            with worker._alone(tmp_path, stop) as held:
                 assert not held
     finally:
         signal.signal(signal.SIGTERM, before)

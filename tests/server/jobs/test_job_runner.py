@@ -14,13 +14,13 @@ import pytest
 
 from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
-from server.jobs import training as training_module
+from server.jobs import training_job as training_module
 from server.jobs.errors import JobError
-from server.jobs.files import Files
-from server.jobs.records import CANCELLED, EVALUATION, EVENTS, STATE, TRAINING, Job, Progress, Records
-from server.jobs.runner import Active, Jobs, Stopped
-from server.jobs.spec import DATA, NEEDED_TO_RUN, RESULT, UNFINISHED
-from server.jobs.training import Training, _Heard
+from server.jobs.file_store import FileStore
+from server.jobs.job_store import CANCELLED, EVALUATION, EVENTS, STATE, TRAINING, Job, JobStore, Progress
+from server.jobs.runner import ActiveJob, JobRunner, JobStopped
+from server.jobs.training_job import TrainingJob, _Heard
+from server.jobs.worker_messages import DATA, NEEDED_TO_RUN, RESULT, UNFINISHED
 from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS, until
 
@@ -35,7 +35,7 @@ class Work:
         self.killed = False
         self.deaf = False
 
-    def __call__(self, active: Active) -> None:
+    def __call__(self, active: ActiveJob) -> None:
         self.begun.append(active.job.id)
         active.become("running")
         active.stopped_by((lambda: None) if self.deaf else self.go.set, self._kill)
@@ -57,10 +57,10 @@ def work() -> Work:
 
 @pytest.fixture
 def make(tmp_path: Path, work: Work):
-    made: list[Jobs] = []
+    made: list[JobRunner] = []
 
-    def build() -> Jobs:
-        jobs = Jobs(Records(tmp_path / "jobs"), {TRAINING: work, EVALUATION: work})
+    def build() -> JobRunner:
+        jobs = JobRunner(JobStore(tmp_path / "jobs"), {TRAINING: work, EVALUATION: work})
         jobs.start()
         made.append(jobs)
         return jobs
@@ -71,7 +71,7 @@ def make(tmp_path: Path, work: Work):
         jobs.close(1.0)
 
 
-def add(jobs: Jobs, kind: str = TRAINING, **request: object) -> Job:
+def add(jobs: JobRunner, kind: str = TRAINING, **request: object) -> Job:
     return jobs.enter(jobs.records.prepare(kind, "", request, "ftjob", {}))
 
 
@@ -90,13 +90,13 @@ def test_a_process_that_others_have_stopped_is_no_end_of_the_server(make, work):
     jobs = make()
     job = add(jobs)
     until(lambda: job.status == "running")
-    work.error = Stopped()
+    work.error = JobStopped()
     work.go.set()
     until(lambda: "The training process was stopped; the job goes on from step 0." in said(jobs, job))
     assert not [message for message in said(jobs, job) if "server" in message]
 
 
-def said(jobs: Jobs, job: Job) -> list[str]:
+def said(jobs: JobRunner, job: Job) -> list[str]:
     return [event["message"] for event in jobs.records.events(job.id)]
 
 
@@ -229,7 +229,7 @@ def test_a_job_that_fails_when_its_cancel_was_accepted_is_cancelled(make, work):
 
 
 def test_of_jobs_that_are_over_the_oldest_go(make, work, tmp_path, monkeypatch):
-    monkeypatch.setattr("server.jobs.records.MOST_OVER", 3)
+    monkeypatch.setattr("server.jobs.job_store.MOST_OVER", 3)
     jobs = make()
     over = [add(jobs) for _ in range(6)]
     for job in over[1:]:
@@ -272,12 +272,12 @@ def interrupted(tmp_path: Path, job: Job, **told: object) -> Job:
     """The job as a start finds it after the server has ended in its midst."""
     state = tmp_path / "jobs" / job.id / STATE
     state.write_text(json.dumps({**json.loads(state.read_text()), "status": "running", **told}))
-    return Jobs(Records(tmp_path / "jobs"), {}).get(job.id)
+    return JobRunner(JobStore(tmp_path / "jobs"), {}).get(job.id)
 
 
 @pytest.mark.parametrize(("kind", "advice"), [(TRAINING, "resume it"), (EVALUATION, "ask for it anew")])
 def test_a_job_in_whose_midst_every_server_ends_has_failed_in_the_end(tmp_path, kind, advice):
-    records = Records(tmp_path / "jobs")
+    records = JobStore(tmp_path / "jobs")
     job = records.prepare(kind, "", {}, "ftjob", {DATA: b"examples"})
     records.enter(job)
     state = tmp_path / "jobs" / job.id / STATE
@@ -285,21 +285,21 @@ def test_a_job_in_whose_midst_every_server_ends_has_failed_in_the_end(tmp_path, 
     del before["interrupted"]  # a version that did not count
     state.write_text(json.dumps(before))
     assert [interrupted(tmp_path, job).status for _ in range(2)] == ["queued", "queued"]
-    assert Jobs(Records(tmp_path / "jobs"), {}).get(job.id).interrupted == 2, "it waited, and was not interrupted"
-    jobs = Jobs(Records(tmp_path / "jobs"), {})
+    assert JobRunner(JobStore(tmp_path / "jobs"), {}).get(job.id).interrupted == 2, "it waited, and was not interrupted"
+    jobs = JobRunner(JobStore(tmp_path / "jobs"), {})
     failed = interrupted(tmp_path, job)
     assert failed.status == "failed" and failed.finished_at and failed.error is not None
     assert failed.error["code"] == "server_ended" and advice in failed.error["message"]
     assert said(jobs, job)[-1] == failed.error["message"] and "ended 3 times" in failed.error["message"]
     assert (tmp_path / "jobs" / job.id / DATA).exists() == (kind == TRAINING), "where it can be resumed"
     if kind == TRAINING:
-        again = Jobs(Records(tmp_path / "jobs"), {})
+        again = JobRunner(JobStore(tmp_path / "jobs"), {})
         assert again.resume(job.id).status == "queued" and again.get(job.id).error is None
         assert interrupted(tmp_path, job).status == "queued", "it is counted anew"
 
 
 def test_a_pause_that_was_asked_is_no_reason_for_the_server_s_end(tmp_path):
-    records = Records(tmp_path / "jobs")
+    records = JobStore(tmp_path / "jobs")
     job = records.prepare(TRAINING, "", {}, "ftjob", {})
     records.enter(job)
     assert interrupted(tmp_path, job, interrupted=2, pausing=True).status == "paused"
@@ -361,13 +361,13 @@ def test_a_cancel_holds_that_comes_as_the_work_has_already_stopped(make, work, l
     until(lambda: job.status == "running")
     stopped, cancelled = threading.Event(), threading.Event()
 
-    def check(active: Active) -> None:
+    def check(active: ActiveJob) -> None:
         stopped.set()
         assert cancelled.wait(10)
-        raise Stopped
+        raise JobStopped
 
     active = jobs._active[job.id]
-    monkeypatch.setattr(Active, "check", check)
+    monkeypatch.setattr(ActiveJob, "check", check)
     if last == "pause":
         jobs.pause(job.id)
     else:
@@ -433,7 +433,7 @@ def test_a_job_that_waits_is_paused_and_resumed_where_the_disk_refuses_its_recor
 
 
 def test_nothing_is_left_of_a_job_that_the_disk_refuses(tmp_path, monkeypatch):
-    records = Records(tmp_path)
+    records = JobStore(tmp_path)
     with pytest.raises(StoreFailed, match="No such file"):
         records.prepare(EVALUATION, "x", {}, "eval", {"data": b"x", "no/folder": b"x"})
     assert list(tmp_path.iterdir()) == []
@@ -443,43 +443,43 @@ def test_nothing_is_left_of_a_job_that_the_disk_refuses(tmp_path, monkeypatch):
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("server.jobs.records.replace_file", full)
+    monkeypatch.setattr("server.jobs.job_store.replace_file", full)
     with pytest.raises(StoreFailed, match="No space"):
         records.enter(job)
     assert list(tmp_path.iterdir()) == [] and records.all() == []
 
 
 def test_what_is_left_of_a_job_that_was_never_entered_goes_with_the_next_start(tmp_path):
-    records = Records(tmp_path)
+    records = JobStore(tmp_path)
     kept = records.prepare(EVALUATION, "x", {}, "eval", {})
     records.enter(kept)
     for kind, prefix in ((EVALUATION, "eval"), (TRAINING, "ftjob")):  # the server is killed before either is entered
         records.prepare(kind, "x", {}, prefix, {"data": b"x"})
     damaged = records.prepare(TRAINING, "x", {}, "ftjob", {"job.json": b"{"})
     (tmp_path / "mine").mkdir()
-    assert list(Records(tmp_path).jobs) == [kept.id]
+    assert list(JobStore(tmp_path).jobs) == [kept.id]
     assert {path.name for path in tmp_path.iterdir()} == {kept.id, damaged.id, "mine"}
 
 
 def test_a_job_whose_record_is_gone_keeps_what_it_has(tmp_path, caplog):
-    records = Records(tmp_path)
+    records = JobStore(tmp_path)
     job = records.prepare(TRAINING, "x", {}, "ftjob", {"checkpoint": b"x"})
     records.enter(job)
     records.note(job, "Created.")
     (tmp_path / job.id / "job.json").unlink()
-    assert not Records(tmp_path).jobs and f"the record of job {job.id} is gone" in caplog.text
+    assert not JobStore(tmp_path).jobs and f"the record of job {job.id} is gone" in caplog.text
     assert (tmp_path / job.id / "checkpoint").read_bytes() == b"x"
 
 
 def test_a_copy_of_a_job_takes_no_job_s_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    records = Records(tmp_path)
+    records = JobStore(tmp_path)
     job = records.prepare(TRAINING, "x", {}, "ftjob", {})
     job.status = "running"
     records.enter(job)
     shutil.copytree(tmp_path / job.id, tmp_path / f"{job.id}.bak")
     job.status = "succeeded"
     records.save(job)
-    read = Records(tmp_path)
+    read = JobStore(tmp_path)
     assert list(read.jobs.values()) == [job] and (tmp_path / f"{job.id}.bak" / STATE).exists()
     assert [line.getMessage() for line in caplog.records] == [
         f"the record of job {job.id}.bak cannot be read and is left out: it is a copy of {job.id}"
@@ -487,37 +487,37 @@ def test_a_copy_of_a_job_takes_no_job_s_place(tmp_path: Path, caplog: pytest.Log
 
 
 def test_a_copy_of_a_file_is_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = Files(tmp_path)
+    files = FileStore(tmp_path)
     file = files.add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
     shutil.copytree(tmp_path / file.id, tmp_path / f"{file.id}.bak")
-    assert Files(tmp_path).all() == [file] and f"it is a copy of {file.id}" in caplog.text
+    assert FileStore(tmp_path).all() == [file] and f"it is a copy of {file.id}" in caplog.text
     files.delete(file.id)
-    assert not Files(tmp_path).all()
+    assert not FileStore(tmp_path).all()
 
 
 def test_a_file_that_leads_nowhere_costs_itself_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = Files(tmp_path).add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
+    file = FileStore(tmp_path).add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
     (tmp_path / "file-lost").mkdir()
     (tmp_path / "file-lost" / "file.json").symlink_to("nowhere")
     (tmp_path / "file-away").symlink_to("nowhere")
     found = [tmp_path / name / "file.json" for name in ("file-lost", "file-away", file.id)]
     monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(found if "json" in pattern else []))  # Python 3.13's
-    assert Files(tmp_path).all() == [file]
+    assert FileStore(tmp_path).all() == [file]
     assert "what file-lost is" in caplog.text and "what file-away is" in caplog.text
 
 
 def test_a_file_that_nobody_knows_any_more_is_told(tmp_path, caplog):
-    file = Files(tmp_path).add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
+    file = FileStore(tmp_path).add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
     (tmp_path / file.id / "file.json").write_text("{")
-    assert not Files(tmp_path).all() and f"what {file.id} is cannot be read" in caplog.text
+    assert not FileStore(tmp_path).all() and f"what {file.id} is cannot be read" in caplog.text
     assert (tmp_path / file.id / "content").read_bytes() == b"x"
 
 
 def test_what_a_later_version_tells_of_jobs_and_files_is_let_be(tmp_path: Path) -> None:
     """Else going back to this one would lose them."""
-    records, files = Records(tmp_path / "jobs"), Files(tmp_path / "files")
+    records, files = JobStore(tmp_path / "jobs"), FileStore(tmp_path / "files")
     job = records.prepare(TRAINING, "x", {"a": 1}, "ftjob", {})
     job.progress.step = 3
     records.enter(job)
@@ -527,29 +527,29 @@ def test_what_a_later_version_tells_of_jobs_and_files_is_let_be(tmp_path: Path) 
         if "progress" in content:
             content["progress"]["of_tomorrow"] = 1
         told.write_text(json.dumps({**content, "of_tomorrow": {}}))
-    assert list(Records(tmp_path / "jobs").jobs.values()) == [job] and Files(tmp_path / "files").all() == [file]
+    assert list(JobStore(tmp_path / "jobs").jobs.values()) == [job] and FileStore(tmp_path / "files").all() == [file]
 
 
 @pytest.mark.parametrize("damage", [[], None, 5])
 def test_a_record_that_is_no_object_costs_itself_alone(tmp_path: Path, damage: object, caplog: Any) -> None:
-    records, files = Records(tmp_path / "jobs"), Files(tmp_path / "files")
+    records, files = JobStore(tmp_path / "jobs"), FileStore(tmp_path / "files")
     job = records.prepare(TRAINING, "x", {}, "ftjob", {})
     records.enter(job)
     file = files.add(lambda path: path.write_bytes(b"x"), "a.jsonl", "fine-tune")
     (tmp_path / "jobs" / job.id / "job.json").write_text(json.dumps(damage))
     (tmp_path / "files" / file.id / "file.json").write_text(json.dumps(damage))
-    assert not Records(tmp_path / "jobs").jobs and not Files(tmp_path / "files").all()
+    assert not JobStore(tmp_path / "jobs").jobs and not FileStore(tmp_path / "files").all()
     assert job.id in caplog.text and file.id in caplog.text
 
 
 def test_halves_of_pairs_in_what_was_written_before_are_read_as_what_can_be_sent(tmp_path: Path) -> None:
     """One of them would take the whole list of jobs along."""
-    records = Records(tmp_path)
+    records = JobStore(tmp_path)
     job = records.prepare(EVALUATION, "x", {"a": ["\U0001f600"]}, "eval", {})
     job.status, job.error = "failed", {"code": "bad", "message": "it has \ud800", "param": None}
     records.enter(job)
     records.note(job, "it has \ud800, and \U0001f600", data={"\udc00": 1})
-    read = Records(tmp_path)
+    read = JobStore(tmp_path)
     found, [event] = read.jobs[job.id], read.events(job.id)
     assert found.error == {"code": "bad", "message": "it has \\ud800", "param": None}
     assert found.request == {"a": ["\U0001f600"]} and event["data"] == {"\\udc00": 1}
@@ -561,20 +561,20 @@ def test_jobs_keep_their_order_when_the_clock_is_set_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: float
 ) -> None:
     """However much of what it was set back by has passed when they begin; of jobs that are over nothing is known."""
-    records, begun, now = Records(tmp_path), list[str](), time.time()
+    records, begun, now = JobStore(tmp_path), list[str](), time.time()
     monkeypatch.setattr("server.jobs.runner.time.time", lambda: now + passed)
     for name, ahead in (("over", 9e6), ("first", 3500.0), ("second", 3700.0), ("late", 0.0), ("later", 1.0)):
         job = records.prepare(TRAINING, name, {}, "ftjob", {})
         job.created_at = now + ahead
         job.status = "failed" if name == "over" else "queued"
         records.enter(job)
-    assert [job.name for job in Records(tmp_path).all()] == ["first", "second", "late", "later", "over"]
+    assert [job.name for job in JobStore(tmp_path).all()] == ["first", "second", "late", "later", "over"]
     assert job.created_at == now + 1.0, "which templates are told, too"
 
-    def work(active: Active) -> None:
+    def work(active: ActiveJob) -> None:
         begun.append(active.job.name)
 
-    jobs = Jobs(records, {TRAINING: work})
+    jobs = JobRunner(records, {TRAINING: work})
     jobs.start()
     until(lambda: len(begun) == 4)
     jobs.close(SECONDS)
@@ -584,10 +584,10 @@ def test_jobs_keep_their_order_when_the_clock_is_set_back(
 def test_of_an_evaluation_that_has_failed_no_data_stay(tmp_path: Path) -> None:
     """It is no job that can be resumed."""
 
-    def work(active: Active) -> None:
+    def work(active: ActiveJob) -> None:
         raise JobError("bad", "the reason")
 
-    jobs = Jobs(Records(tmp_path), {EVALUATION: work})
+    jobs = JobRunner(JobStore(tmp_path), {EVALUATION: work})
     job = jobs.enter(jobs.records.prepare(EVALUATION, "task", {}, "evaljob", {DATA: b"x"}))
     assert (tmp_path / job.id / DATA).exists()
     jobs.start()
@@ -597,7 +597,7 @@ def test_of_an_evaluation_that_has_failed_no_data_stay(tmp_path: Path) -> None:
 
 
 def test_a_job_that_an_older_version_was_asked_for_says_so(tmp_path):
-    work = Training(None, None, lambda trains: None)
+    work = TrainingJob(None, None, lambda trains: None)
     with pytest.raises(JobError, match="did not keep its task: ask anew"):
         work(SimpleNamespace(job=Job("ftjob-1", TRAINING, "x", {"lora": {}})))
 
@@ -609,14 +609,14 @@ def test_a_job_whose_spec_cannot_be_read_says_so(tmp_path):
         if content is not None:
             (tmp_path / "spec.json").write_text(content)
         with pytest.raises(JobError, match=r"what the job was trained by cannot be read .*: ask anew"):
-            Training(ground, None, lambda trains: None)(SimpleNamespace(job=job, folder=tmp_path))
+            TrainingJob(ground, None, lambda trains: None)(SimpleNamespace(job=job, folder=tmp_path))
 
 
 def test_files_come_back_and_those_in_use_stay(tmp_path):
-    files = Files(tmp_path / "files")
+    files = FileStore(tmp_path / "files")
     file = files.add(lambda path: path.write_bytes(b"abc"), "C:\\data\\x.jsonl", "fine-tune")
     assert (file.filename, file.bytes) == ("x.jsonl", 3)
-    again = Files(tmp_path / "files")
+    again = FileStore(tmp_path / "files")
     assert again.get(file.id) == file and again.path(file.id).read_bytes() == b"abc" and again.all() == [file]
     again.used_by = lambda id: "ftjob-1"
     with pytest.raises(Conflict, match="ftjob-1"):
@@ -629,7 +629,7 @@ def test_files_come_back_and_those_in_use_stay(tmp_path):
 
 
 def test_a_file_with_which_a_job_is_being_asked_for_stays(tmp_path: Path) -> None:
-    files = Files(tmp_path / "files")
+    files = FileStore(tmp_path / "files")
     file, other = (files.add(lambda path: path.write_bytes(b"abc"), "x.jsonl", "fine-tune") for _ in range(2))
     with files.held(file.id, None), pytest.raises(StoreFailed), files.held(file.id, file.id):
         files.delete(other.id)
@@ -644,16 +644,16 @@ def test_a_file_with_which_a_job_is_being_asked_for_stays(tmp_path: Path) -> Non
 
 
 def test_files_of_one_second_are_listed_newest_first_after_a_restart_too(tmp_path):
-    files = Files(tmp_path / "files")
+    files = FileStore(tmp_path / "files")
     names = [f"{i}.jsonl" for i in range(8)]
     for name in names:
         files.add(lambda path: path.write_bytes(b"x"), name, "fine-tune")
     assert [file.filename for file in files.all()] == names[::-1]
-    assert Files(tmp_path / "files").all() == files.all()
+    assert FileStore(tmp_path / "files").all() == files.all()
 
 
 def test_a_disk_that_refuses_a_file_leaves_nothing(tmp_path):
-    files = Files(tmp_path / "files")
+    files = FileStore(tmp_path / "files")
 
     def full(path: Path) -> None:
         path.write_bytes(b"x")
@@ -665,40 +665,40 @@ def test_a_disk_that_refuses_a_file_leaves_nothing(tmp_path):
 
 
 def test_the_name_of_a_file_is_durable_before_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, seen = Files(tmp_path / "files"), list[list[str]]()
+    files, seen = FileStore(tmp_path / "files"), list[list[str]]()
 
     def sync(folder: Path) -> None:
         seen.append([path.name for path in folder.iterdir()])
         if len(seen) > 1:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("server.jobs.files.sync_folder", sync)
+    monkeypatch.setattr("server.jobs.file_store.sync_folder", sync)
     file = files.add(lambda path: path.write_bytes(b"x"), "x", "fine-tune")
     assert seen == [[file.id]]
     with pytest.raises(StoreFailed, match="Input/output"):
         files.add(lambda path: path.write_bytes(b"x"), "y", "fine-tune")
-    assert files.all() == Files(tmp_path / "files").all() == [file]
+    assert files.all() == FileStore(tmp_path / "files").all() == [file]
 
 
 def test_stopping_reaches_a_piece_of_work_that_begins_late(tmp_path):
-    records = Records(tmp_path)
-    active = Active(records.prepare(TRAINING, "x", {}, "ftjob", {}), records)
+    records = JobStore(tmp_path)
+    active = ActiveJob(records.prepare(TRAINING, "x", {}, "ftjob", {}), records)
     heard: list[str] = []
     active.ask("paused")
     active.stopped_by(lambda: heard.append("stop"), lambda: heard.append("kill"))
     active.ask("cancelled")
     active.ask("paused")
     assert heard == ["stop", "kill", "kill"] and active.wanted == "cancelled"
-    with pytest.raises(Stopped):
+    with pytest.raises(JobStopped):
         active.check()
 
 
 def test_what_is_left_of_an_upload_that_was_cut_short_goes(tmp_path: Path) -> None:
-    files = Files(tmp_path / "files")
+    files = FileStore(tmp_path / "files")
     kept = files.add(lambda path: path.write_text("x"), "x", "fine-tune")
     (tmp_path / "files" / ".new-cut").mkdir()
     (tmp_path / "files" / ".new-cut" / "content").write_text("half")
-    assert Files(tmp_path / "files").get(kept.id) == kept
+    assert FileStore(tmp_path / "files").get(kept.id) == kept
     assert [path.name for path in (tmp_path / "files").iterdir()] == [kept.id]
 
 
@@ -707,78 +707,78 @@ def test_an_end_that_the_disk_has_refused_is_written_later(make, work, monkeypat
     jobs = make()
     add(jobs)
     job = add(jobs)
-    save = Records.save
+    save = JobStore.save
 
     def full(self, job):
         raise StoreFailed("no space left")
 
-    monkeypatch.setattr(Records, "save", full)
+    monkeypatch.setattr(JobStore, "save", full)
     jobs.cancel(job.id)
     assert job.status == "cancelled"
-    monkeypatch.setattr(Records, "save", save)
+    monkeypatch.setattr(JobStore, "save", save)
     if then == "the end":
         work.go.set()
         jobs.close(1.0)
     else:
         jobs.cancel(add(jobs).id)
-    assert Records(tmp_path / "jobs").jobs[job.id].status == "cancelled"
+    assert JobStore(tmp_path / "jobs").jobs[job.id].status == "cancelled"
 
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_what_a_run_needs_outlives_an_end_that_is_not_on_the_disk(tmp_path: Path, monkeypatch, killed) -> None:
     """A server that comes after does not know of it, and runs the job again."""
 
-    def full(self: Records, job: Job) -> None:
+    def full(self: JobStore, job: Job) -> None:
         raise StoreFailed("no space left")
 
-    save = Records.save
-    jobs = Jobs(Records(tmp_path), {EVALUATION: lambda active: monkeypatch.setattr(Records, "save", full)})
+    save = JobStore.save
+    jobs = JobRunner(JobStore(tmp_path), {EVALUATION: lambda active: monkeypatch.setattr(JobStore, "save", full)})
     job = jobs.enter(jobs.records.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"}))
     needed = tmp_path / job.id / DATA
     jobs.start()
     until(lambda: job.status == "succeeded")
     assert needed.exists()
-    monkeypatch.setattr(Records, "save", save)
+    monkeypatch.setattr(JobStore, "save", save)
     if killed:
-        assert not Records(tmp_path).jobs[job.id].over
+        assert not JobStore(tmp_path).jobs[job.id].over
     jobs.close(1.0)
-    assert Records(tmp_path).jobs[job.id].status == "succeeded" and not needed.exists()
+    assert JobStore(tmp_path).jobs[job.id].status == "succeeded" and not needed.exists()
 
 
 def test_a_job_that_is_cancelled_makes_room_on_a_full_disk(tmp_path: Path, monkeypatch) -> None:
-    jobs = Jobs(Records(tmp_path), {EVALUATION: lambda active: None})
+    jobs = JobRunner(JobStore(tmp_path), {EVALUATION: lambda active: None})
     job = jobs.enter(jobs.records.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"}))
-    needed, save = tmp_path / job.id / DATA, Records.save
+    needed, save = tmp_path / job.id / DATA, JobStore.save
 
-    def full(self: Records, job: Job) -> None:
+    def full(self: JobStore, job: Job) -> None:
         if needed.exists():
             raise StoreFailed("no space left")
         save(self, job)
 
-    monkeypatch.setattr(Records, "save", full)
+    monkeypatch.setattr(JobStore, "save", full)
     jobs.cancel(job.id)
-    assert Records(tmp_path).jobs[job.id].status == "cancelled"
+    assert JobStore(tmp_path).jobs[job.id].status == "cancelled"
     jobs.close(1.0)
 
 
 def test_what_an_ended_job_needed_goes_with_the_next_start_too(tmp_path: Path) -> None:
-    records = Records(tmp_path)
+    records = JobStore(tmp_path)
     job = records.prepare(EVALUATION, "task", {}, "eval", {DATA: b"x"})
     job.status, job.finished_at = "succeeded", 1.0  # and the server is killed
     records.enter(job)
-    Jobs(Records(tmp_path), {})
+    JobRunner(JobStore(tmp_path), {})
     assert not (tmp_path / job.id / DATA).exists()
 
 
 def test_a_name_that_is_no_text_is_told_as_one(tmp_path):
-    files = Files(tmp_path / "files")
+    files = FileStore(tmp_path / "files")
     file = files.add(lambda path: path.write_bytes(b"{}"), "a\ud800b.jsonl", "fine-tune")
     assert file.filename == "a?b.jsonl"
 
 
 def test_what_is_cancelled_before_its_process_begins_is_killed_at_once(tmp_path: Path) -> None:
-    records = Records(tmp_path)
-    active = Active(records.prepare(TRAINING, "", {}, "ftjob", {}), records)
+    records = JobStore(tmp_path)
+    active = ActiveJob(records.prepare(TRAINING, "", {}, "ftjob", {}), records)
     active.ask(CANCELLED)
     heard: list[str] = []
     active.stopped_by(lambda: heard.append("stop"), lambda: heard.append("kill"))
@@ -788,13 +788,13 @@ def test_what_is_cancelled_before_its_process_begins_is_killed_at_once(tmp_path:
 def test_work_that_does_not_stop_in_time_is_ended_with_the_server(tmp_path: Path) -> None:
     begun, ended = threading.Event(), threading.Event()
 
-    def deaf(active: Active) -> None:
+    def deaf(active: ActiveJob) -> None:
         active.stopped_by(lambda: None, ended.set)
         begun.set()
         assert ended.wait(SECONDS)
         active.check()
 
-    jobs = Jobs(Records(tmp_path), {TRAINING: deaf})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: deaf})
     jobs.start()
     job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     assert begun.wait(SECONDS)
@@ -806,7 +806,7 @@ def test_work_that_does_not_stop_in_time_is_ended_with_the_server(tmp_path: Path
 
 
 def test_what_the_disk_refused_is_kept_at_the_server_s_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: lambda active: None})
     job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
 
     def full(job: Job) -> None:
@@ -815,9 +815,9 @@ def test_what_the_disk_refused_is_kept_at_the_server_s_end(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(jobs.records, "save", full)
         jobs.cancel(job.id)
-    assert Records(tmp_path).jobs[job.id].status == "queued"
+    assert JobStore(tmp_path).jobs[job.id].status == "queued"
     jobs.close(0.0)
-    assert Records(tmp_path).jobs[job.id].status == "cancelled"
+    assert JobStore(tmp_path).jobs[job.id].status == "cancelled"
 
 
 def test_work_is_asked_for_a_checkpoint_when_the_server_ends(tmp_path: Path) -> None:
@@ -827,13 +827,13 @@ def test_work_is_asked_for_a_checkpoint_when_the_server_ends(tmp_path: Path) -> 
         heard.append("stop")
         go.set()
 
-    def work(active: Active) -> None:
+    def work(active: ActiveJob) -> None:
         active.stopped_by(stop, go.set)
         begun.set()
         assert go.wait(SECONDS)
         active.check()
 
-    jobs = Jobs(Records(tmp_path), {TRAINING: work})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: work})
     jobs.start()
     jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     assert begun.wait(SECONDS)
@@ -842,7 +842,7 @@ def test_work_is_asked_for_a_checkpoint_when_the_server_ends(tmp_path: Path) -> 
 
 
 def test_a_job_that_has_been_trained_is_not_paused(tmp_path: Path) -> None:
-    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: lambda active: None})
     job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     job.trained = {}
     with pytest.raises(Conflict, match="nothing left that could be paused"):
@@ -851,7 +851,7 @@ def test_a_job_that_has_been_trained_is_not_paused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
 def test_a_file_is_in_use_until_its_job_is_over(tmp_path: Path, field: str) -> None:
-    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: lambda active: None})
     job = jobs.enter(jobs.records.prepare(TRAINING, "", {field: "file-1"}, "ftjob", {}))
     assert jobs.using("file-1") == job.id and jobs.using("file-2") is None
     jobs.cancel(job.id)
@@ -863,12 +863,12 @@ def test_a_file_is_in_use_until_its_job_is_over(tmp_path: Path, field: str) -> N
 def test_work_that_ended_before_it_heard_of_a_wish_has_ended_as_it_did(
     tmp_path: Path, wish: str, error: Exception | None
 ) -> None:
-    def work(active: Active) -> None:
+    def work(active: ActiveJob) -> None:
         setattr(active.job, wish, True)
         if error is not None:
             raise error
 
-    jobs = Jobs(Records(tmp_path), {TRAINING: work})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: work})
     job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     jobs.start()
     try:
@@ -884,7 +884,7 @@ def test_work_that_ended_before_it_heard_of_a_wish_has_ended_as_it_did(
 
 def test_a_trained_job_is_not_told_to_be_validating_and_began_when_it_did(tmp_path: Path) -> None:
     seen: list[str] = []
-    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: seen.append(active.job.status)})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: lambda active: seen.append(active.job.status)})
     job = jobs.records.prepare(TRAINING, "", {}, "ftjob", {})
     job.trained, job.started_at = {}, 5.0
     jobs.enter(job)
@@ -897,20 +897,20 @@ def test_a_trained_job_is_not_told_to_be_validating_and_began_when_it_did(tmp_pa
 
 
 def test_a_job_is_read_though_a_later_version_told_more_of_its_progress(tmp_path: Path) -> None:
-    records = Records(tmp_path)
+    records = JobStore(tmp_path)
     job = records.prepare(TRAINING, "", {}, "ftjob", {})
     records.enter(job)
     state = tmp_path / job.id / STATE
     told = json.loads(state.read_text())
     told["progress"] |= {"step": 3, "watts": 5.0}
     state.write_text(json.dumps(told))
-    assert Records(tmp_path).jobs[job.id].progress.step == 3
+    assert JobStore(tmp_path).jobs[job.id].progress.step == 3
 
 
 def test_what_the_disk_has_taken_is_not_saved_again_with_each_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: lambda active: None})
     first, second = (jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {})) for _ in range(2))
     jobs.cancel(first.id)
     saved: list[Job] = []
@@ -927,7 +927,7 @@ def test_the_server_s_end_gives_a_checkpoint_the_time_that_it_drains(
     begun, go, waits = threading.Event(), threading.Event(), list[float]()
     join = threading.Thread.join
 
-    def work(active: Active) -> None:
+    def work(active: ActiveJob) -> None:
         active.stopped_by(lambda: None, go.set)
         begun.set()
         assert go.wait(SECONDS)
@@ -938,7 +938,7 @@ def test_the_server_s_end_gives_a_checkpoint_the_time_that_it_drains(
         go.set()  # the checkpoint is written meanwhile
         join(thread, SECONDS)
 
-    jobs = Jobs(Records(tmp_path), {TRAINING: work})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: work})
     jobs.start()
     jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     assert begun.wait(SECONDS)
@@ -952,16 +952,16 @@ def test_the_server_s_end_gives_a_checkpoint_the_time_that_it_drains(
 def test_a_full_disk_keeps_no_server_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pausing: bool
 ) -> None:
-    records = Records(tmp_path)
+    records = JobStore(tmp_path)
     job = records.prepare(TRAINING, "", {}, "ftjob", {})
     job.status, job.pausing = "running", pausing  # as a server leaves it that is killed
     records.enter(job)
 
-    def full(self: Records, job: Job) -> None:
+    def full(self: JobStore, job: Job) -> None:
         raise StoreFailed("no space left")
 
-    monkeypatch.setattr(Records, "save", full)
-    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    monkeypatch.setattr(JobStore, "save", full)
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: lambda active: None})
     assert jobs.get(job.id).status == ("paused" if pausing else "queued")
 
 
@@ -976,7 +976,7 @@ def test_a_failed_job_that_is_resumed_has_not_finished(make, work):
 
 
 def test_whoever_sees_a_status_finds_its_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: lambda active: None})
     job = jobs.enter(jobs.records.prepare(TRAINING, "", {}, "ftjob", {}))
     seen: list[str] = []
     note = jobs.records.note
@@ -992,8 +992,8 @@ def test_whoever_sees_a_status_finds_its_event(tmp_path: Path, monkeypatch: pyte
 
 def test_of_jobs_that_are_over_those_go_that_ended_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long run that has just ended is not the oldest for having been asked for first."""
-    monkeypatch.setattr("server.jobs.records.MOST_OVER", 2)
-    records = Records(tmp_path)
+    monkeypatch.setattr("server.jobs.job_store.MOST_OVER", 2)
+    records = JobStore(tmp_path)
     for name, finished in (("long", 9.0), ("short", 5.0), ("last", None)):
         job = records.prepare(TRAINING, name, {}, "ftjob", {})
         job.status, job.finished_at = ("succeeded", finished) if finished else ("queued", None)
@@ -1004,8 +1004,8 @@ def test_of_jobs_that_are_over_those_go_that_ended_first(tmp_path: Path, monkeyp
 def test_what_a_failed_job_goes_on_from_is_not_deleted_for_jobs_of_other_kinds_or_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("server.jobs.records.MOST_OVER", 3)
-    records = Records(tmp_path)
+    monkeypatch.setattr("server.jobs.job_store.MOST_OVER", 3)
+    records = JobStore(tmp_path)
 
     def ended(kind: str, name: str, status: str, at: float) -> Job:
         job = records.prepare(kind, name, {}, "ftjob" if kind == TRAINING else "eval", {})
@@ -1032,7 +1032,7 @@ def test_what_a_failed_job_goes_on_from_is_not_deleted_for_jobs_of_other_kinds_o
 def test_a_disk_that_refuses_an_event_costs_the_event_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    jobs = Jobs(Records(tmp_path), {TRAINING: lambda active: None})
+    jobs = JobRunner(JobStore(tmp_path), {TRAINING: lambda active: None})
     opened = Path.open
 
     def full(path: Path, *given: object, **options: object) -> object:
@@ -1051,14 +1051,14 @@ def test_a_record_of_before_has_counted_its_tokens() -> None:
     assert Progress(tokens=5).most_tokens == 5 and Progress(tokens=5, most_tokens=7).most_tokens == 7
 
 
-def heard(tmp_path: Path) -> tuple[_Heard, Active]:
-    records = Records(tmp_path)
-    active = Active(records.prepare(TRAINING, "", {}, "ftjob", {}), records)
+def heard(tmp_path: Path) -> tuple[_Heard, ActiveJob]:
+    records = JobStore(tmp_path)
+    active = ActiveJob(records.prepare(TRAINING, "", {}, "ftjob", {}), records)
     return _Heard(active), active
 
 
 def test_of_a_long_run_some_steps_are_told_and_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.jobs.training.METRIC_EVENTS", 4)
+    monkeypatch.setattr("server.jobs.training_job.METRIC_EVENTS", 4)
     process, active = heard(tmp_path)
     for step in range(1, 12):
         told = {"step": step, "steps": 11, "loss": 1.0, "accuracy": 0.5, "learning_rate": 1e-4, "seconds": 2.0 * step}
@@ -1104,7 +1104,7 @@ def test_examples_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
     process.line({"kind": "validated", **told})
     first, second = active.records.events(active.job.id)
     assert (
-        first["message"] == "Files are valid: 7 examples to learn, 2 to validate on (held out of the training "
+        first["message"] == "FileStore are valid: 7 examples to learn, 2 to validate on (held out of the training "
         "file); 9 steps."
     )
     assert second["level"] == "warn" and second["message"].startswith("3 examples are longer")
@@ -1154,7 +1154,7 @@ def test_progress_is_on_the_disk_with_each_checkpoint(tmp_path: Path) -> None:
     step = {"loss": 1.5, "accuracy": 0.5, "learning_rate": 1e-4, "seconds": 2.0, "tokens": 10}
     process.line({"kind": "step", "step": 3, "steps": 9, **step})
     process.line({"kind": "checkpoint", "step": 3})
-    assert Records(tmp_path).jobs[active.job.id].progress.step == 3
+    assert JobStore(tmp_path).jobs[active.job.id].progress.step == 3
 
 
 def test_a_server_that_ended_after_a_checkpoint_did_not_end_for_nothing(tmp_path: Path) -> None:
@@ -1165,7 +1165,7 @@ def test_a_server_that_ended_after_a_checkpoint_did_not_end_for_nothing(tmp_path
     process.line({"kind": "step", "step": 3, "steps": 9, **step})
     assert active.job.interrupted == 2
     process.line({"kind": "checkpoint", "step": 3})
-    assert Records(tmp_path).jobs[active.job.id].interrupted == 0
+    assert JobStore(tmp_path).jobs[active.job.id].interrupted == 0
 
 
 def test_nor_did_one_that_ended_after_all_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1176,8 +1176,8 @@ def test_nor_did_one_that_ended_after_all_was_trained(tmp_path: Path, monkeypatc
     _, active = heard(tmp_path)
     active.job.interrupted = 2
     nothing: Any = None
-    Training(nothing, nothing, lambda lent: None)._train(active)
-    assert Records(tmp_path).jobs[active.job.id].interrupted == 0
+    TrainingJob(nothing, nothing, lambda lent: None)._train(active)
+    assert JobStore(tmp_path).jobs[active.job.id].interrupted == 0
 
 
 def test_tokens_that_were_counted_are_not_taken_back(tmp_path: Path) -> None:
@@ -1217,8 +1217,8 @@ def test_processors_are_lent_while_a_process_trains_and_no_longer(
     monkeypatch.setattr(training_module, "Process", Process)
     _, active = heard(tmp_path)
     nothing: Any = None
-    with pytest.raises((JobError, Stopped)) as ended:
-        Training(nothing, nothing, happened.append)._train(active)
+    with pytest.raises((JobError, JobStopped)) as ended:
+        TrainingJob(nothing, nothing, happened.append)._train(active)
     assert happened == [True, "trains", "killed", False]
     if end is None:
         assert ended.value.code == "process_died"  # type: ignore[union-attr]
@@ -1232,5 +1232,5 @@ def test_a_job_of_a_version_that_kept_no_task_says_so(tmp_path: Path) -> None:
     _, active = heard(tmp_path)
     nothing: Any = None
     with pytest.raises(JobError, match="ask anew") as failure:
-        Training(nothing, nothing, lambda lent: None)(active)
+        TrainingJob(nothing, nothing, lambda lent: None)(active)
     assert failure.value.code == "older_version"

@@ -11,14 +11,14 @@ import torch
 
 from adapters import data, peft_format
 from adapters.errors import BaseMismatch, InvalidData
-from adapters.weights import LowRank, sealed
-from server.engine.text import Text
+from adapters.weights import LowRank, with_digest
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import BadSetting, ServerError
-from server.jobs import run as run_module
+from server.jobs import train_recipe as run_module
 from server.jobs.recipe import read_recipe
-from server.jobs.run import card, finished, prepare, run
-from server.kernels import processor
-from server.tasks.definitions import Fixed, parse
+from server.jobs.train_recipe import card, finished, prepare, run
+from server.kernels import cpu_info
+from server.tasks.definitions import FixedRoute, parse
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 RECIPE = """
@@ -80,7 +80,7 @@ def test_two_recipes_over_one_base(tiny_base, tmp_path):
 
 def test_what_was_left_to_a_machine_without_bf16_is_not_what_asks_for_it(tiny_base, tmp_path, monkeypatch):
     """Though both are one run, of which a checkpoint goes on."""
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(cpu_info, "CPUINFO", tmp_path / "none")
     (tmp_path / "one.jsonl").write_text("\n".join(json.dumps({"input": f"{i}", "output": "yes"}) for i in range(4)))
     text = RECIPE.format(name="one", data="one.jsonl")
     (tmp_path / "one.toml").write_text(text.replace('compute_dtype = "float32"\n', ""))
@@ -100,7 +100,7 @@ def test_ranks_that_cancel_are_written_anew_before_a_recipes_result_is_rounded(t
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(1, into, generator=draw), torch.randn(out, 1, generator=draw)
     halves = torch.cat([a, a + 1e-3 * torch.randn(1, into, generator=draw)]), torch.cat([b, -b], 1)
-    trained = sealed("one", {path: LowRank(*halves, 1.0)})
+    trained = with_digest("one", {path: LowRank(*halves, 1.0)})
     train = run_module.train
     monkeypatch.setattr(
         run_module, "train", lambda *given, **how: replace(trained, metadata=train(*given, **how).metadata)
@@ -129,8 +129,8 @@ def test_a_recipe_without_a_format_trains_on_what_is_served(tiny_base, tmp_path)
     whole = RECIPE.format(name="one", data="d.jsonl").replace('format = "chat"\n', "")
     (tmp_path / "r.toml").write_text("\ufeff" + whole, encoding="utf-8")
     (tmp_path / "d.jsonl").write_text('{"input": "a", "output": "b"}')
-    recipe, text = read_recipe(tmp_path / "r.toml"), Text(tiny_base.vocabulary)
-    task = parse("one", recipe.task, default_route=Fixed(), source="file")
+    recipe, text = read_recipe(tmp_path / "r.toml"), ModelTokenizer(tiny_base.vocabulary)
+    task = parse("one", recipe.task, default_route=FixedRoute(), source="file")
     asked = text.encode_task(task.prompt, task.format, task.system, "a")
     [learned] = prepare(recipe, tiny_base, tmp_path)[0].examples
     assert list(learned.ids[: len(asked)]) == asked and not any(learned.learned[: len(asked)])
@@ -164,7 +164,7 @@ def test_a_card_says_of_what_its_figures_are(tiny_base, tmp_path):
     recipe = read_recipe(tmp_path / "r.toml")
     made = {"samples": 3, "steps": 2, "evaluations": [{"step": 2, "loss": 0.5, "accuracy": 1.0}], "from": None}
     path, (out, into) = next(iter(tiny_base.shapes().items()))
-    weights = sealed("one", {path: LowRank(torch.ones(1, into), torch.ones(out, 1), 1.0)}, {"training": made})
+    weights = with_digest("one", {path: LowRank(torch.ones(1, into), torch.ones(out, 1), 1.0)}, {"training": made})
     assert "**Held out**: loss 0.5000" in card(recipe, weights) and "rank 2, alpha 16" in card(recipe, weights)
     weights.metadata["pruning"] = {"error": 0.3}
     assert "**Held out**, before it was pruned: loss 0.5000" in card(replace(recipe, prune_to=1), weights)
@@ -181,7 +181,7 @@ def test_a_card_tells_what_was_trained_in_words(tiny_base, tmp_path):
     [(path, (out, into)), (other, _)] = list(tiny_base.shapes().items())[:2]
     told = {"training": made, "quantization": {"scheme": "none"}, "pruning": {"error": 0.3}}
     told["auto_lora"] = {"ranks": {path: 4, other: 1}, "dropped": []}
-    said = card(recipe, sealed("one", {path: LowRank(torch.ones(1, into), torch.ones(out, 1), 1.0)}, told))
+    said = card(recipe, with_digest("one", {path: LowRank(torch.ones(1, into), torch.ones(out, 1), 1.0)}, told))
     assert "on the unquantized weights that are served; rank 2, alpha 16 (rsLoRA), q_proj, v_proj, AdamW" in said
     assert "**Ranks**: 1 to 4 by module" in said, "those that were trained, before the cut"
     assert f"**Size**: {into + out} parameters, 0.3 kB" in said

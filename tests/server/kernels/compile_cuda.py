@@ -23,15 +23,15 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from server.engine.cuda_batch import Shape, on_device
+from server.engine.backends.cuda.batch import GraphShape, on_device
+from server.engine.backends.cuda.device_model import DeviceModel
 from server.kernels.cuda import packing, sampling
 from server.kernels.cuda.lora import Pool
-from server.kernels.cuda.products import dequantized, group_sums
+from server.kernels.cuda.matmul import dequantized, group_sums
 from server.kernels.lora import SITES
-from server.kernels.stored import stored_parts
+from server.kernels.packed_format import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model.config import ModelConfig, from_hf
-from server.model.on_device import DeviceModel
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory that a block can have."""
@@ -159,15 +159,15 @@ def main(which: str, capability: int) -> int:
         cache = torch.empty(size, dtype=torch.bfloat16, device=META)
         widths = (64,) if which == "small" else (0, 64)
         shapes = [
-            Shape.single_rows(n, 16, width, each) for n in sizes for width in widths for each in (False, width > 0)
+            GraphShape.single_rows(n, 16, width, each) for n in sizes for width in widths for each in (False, width > 0)
         ]
         shapes += [
-            Shape(n, 3, 16, 2, 1, 4, 5, 64, width, 2)
+            GraphShape(n, 3, 16, 2, 1, 4, 5, 64, width, 2)
             for n in ((100,) if which == "small" else (100, 512))
             for width in widths
         ]
         if which != "small":  # scores of prompts want many logits, which have kernels of their own
-            shapes += [Shape(512, 3, 16, logits, 1, 4, 5, 64, 0, 2) for logits in (100, 200)]
+            shapes += [GraphShape(512, 3, 16, logits, 1, 4, 5, 64, 0, 2) for logits in (100, 200)]
         for shape in shapes:
             memory = torch.empty(shape.elements, dtype=torch.int32, device=META)
             model.logits(on_device(shape, memory), cache, pool)

@@ -94,11 +94,11 @@ def test_ranks_of_nothing_or_next_to_nothing_are_zero() -> None:
 
 
 def test_a_module_without_ranks_is_one_of_codes_too() -> None:
-    from server.kernels.cpu.places import places
+    from server.kernels.cpu.adapter_layout import adapter_layout
 
     given = random(3, 16, 16), LowRank(torch.zeros(0, 16), torch.zeros(16, 0), 1.0)
     made = dict(enumerate(encoded(*given)))
-    kept = places(LoraWeights("a", "digest", {PATH.format(i): m for i, m in made.items()}))
+    kept = adapter_layout(LoraWeights("a", "digest", {PATH.format(i): m for i, m in made.items()}))
     assert kept.sites["rank"].tolist() == [3, 0] and kept.coded == {True}
 
 

@@ -12,7 +12,7 @@ import torch
 from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
 from server.kernels.adapter_memory import LINE, in_one_piece
-from server.kernels.pages import HUGE
+from server.kernels.huge_pages import HUGE
 
 PATH = "model.layers.{}.self_attn.q_proj"
 

@@ -12,8 +12,8 @@ from adapters.weights import LoraWeights, LowRank
 from server.kernels import aten, lora
 from server.kernels.aten import INT4PACK, PACKED_ROWS, PLAIN_ROWS, Aten
 from server.kernels.lora import SHARED_ROWS, Segment, Segments, SideBySide, SlotTable, SlotWeights
+from server.kernels.packed_format import dequantize_stored
 from server.kernels.reference import Reference
-from server.kernels.stored import dequantize_stored
 from server.kernels.weight import STORED, Weight
 from server.model.quantization import quantize
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from server.errors import BadSetting
-from server.kernels import choose, cpu, cuda, processor
+from server.kernels import choose, cpu, cpu_info, cuda
 from server.kernels.cpu import bindings
-from server.kernels.cpu.sources import MACHINES, digest
+from server.kernels.cpu.source_digest import MACHINES, digest
 from tests.conftest import part_missing
 
 
@@ -153,7 +153,7 @@ def test_each_library_is_built_and_tells_what_the_processor_lacks(name: str) -> 
         "_native_avx2_vnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
         "_native_avx2": {"avx2", "fma", "f16c", "bmi2"},
     }
-    missing, has = library.loramux_missing(), needed[name] <= processor.features()
+    missing, has = library.loramux_missing(), needed[name] <= cpu_info.features()
     assert (missing is None) == has or b"the system" in missing, missing
 
 

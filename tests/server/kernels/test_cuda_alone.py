@@ -39,7 +39,7 @@ class Blocked:
             raise ModuleNotFoundError(f"{name} is not there", name=name)
         return None
 sys.meta_path.insert(0, Blocked())
-import server.engine.overlap, server.engine.cuda_runner, server.model.loader, server.kernels.cuda.sampling
+import server.engine.overlap, server.engine.backends.cuda.runner, server.model.loader, server.kernels.cuda.sampling
 import server.metrics, adapters.weights, benchmarks.gpu
 try:
     import fastapi

@@ -19,8 +19,8 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
 from benchmarks.shapes import QWEN_7B
 from server.errors import BadModel
 from server.kernels import cuda, reference
-from server.kernels.cuda import attention, finish, lora, packing, products, rows, sampling
-from server.kernels.stored import stored_parts
+from server.kernels.cuda import attention, epilogue, lora, matmul, packing, rowwise, sampling
+from server.kernels.packed_format import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model.config import from_hf
 from server.model.quantization import quantize
@@ -38,8 +38,8 @@ def stored_matrix(out: int, width: int, scheme: str, group: int, double: bool, s
     return quantize(torch.randn(out, width, generator=generator) * width**-0.5, scheme, group, double)
 
 
-def on_device(stored: Weight, dtype: torch.dtype = FLOAT) -> products.Matrix:
-    return products.Matrix(packing.side_by_side([packing.pack(stored)], DEVICE), dtype)
+def on_device(stored: Weight, dtype: torch.dtype = FLOAT) -> matmul.Matrix:
+    return matmul.Matrix(packing.side_by_side([packing.pack(stored)], DEVICE), dtype)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -60,12 +60,12 @@ def test_packing_loses_nothing(width: int, scheme: str, group: int, double: bool
     assert torch.equal(packing.dequantize(packed, 5, 37), exact[5:37])
     if not double:
         assert torch.equal(packing.rows(packed, torch.tensor([40, 3, 3])), exact[[40, 3, 3]])
-    assert torch.equal(products.dequantized(packing.side_by_side([packed], DEVICE), torch.float32).cpu(), exact)
+    assert torch.equal(matmul.dequantized(packing.side_by_side([packed], DEVICE), torch.float32).cpu(), exact)
     whole = packing.side_by_side([packed, packed], DEVICE)
     for start, stop in ((16, 37), (48, 96)):  # a part of one, and one of two that were joined
         part = packing.part(whole, start, stop)
         assert torch.equal(packing.dequantize(part).cpu(), torch.cat((exact, exact))[start:stop])
-        assert torch.equal(products.dequantized(part, torch.float32).cpu(), torch.cat((exact, exact))[start:stop])
+        assert torch.equal(matmul.dequantized(part, torch.float32).cpu(), torch.cat((exact, exact))[start:stop])
 
 
 def test_production_shapes_are_packed_without_padding() -> None:
@@ -118,7 +118,7 @@ def test_products_of_few_rows(
     matrix = on_device(stored, dtype)
     x = torch.randn(m, width, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     sums = poisoned(m, width // group)
-    products.group_sums(x, group, sums)
+    matmul.group_sums(x, group, sums)
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}[dtype]
     levels = 5e-3 if scheme == "nf4" and dtype != torch.float32 else tolerance
     how = matrix.tiling(m)
@@ -137,7 +137,7 @@ def test_codes_of_scales_are_found_in_blocks_of_any_group(group: int) -> None:
     assert matrix.blocks == 1536 // min(4 * group, 256)
     x = torch.randn(2, 1536, generator=torch.Generator().manual_seed(3)).to(DEVICE, FLOAT)
     sums = poisoned(2, 1536 // group)
-    products.group_sums(x, group, sums)
+    matmul.group_sums(x, group, sums)
     how = matrix.tiling(2)
     result = poisoned(how.splits, 2, 64)
     matrix.multiply(x, sums, result, how)
@@ -151,7 +151,7 @@ def test_products_of_many_rows(scheme: str, group: int, double: bool, monkeypatc
     x = torch.randn(70, 320, generator=torch.Generator().manual_seed(2)).to(DEVICE, FLOAT)
     exact = x.float().cpu() @ reference.Reference().dequantize(stored).t()
     for dense_rows in (1000, 70):  # tiles, and the matrix dequantized for a library's product
-        monkeypatch.setattr(products, "DENSE_ROWS", dense_rows)
+        monkeypatch.setattr(matmul, "DENSE_ROWS", dense_rows)
         result = poisoned(1, 70, 144)
         matrix.multiply(x, x, result, matrix.tiling(70))
         assert error(result[0], exact) < LOOSE
@@ -162,7 +162,7 @@ def test_a_librarys_product_is_put_where_it_is_wanted(monkeypatch: pytest.Monkey
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "mm", lambda *given, **how: asked.append(how))
     out, x = torch.empty(3, 8), SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    products._multiply_dense(x, torch.ones(8, 4), out)  # type: ignore[arg-type]
+    matmul._multiply_dense(x, torch.ones(8, 4), out)  # type: ignore[arg-type]
     assert len(asked) == 1 and asked[0]["out_dtype"] == torch.float32 and asked[0]["out"] is out
 
 
@@ -179,7 +179,7 @@ def test_offsets_of_codes_are_exact() -> None:
     """The bits that the kernel puts codes into, for the dtype that the interpreter does not multiply."""
     codes = torch.arange(16, dtype=torch.int16)
     for dtype, bits in ((torch.bfloat16, 0x4300), (torch.float16, 0x6400)):
-        assert torch.equal((codes | bits).view(dtype).float(), codes.float() + products.offset_of(dtype))
+        assert torch.equal((codes | bits).view(dtype).float(), codes.float() + matmul.offset_of(dtype))
 
 
 class Adapters:
@@ -282,7 +282,7 @@ def test_low_rank_updates_over_true_ranks(
         sums = torch.randn(2, 8, sum(outputs), device=DEVICE)
         bias = torch.randn(sum(outputs), device=DEVICE)
         out = poisoned(8, sum(outputs))
-        finish.finish(sums, bias, out, outputs, lanes, adapters.pool, 1, shrunk)
+        epilogue.finish(sums, bias, out, outputs, lanes, adapters.pool, 1, shrunk)
         exact = (sums.sum(0) + bias).cpu()
         for row, sequence in enumerate(owner):
             start = 0
@@ -291,7 +291,7 @@ def test_low_rank_updates_over_true_ranks(
                 start += n
         assert error(out, exact) < LOOSE
         added = out.clone()
-        finish.finish(sums, bias, added, outputs, lanes, adapters.pool, 1, shrunk, add=True)
+        epilogue.finish(sums, bias, added, outputs, lanes, adapters.pool, 1, shrunk, add=True)
         assert error(added, 2 * exact) < LOOSE
     # gate and up: two slices of equal width
     pair = Adapters(inputs, (96, 96), [[3, 3], [8, 8], [most, 5]], coded)
@@ -299,7 +299,7 @@ def test_low_rank_updates_over_true_ranks(
     lora.shrink(x.to(DEVICE, FLOAT), pair.pool, lanes, 1, 2, shrunk)
     sums = torch.randn(1, 8, 192, device=DEVICE)
     hidden, hidden_sums = poisoned(8, 96, dtype=FLOAT), poisoned(8, 3)
-    finish.finish_swiglu(sums, None, hidden, hidden_sums, 32, lanes, pair.pool, 1, shrunk)
+    epilogue.finish_swiglu(sums, None, hidden, hidden_sums, 32, lanes, pair.pool, 1, shrunk)
     parts = sums[0].cpu().clone()
     for row, sequence in enumerate(owner):
         parts[row, :96] += pair.update(x[row], 0, mixes[sequence])
@@ -317,7 +317,7 @@ def test_an_ending_adds_up_every_split(tile_rows: int) -> None:
     pool = Adapters(16, (48,), [[1]]).pool
     for splits in range(1, 9):
         sums, out = torch.randn(splits, 5, 48, device=DEVICE), poisoned(5, 48)
-        finish.finish(sums, None, out, (48,), lanes, pool, 0, None)
+        epilogue.finish(sums, None, out, (48,), lanes, pool, 0, None)
         assert error(out, sums.sum(0).cpu()) < 1e-6
 
 
@@ -358,10 +358,10 @@ def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
         lora.shrink(given, adapters.pool, lanes, 1, 1, shrunk)
         product, out = untouched(1, among, outputs), untouched(among, outputs, dtype=torch.float16)
         product[:, -2:] = sums[:, :, :outputs]
-        finish.finish(product, None, out, (outputs,), lanes, adapters.pool, 1, shrunk)
+        epilogue.finish(product, None, out, (outputs,), lanes, adapters.pool, 1, shrunk)
         product, hidden = untouched(1, among, 2 * outputs), untouched(among, outputs, dtype=torch.float16)
         product[:, -2:] = sums
-        finish.finish_swiglu(product, None, hidden, product, 0, lanes, adapters.pool, 1, None)
+        epilogue.finish_swiglu(product, None, hidden, product, 0, lanes, adapters.pool, 1, None)
         found.append((shrunk[0, 0, -2:, :rank].cpu(), out[-2:].cpu(), hidden[-2:].cpu()))
         del given, shrunk, product, out, hidden
     for alone, last in zip(*found, strict=True):
@@ -397,11 +397,11 @@ def test_rows_that_are_programs_lie_beyond_them_too(monkeypatch: pytest.MonkeyPa
                     self.grid_idx = (first + x, y, z)
 
                 patched.setattr(InterpreterBuilder, "set_grid_idx", told)
-            rows.embed(table, ids[:launched], stream[:launched])
-            rows.rms_norm(stream[:launched], norm.to(DEVICE), 1e-5, normed[:launched], sums[:launched], width)
-            products.group_sums(normed[:launched], width, again[:launched])
+            rowwise.embed(table, ids[:launched], stream[:launched])
+            rowwise.rms_norm(stream[:launched], norm.to(DEVICE), 1e-5, normed[:launched], sums[:launched], width)
+            matmul.group_sums(normed[:launched], width, again[:launched])
             turned = qkv[:launched], None, (angle.cos(), angle.sin()), positions[:launched], sequence[:launched]
-            rows.rotate(*turned, blocks, cache, 0, 1e-5)
+            rowwise.rotate(*turned, blocks, cache, 0, 1e-5)
         found.append([t[-2:].cpu() for t in (stream, normed, sums, again, qkv)] + [cache[:, 1:].cpu()])
         del stream, normed
         out, prompts = untouched(among, d, dtype=FLOAT), untouched(among, d, dtype=FLOAT)
@@ -437,7 +437,7 @@ def test_what_a_row_does_not_use_does_not_touch_it() -> None:
         adapters.pool.values[at : at + 32] *= factor
         shrunk, out = poisoned(1, 1, 2, 16), poisoned(2, 16)
         lora.shrink(x, adapters.pool, lanes, 1, 1, shrunk)
-        finish.finish(torch.zeros(1, 2, 16, device=DEVICE), None, out, (16,), lanes, adapters.pool, 1, shrunk)
+        epilogue.finish(torch.zeros(1, 2, 16, device=DEVICE), None, out, (16,), lanes, adapters.pool, 1, shrunk)
         results.append(out)
     assert torch.equal(results[0][0], results[1][0])
 
@@ -445,14 +445,14 @@ def test_what_a_row_does_not_use_does_not_touch_it() -> None:
 def test_norms_and_tables() -> None:
     x, weight = torch.randn(3, 96), torch.randn(96)
     out, sums = poisoned(3, 96, dtype=FLOAT), poisoned(3, 3)
-    rows.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-5, out, sums, 32)
+    rowwise.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-5, out, sums, 32)
     assert error(out, reference.rms_norm(x, weight, 1e-5)) < LOOSE
     assert error(sums, out.float().cpu().view(3, 3, 32).sum(2)) < 1e-5
     stored = stored_matrix(50, 96, "int8", 32, False)
     for table in (on_device(stored), on_device(quantize(torch.randn(50, 96), "none"))):
         ids = torch.tensor([7, 0, 49, -1], dtype=torch.int32, device=DEVICE)
         found = poisoned(4, 96)
-        rows.embed(table, ids, found)
+        rowwise.embed(table, ids, found)
         if table.dense:
             assert torch.equal(found[:3].cpu(), table.dense_values[[7, 0, 49]].float().cpu())
         else:
@@ -486,7 +486,7 @@ def test_attention_over_blocks(head_dim: int) -> None:
     positions = torch.tensor([*place, -1], dtype=torch.int32, device=DEVICE)
     sequence = torch.tensor([*owner, 0], dtype=torch.int32, device=DEVICE)
     table = blocks.int().to(DEVICE)
-    rows.rotate(
+    rowwise.rotate(
         work, tuple(n.to(DEVICE) for n in norms), (angle.cos().to(DEVICE), angle.sin().to(DEVICE)),
         positions, sequence, table, held, 1, 1e-5,
     )  # fmt: skip
@@ -545,8 +545,8 @@ def test_a_product_dequantizes_no_more_than_a_block_at_a_time(
         made.append(part.shape[0])
         return dequantized(part, dtype)
 
-    dequantized = products.dequantized
-    monkeypatch.setattr(products, "dequantized", noted)
+    dequantized = matmul.dequantized
+    monkeypatch.setattr(matmul, "dequantized", noted)
     monkeypatch.setattr(cuda, "_is_on_gpu", lambda weight: True)
     monkeypatch.setattr(cuda, "BLOCK_BYTES", 4 * 128 * 70)
     x = torch.randn(3, 128, device=DEVICE)

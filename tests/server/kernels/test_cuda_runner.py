@@ -25,20 +25,20 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
 from adapters.weights import LoraWeights, LowRank
 from benchmarks import gpu_answers
 from benchmarks.shapes import QWEN_7B
-from server.engine import cuda_batch, cuda_pool
-from server.engine import cuda_runner as cuda_runner_module
+from server.engine.backends.cuda import adapter_pool, batch
+from server.engine.backends.cuda import runner as cuda_runner_module
+from server.engine.backends.cuda.adapter_pool import AdapterPool
+from server.engine.backends.cuda.batch import GraphShape, batch_buckets, describe
+from server.engine.backends.cuda.device_model import DeviceModel, DeviceStep
+from server.engine.backends.cuda.memory import DENSE_ROWS, FOR_GRAPHS, MOST_OF_A_GRAPH, share_out, work_bytes
+from server.engine.backends.cuda.runner import RETRY_SECONDS, CudaRunner, StepMemory, gpu_memory
+from server.engine.backends.protocol import Runner, TorchRunner
 from server.engine.batch import Batch, Logits
-from server.engine.cuda_batch import Shape, batch_buckets, describe
-from server.engine.cuda_memory import DENSE_ROWS, FOR_GRAPHS, MOST_OF_A_GRAPH, share_out, work_bytes
-from server.engine.cuda_pool import AdapterPool
-from server.engine.cuda_runner import RETRY_SECONDS, CudaRunner, StepMemory, gpu_memory
-from server.engine.runner import Runner, TorchRunner
 from server.errors import BadModel, NoCapacity
-from server.kernels.cuda import Cuda, finish, lora, packing, products, sampling
+from server.kernels.cuda import Cuda, epilogue, lora, matmul, packing, sampling
 from server.kernels.lora import SlotWeights
 from server.kernels.reference import Reference
 from server.model.config import RopeScaling, from_hf
-from server.model.on_device import DeviceModel, DeviceStep
 from server.model.quantization import quantize
 from tests.server.kernels import tiny
 from tests.server.kernels.tiny import (
@@ -198,9 +198,9 @@ def test_single_rows_need_no_launch_for_the_sums_of_what_they_see(monkeypatch: p
         made.append(x.shape[0])
         group_sums(x, group, out)
 
-    group_sums = products.group_sums
+    group_sums = matmul.group_sums
     runner = cuda_runner(bases("qwen3-int4")[0])
-    monkeypatch.setattr(products, "group_sums", noted)
+    monkeypatch.setattr(matmul, "group_sums", noted)
     first, second = sequences([4, 4], [(), ()])
     for new in ([(first, 2), (second, 1)], [(first, 1), (second, 1)]):
         runner._logits(runner._step_of(describe(batch_of(new, False), runner._pool.ranks)))
@@ -344,8 +344,8 @@ def capturing_runner() -> CudaRunner:
     return runner
 
 
-def bucket(runner: CudaRunner, size: int, width: int = 0) -> Shape:
-    return Shape.single_rows(size, runner._width, width, width > 0)
+def bucket(runner: CudaRunner, size: int, width: int = 0) -> GraphShape:
+    return GraphShape.single_rows(size, runner._width, width, width > 0)
 
 
 def test_graphs_share_their_memory(captures: Captures) -> None:
@@ -556,10 +556,10 @@ def test_a_capture_does_not_touch_the_step_that_it_is_for(graph: bool, monkeypat
         s.done = len(s.tokens)
     seen: list[list[int]] = []
 
-    def note(shape: Shape) -> None:
+    def note(shape: GraphShape) -> None:
         seen.append(runner._step(shape).positions.tolist())
 
-    def capture(shape: Shape) -> object:
+    def capture(shape: GraphShape) -> object:
         runner._numbers.zero_()
         return SimpleNamespace(replay=lambda: note(shape)) if graph else None
 
@@ -719,7 +719,7 @@ def test_every_kind_of_prompt_is_run_before_the_first_request(monkeypatch: pytes
         seen.clear()
         runner._warm_up()
         assert seen == kinds
-    cuts = {rows: replace(products.tiling(rows, 64, 4), splits=1) for rows in range(1, products.FEW_ROWS + 1)}
+    cuts = {rows: replace(matmul.tiling(rows, 64, 4), splits=1) for rows in range(1, matmul.FEW_ROWS + 1)}
     assert {cuts[rows] for rows, _, _ in seen} == {cuts[logits] for _, _, logits in seen} == set(cuts.values())
     full._warm_up()
     assert seen[-1][0] == 71, "all that answer, and a prompt's next token"
@@ -753,26 +753,26 @@ def test_steps_of_single_rows_are_padded_to_buckets(monkeypatch: pytest.MonkeyPa
     assert found["slot"][:5].tolist() == [7] * 5 and found["place"][:5].tolist() == [1] * 5
     assert found["slot"][128:145].tolist() == [3] * 12 + [7] * 5
     assert found["index"][128:145].tolist() == [*range(12), *range(5)]
-    monkeypatch.setattr(cuda_batch, "_each_by_itself", lambda *_: False)
-    cuda_batch._lanes.cache_clear()
+    monkeypatch.setattr(batch, "_each_by_itself", lambda *_: False)
+    batch._lanes.cache_clear()
     found = padded(32, 64)
     assert found["tiles"].tolist() == [[0, 3, 0, 17]]
     assert found["slot"][:17].tolist() == [3] * 12 + [7] * 5
     assert found["index"][:17].tolist() == [*range(12), *range(5)]
-    cuda_batch._lanes.cache_clear()
+    batch._lanes.cache_clear()
 
 
 def test_rows_that_share_large_adapters_are_multiplied_together() -> None:
     def by_itself(rows: int, adapters: int, rank: int, longest: int = 1) -> bool:
         mixes = tuple(((row % adapters, 1.0),) for row in range(rows))
         ranks = tuple((slot, rank) for slot in range(adapters))
-        return cuda_batch._each_by_itself(mixes, (longest,) * rows, ranks)
+        return batch._each_by_itself(mixes, (longest,) * rows, ranks)
 
     assert by_itself(1, 1, 64) and by_itself(32, 32, 16) and by_itself(32, 32, 64) and by_itself(32, 1, 16)
     assert not by_itself(32, 1, 64) and not by_itself(64, 4, 16)
     assert not by_itself(2, 2, 2000), "wider than any bucket"
     assert not by_itself(4, 4, 8, longest=3), "a prompt is among them"
-    assert not cuda_batch._each_by_itself(((), ()), (1, 1), ()), "nothing to add"
+    assert not batch._each_by_itself(((), ()), (1, 1), ()), "nothing to add"
 
 
 def counted_moves(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> list[None]:
@@ -788,7 +788,7 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
     scheme: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters of different sizes come and go until what is free lies in pieces; their bytes stay what they were."""
-    monkeypatch.setattr(cuda_pool, "PIECE", piece)
+    monkeypatch.setattr(adapter_pool, "PIECE", piece)
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
     made = {rank: uncut(backend.prepare(adapter(config, rank, rank, ("q_proj",)), scheme)) for rank in (1, 2, 3, 4)}
     sizes = {
@@ -836,8 +836,8 @@ def test_adapters_of_all_sizes_come_and_go_and_none_is_harmed(
     made = [backend.prepare(adapter(config, rank, rank), scheme) for rank in (1, 2, 3, 5, 8, 13)]
     if not cut:
         made = [uncut(weights) for weights in made]
-    sizes = [w.places.flat.numel() for w in made]
-    pool = AdapterPool(config, 3 * sizes[-1] * made[0].places.flat.element_size(), 16, DEVICE, FLOAT, scheme != "none")
+    sizes = [w.layout.flat.numel() for w in made]
+    pool = AdapterPool(config, 3 * sizes[-1] * made[0].layout.flat.element_size(), 16, DEVICE, FLOAT, scheme != "none")
     moves = counted_moves(pool, monkeypatch)
     held: dict[int, int] = {}
     parts, refused = 0, 0
@@ -866,8 +866,8 @@ def test_adapters_of_all_sizes_come_and_go_and_none_is_harmed(
 def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
     one, two = (backend.prepare(adapter(config, rank, rank), "int4") for rank in (2, 4))
-    size = one.places.flat.numel()
-    pool = AdapterPool(config, 3 * size + two.places.flat.numel(), 8, DEVICE, FLOAT, True)
+    size = one.layout.flat.numel()
+    pool = AdapterPool(config, 3 * size + two.layout.flat.numel(), 8, DEVICE, FLOAT, True)
     for slot in range(4):
         pool.place(slot, one)
     pool.clear(1)
@@ -881,7 +881,7 @@ def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(pool, "_copying", copying)
     free = sum(length for _, length in pool._free)
-    assert free >= two.places.flat.numel() > max(length for _, length in pool._free)
+    assert free >= two.layout.flat.numel() > max(length for _, length in pool._free)
     pool.place(1, uncut(two))
     assert [sorted(slots) for slots in waiting] == [[2, 3], [1]]
     assert all(lies_in(pool, slot, one) for slot in (0, 2, 3)) and lies_in(pool, 1, two)
@@ -890,9 +890,9 @@ def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_part_of_the_pool_stays_free() -> None:
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
     pool = AdapterPool(config, 1 << 20, 8, DEVICE, FLOAT, True)
-    assert pool.room.nbytes == (1 << 20) - (1 << 20) // cuda_pool.SPARE
+    assert pool.room.nbytes == (1 << 20) - (1 << 20) // adapter_pool.SPARE
     one = backend.prepare(adapter(config, 1, 3), "int4")
-    assert pool.cost(one) == one.places.flat.numel()
+    assert pool.cost(one) == one.layout.flat.numel()
 
 
 def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -952,7 +952,7 @@ def test_parts_wait_for_all_who_read_what_lay_there_and_moves_for_everybody(monk
     recorded: list[Event] = []
     config, backend = llama(**WIDTHS), Cuda(FLOAT)
     small, large = (backend.prepare(adapter(config, rank, rank), "int4") for rank in (2, 4))
-    pool = AdapterPool(config, 6 * small.places.flat.numel(), 8, DEVICE, FLOAT, True)
+    pool = AdapterPool(config, 6 * small.layout.flat.numel(), 8, DEVICE, FLOAT, True)
     monkeypatch.setattr(pool, "_stream", SimpleNamespace(wait_event=waited.append, wait_stream=waited.append))
     monkeypatch.setattr(pool, "_sent", torch.clone)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -967,7 +967,7 @@ def test_parts_wait_for_all_who_read_what_lay_there_and_moves_for_everybody(monk
     for slot in (0, 2, 4):
         pool.clear(slot)
     pool.place(7, large)
-    parts = [part.start // small.places.flat.numel() for part in pool._placed[7]]
+    parts = [part.start // small.layout.flat.numel() for part in pool._placed[7]]
     assert parts == [0, 2, 4][: len(parts)] and len(parts) > 1 and lies_in(pool, 7, large)
     assert set(waited) == {events[at] for at in parts}
 
@@ -1002,8 +1002,8 @@ def test_the_head_is_counted_where_it_may_be_dequantized() -> None:
     """From so many rows with logits on; and twice where graphs have so many too."""
     config = from_hf(QWEN_7B)
     head, linear = (2 * rows * config.hidden_size for rows in (config.vocab_size, 2 * config.intermediate_size))
-    few, many = (work_bytes(config, rows, products.DENSE_ROWS // 2) for rows in (1023, 1024))
-    assert DENSE_ROWS == products.DENSE_ROWS and 0 <= many - few - (head - linear) < 1 << 20
+    few, many = (work_bytes(config, rows, matmul.DENSE_ROWS // 2) for rows in (1023, 1024))
+    assert DENSE_ROWS == matmul.DENSE_ROWS and 0 <= many - few - (head - linear) < 1 << 20
     few, many = (work_bytes(config, 2048, batch) for batch in (1023, 1024))
     assert many - few > head
 
@@ -1084,7 +1084,7 @@ def test_no_step_is_the_first_to_need_a_kernel(outputs: int) -> None:
     def tile(tiles: int, rows: int) -> int:
         nothing = torch.empty(0)
         lanes = lora.Lanes(torch.zeros(tiles, 4), nothing, nothing, nothing, nothing, nothing, 0, rows)
-        return finish._tile(outputs, lanes)
+        return epilogue._tile(outputs, lanes)
 
-    for rows in (16, 32, finish.MANY):
+    for rows in (16, 32, epilogue.MANY):
         assert len({tile(tiles, rows) for tiles in range(1, 50)}) == 1

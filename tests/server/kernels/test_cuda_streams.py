@@ -16,9 +16,9 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from adapters.weights import LoraWeights
-from server.engine import cuda_pool
-from server.engine.cuda_pool import AdapterPool
-from server.engine.cuda_runner import StepMemory
+from server.engine.backends.cuda import adapter_pool
+from server.engine.backends.cuda.adapter_pool import AdapterPool
+from server.engine.backends.cuda.runner import StepMemory
 from server.kernels.cuda import Cuda
 from tests.server.kernels.late import LateDevice
 from tests.server.kernels.tiny import adapter, lies_in, llama, uncut
@@ -42,8 +42,8 @@ def made() -> list[LoraWeights]:
 def wrong_reads(made: list[LoraWeights], seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """How often a step found another adapter than its own in a slot, while adapters come, go and are moved."""
     draw = random.Random(seed)
-    monkeypatch.setattr(cuda_pool, "PIECE", draw.choice([64, 512, 8 << 20]))
-    sizes = [weights.places.flat.numel() for weights in made]
+    monkeypatch.setattr(adapter_pool, "PIECE", draw.choice([64, 512, 8 << 20]))
+    sizes = [weights.layout.flat.numel() for weights in made]
     room = int(sizes[-1] * draw.choice([2.0, 2.5, 3.0]))
     pool = AdapterPool(CONFIG, room, SLOTS, torch.device("cpu"), torch.float32, True)
     tables = {name: getattr(pool.pool, name).clone() for name in ("offsets", "ranks", "scales")}

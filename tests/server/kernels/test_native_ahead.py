@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from server.engine.backends.cpu.runner import NativeRunner
 from server.engine.batch import Logits
-from server.engine.native_runner import NativeRunner
 from server.engine.overlap import DeviceRunner, OverlappedEngine, engine_on
 from server.kernels import choose, cpu
 from server.kernels.lora import SlotWeights

@@ -11,7 +11,7 @@ import torch
 
 from server.kernels import cpu
 from server.kernels.cpu import bindings, packing
-from server.kernels.stored import dequantize_stored, group_values, unpack_nibbles
+from server.kernels.packed_format import dequantize_stored, group_values, unpack_nibbles
 from server.kernels.threads import processors
 from server.kernels.weight import Weight
 from server.model.quantization import quantize

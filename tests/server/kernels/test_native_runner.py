@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from adapters.weights import LoraWeights, LowRank
+from server.engine.backends.cpu.runner import _Results
+from server.engine.backends.protocol import Runner, make_runner
 from server.engine.batch import Batch, Logits
-from server.engine.native_runner import _Results
-from server.engine.runner import Runner, make_runner
 from server.kernels import choose, cpu
 from server.kernels.cpu import bindings
 from server.kernels.lora import SlotWeights
-from server.kernels.stored import dequantize_stored
+from server.kernels.packed_format import dequantize_stored
 from server.model.config import RopeScaling
 from server.model.quantization import quantize
 from tests.conftest import part_missing

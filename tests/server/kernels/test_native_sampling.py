@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.batch import Logits, Work
+from server.engine.backends.protocol import Runner, make_runner
+from server.engine.batch import Logits, ScheduledRequest
 from server.engine.request import Request, Sampling
-from server.engine.runner import Runner, make_runner
-from server.engine.sampler import Pick, Sampler
+from server.engine.sampler import SampledToken, Sampler
 from server.errors import EngineFailed
 from server.kernels import choose, cpu
 from server.kernels.cpu import bindings
@@ -70,10 +70,10 @@ def requests_of(count: int, **options: Any) -> list[Request]:
     return [Request(f"r{i}", (1, 2), Sampling(**options), lambda d: None, seed=i) for i in range(count)]
 
 
-def pick(rows: np.ndarray, requests: list[Request], *, native: bool, threads: int = 2) -> list[Pick]:
+def pick(rows: np.ndarray, requests: list[Request], *, native: bool, threads: int = 2) -> list[SampledToken]:
     logits = torch.from_numpy(rows)
     draw = runner_of(rows.shape[1], threads).draw if native else None
-    return Sampler(rows.shape[1], frozenset(), draw).pick(Logits(logits), [Work(r, 1, 1) for r in requests])
+    return Sampler(rows.shape[1], frozenset(), draw).pick(Logits(logits), [ScheduledRequest(r, 1, 1) for r in requests])
 
 
 def rows_of(kind: str, count: int, vocab: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def rows_of(kind: str, count: int, vocab: int) -> np.ndarray:
 
 
 @cache
-def oracle(vocab: int, kind: str, temperature: float, *limits: tuple[str, Any]) -> list[Pick]:
+def oracle(vocab: int, kind: str, temperature: float, *limits: tuple[str, Any]) -> list[SampledToken]:
     """What the engine's sampler picks, which each library is compared with."""
     requests = requests_of(40, temperature=temperature, **dict(limits))
     return pick(rows_of(kind, 40, vocab), requests, native=False)

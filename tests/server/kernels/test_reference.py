@@ -10,7 +10,7 @@ from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
 from server.kernels import choose, reference
 from server.kernels.lora import Segment, Segments, SlotTable
-from server.kernels.stored import dequantize_stored
+from server.kernels.packed_format import dequantize_stored
 from server.model.quantization import quantize
 
 

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 from adapters.weights import LoraWeights, LowRank
+from server.engine.backends.protocol import TorchRunner
 from server.engine.batch import Batch
-from server.engine.runner import TorchRunner
 from server.kernels import choose
 from server.model.attention import Context, PackedAttention
 from server.model.config import from_hf

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from server.errors import BadModel
-from server.kernels.stored import dequantize_stored
+from server.kernels.packed_format import dequantize_stored
 from server.model.gguf_file import GgufFile
 from server.model.quantization import quantize
 

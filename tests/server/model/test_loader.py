@@ -24,8 +24,8 @@ from adapters.weights import LoraWeights, LowRank
 from server.errors import BadModel, BadSetting, Conflict
 from server.kernels import choose
 from server.kernels.cpu.packing import pack
+from server.kernels.packed_format import dequantize_stored
 from server.kernels.reference import Reference
-from server.kernels.stored import dequantize_stored
 from server.kernels.weight import Weight
 from server.model.config import ModelConfig, RopeScaling
 from server.model.gguf_config import llama3_divisors

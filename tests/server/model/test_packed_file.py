@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from server.kernels.pages import HUGE
-from server.kernels.stored import dequantize_stored
-from server.model.digest import Digests, sha256
+from server.kernels.huge_pages import HUGE
+from server.kernels.packed_format import dequantize_stored
+from server.model.file_digest import Digests, sha256
 from server.model.packed_file import ALIGNMENT, PackedWriter, open_packed, packed_path
 from server.model.quantization import quantize
 
@@ -294,7 +294,7 @@ def test_digests_are_remembered_until_size_or_time_change(tmp_path: Path, monkey
     expected = sha256(path)
     assert Digests(tmp_path).of(path) == expected
     read: list[Path] = []
-    monkeypatch.setattr("server.model.digest.sha256", lambda p, *a: read.append(p) or sha256(p, *a))
+    monkeypatch.setattr("server.model.file_digest.sha256", lambda p, *a: read.append(p) or sha256(p, *a))
     assert Digests(tmp_path).of(path) == expected and read == []
     path.write_bytes(b"two")
     assert Digests(tmp_path).of(path) != expected and read == [path]

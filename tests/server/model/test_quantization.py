@@ -5,7 +5,7 @@ import torch
 
 from server import settings
 from server.errors import BadModel, BadSetting
-from server.kernels.stored import NF4, TILE, dequantize_stored, pack_nibbles, unpack_nibbles
+from server.kernels.packed_format import NF4, TILE, dequantize_stored, pack_nibbles, unpack_nibbles
 from server.model import quantization
 from server.model.quantization import Quantization, bits, check_group, quantize, quantize_table
 

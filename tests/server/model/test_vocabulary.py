@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import BadModel
 from server.model.vocabulary import PRE_TOKENIZERS, Vocabulary, from_folder, from_gguf, write_folder
 
@@ -214,7 +214,7 @@ def test_ids_with_a_hole_lose_no_end_token(tmp_path: Path, trained: dict[str, An
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [900, 901, -1, 0]}))
     vocabulary = from_folder(tmp_path)
     assert (vocabulary.eos_ids, vocabulary.eos_id) == (frozenset({0, 900}), 900)
-    assert vocabulary.size == 901 == Text(vocabulary).size
+    assert vocabulary.size == 901 == ModelTokenizer(vocabulary).size
 
 
 def test_folder_chat_templates_by_name(tmp_path: Path, trained: dict[str, Any]) -> None:
@@ -276,7 +276,7 @@ def test_tokens_that_only_the_settings_call_special_are_special(tmp_path: Path, 
     ordinary(tmp_path, "<|im_start|>", "<|im_end|>")
     vocabulary = from_folder(tmp_path)
     assert vocabulary.special.keys() >= {"<|im_start|>", "<|im_end|>"}
-    text = Text(vocabulary)
+    text = ModelTokenizer(vocabulary)
     ids = text.encode_chat(plain)
     assert [i for i in ids if i < 3] == [1, 2, 0] and text.decode(ids) == "a<|im_end|>b"
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
@@ -284,7 +284,7 @@ def test_tokens_that_only_the_settings_call_special_are_special(tmp_path: Path, 
     )
     assert text.encode_chat([{"role": "user", "content": "abc"}]) == theirs
     write_folder(vocabulary, tmp_path)
-    assert Text(from_folder(tmp_path)).encode_chat(plain) == ids
+    assert ModelTokenizer(from_folder(tmp_path)).encode_chat(plain) == ids
 
 
 @pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
@@ -300,7 +300,7 @@ def test_an_added_token_that_ends_an_answer_is_special_whoever_says_so(
         (tmp_path / name).write_text(json.dumps({"eos_token_id": [0, 2] if name == where else 0}))
     vocabulary = from_folder(tmp_path)
     assert vocabulary.eos_ids == {0, 2} and vocabulary.special["<|im_end|>"] == 2
-    assert 2 not in Text(vocabulary).encode("a<|im_end|>b"), "people's words end nothing"
+    assert 2 not in ModelTokenizer(vocabulary).encode("a<|im_end|>b"), "people's words end nothing"
 
 
 def test_names_of_a_templates_own_tokens_survive_being_written(tmp_path: Path, trained: dict[str, Any]) -> None:
@@ -312,7 +312,7 @@ def test_names_of_a_templates_own_tokens_survive_being_written(tmp_path: Path, t
     write_folder(vocabulary, tmp_path)
     again = from_folder(tmp_path)
     assert again.names.items() >= vocabulary.names.items()
-    assert Text(again).encode_chat([]) == Text(vocabulary).encode_chat([]) == [1, 2]
+    assert ModelTokenizer(again).encode_chat([]) == ModelTokenizer(vocabulary).encode_chat([]) == [1, 2]
 
 
 @pytest.mark.parametrize("listed", ["additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"])
@@ -343,7 +343,7 @@ def test_what_a_user_of_sentencepiece_has_defined_stays_text(
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
     vocabulary = from_folder(tmp_path)
     ids = vocabulary.tokenizer.encode("<|im_start|>a<think>b<|im_end|>").ids
-    assert ids[0] == 1 and Text(vocabulary).decode(ids) == text
+    assert ids[0] == 1 and ModelTokenizer(vocabulary).decode(ids) == text
 
 
 def test_added_tokens_that_only_the_settings_have(tmp_path: Path, trained: dict[str, Any]) -> None:

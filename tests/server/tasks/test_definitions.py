@@ -14,10 +14,10 @@ from adapters.errors import InvalidChoice
 from server.engine.request import Sampling
 from server.errors import InvalidRequest
 from server.tasks import sampling
-from server.tasks.definitions import Best, Fixed, parse, parse_choice
-from server.tasks.sampling import Room
+from server.tasks.definitions import BestRoute, FixedRoute, parse, parse_choice
+from server.tasks.sampling import ContextLimit
 
-ROOM = Room(context=100, vocabulary=1000)
+ROOM = ContextLimit(context=100, vocabulary=1000)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
@@ -29,11 +29,11 @@ KEYS = ("prompt", "format", "system", "labels", "defaults", "route", "task", "su
 @given(st.dictionaries(st.sampled_from(KEYS), JSON | st.just("x {input}"), max_size=6))
 def test_any_body_is_a_task_or_a_named_complaint(body: dict[str, Any]) -> None:
     try:
-        task = parse("name", body, default_route=Fixed(), source="api")
+        task = parse("name", body, default_route=FixedRoute(), source="api")
     except (InvalidRequest, InvalidChoice) as error:
         assert error.message and error.param
         return
-    again = parse("name", json.loads(json.dumps(task.body())), default_route=Fixed(), source="api")
+    again = parse("name", json.loads(json.dumps(task.body())), default_route=FixedRoute(), source="api")
     assert again == task
 
 
@@ -84,20 +84,20 @@ def test_seeds_are_taken_modulo_63_bits() -> None:
 def test_feedback_decides_accuracy_and_evaluation_everything() -> None:
     def route(**given: object) -> object:
         body = {"prompt": "{input}", "route": {"best": ["a", "b"], **given}}
-        return parse("t", body, default_route=Fixed(), source="api").route
+        return parse("t", body, default_route=FixedRoute(), source="api").route
 
-    assert route() == Best(("a", "b"), "accuracy", "feedback", 200)
-    assert route(metric="rougeL") == Best(("a", "b"), "rougeL", "evaluation", 200)
-    assert route(source="evaluation", min_samples=9) == Best(("a", "b"), "accuracy", "evaluation", 9)
+    assert route() == BestRoute(("a", "b"), "accuracy", "feedback", 200)
+    assert route(metric="rougeL") == BestRoute(("a", "b"), "rougeL", "evaluation", 200)
+    assert route(source="evaluation", min_samples=9) == BestRoute(("a", "b"), "accuracy", "evaluation", 9)
     with pytest.raises(InvalidRequest, match="set source to evaluation"):
         route(metric="chrf", source="feedback")
 
 
 def test_a_route_knows_the_choices_that_it_leads_to() -> None:
-    fixed, best = Fixed((("a@123456", 0.7), ("b", -0.3), ("c", 0.0))), Best(("a", "b@123456"))
+    fixed, best = FixedRoute((("a@123456", 0.7), ("b", -0.3), ("c", 0.0))), BestRoute(("a", "b@123456"))
     assert fixed.leads_to([("b", float(np.float32(-0.3))), ("a", 0.7)])
     assert not fixed.leads_to([("b", -0.3), ("a", 0.71)])
-    assert Fixed().leads_to([]) and not fixed.leads_to([])
+    assert FixedRoute().leads_to([]) and not fixed.leads_to([])
     assert best.leads_to([("b", 1.0)]) and not best.leads_to([("b", 0.5)]) and not best.leads_to([("c", 1.0)])
 
 
@@ -109,5 +109,5 @@ def test_a_weight_that_is_no_finite_number_up_to_16_is_refused(weight: float) ->
 
 def test_a_task_tells_which_versions_it_names() -> None:
     best = ["a@C2A7A51E", "a@123456", "b@123456", "a"]
-    task = parse("t", {"prompt": "{input}", "route": {"best": best}}, default_route=Fixed(), source="file")
+    task = parse("t", {"prompt": "{input}", "route": {"best": best}}, default_route=FixedRoute(), source="file")
     assert task.versions("a") == {"c2a7a51e", "123456"} and task.versions("c") == set()

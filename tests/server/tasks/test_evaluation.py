@@ -19,18 +19,19 @@ from adapters.data import Completion, Pair
 from adapters.errors import NoRoom
 from adapters.peft_format import save
 from adapters.weights import LoraWeights
-from server.api.assembly import build
-from server.api.runtime import Parts
+from server.api.startup import build
+from server.api.state import Services
 from server.engine.request import Delivery
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import InvalidRequest, QueueFull
 from server.jobs.encoding import Template, encoder
-from server.jobs.trainable import Trainable
+from server.jobs.trainable_model import TrainableModel
 from server.metrics import Metrics
 from server.model.loader import Base
 from server.settings import Settings
 from server.tasks import scores
-from server.tasks.definitions import Best, Task
+from server.tasks.definitions import BestRoute, Task
+from server.tasks.delivery import EventLoopDelivery
 from server.tasks.evaluation import (
     PRIORITY,
     Score,
@@ -42,7 +43,6 @@ from server.tasks.evaluation import (
     identities,
     pairs,
 )
-from server.tasks.mailbox import Mailbox
 from tests.waiting import until
 
 TASK = {"prompt": "Say: {input}", "format": "chat", "defaults": {"max_tokens": 5, "temperature": 1.5, "logprobs": 2}}
@@ -50,9 +50,9 @@ EXAMPLES = [Pair(i + 1, f"text {i} " + "and " * (i % 5), ("yes", "no", "in the e
 
 
 @pytest_asyncio.fixture
-async def parts(tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]) -> AsyncIterator[Parts]:
+async def parts(tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]) -> AsyncIterator[Services]:
     settings = Settings(state_dir=tmp_path, library=None, kv_cache=8 << 20, threads=1, adapter_ram=64 << 20)
-    house = build(settings, tiny_base, Metrics(), Mailbox(asyncio.get_running_loop()))
+    house = build(settings, tiny_base, Metrics(), EventLoopDelivery(asyncio.get_running_loop()))
     for seed, name in enumerate(("a", "b")):
         folder = tmp_path / "made" / name
         folder.mkdir(parents=True)
@@ -63,12 +63,12 @@ async def parts(tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., Lor
     await asyncio.to_thread(house.close, 0.0)
 
 
-async def measured(parts: Parts, *metrics: str, override: Any = None, **more: Any) -> Any:
+async def measured(parts: Services, *metrics: str, override: Any = None, **more: Any) -> Any:
     target = parts.resolver.task("say", override)
     return await evaluate(parts.inference, parts.prompts, target, EXAMPLES, metrics, **more)
 
 
-async def test_answers_are_greedy_in_order_and_scored_as_the_metric_says(parts: Parts) -> None:
+async def test_answers_are_greedy_in_order_and_scored_as_the_metric_says(parts: Services) -> None:
     told: list[tuple[int, int]] = []
     found = await measured(parts, "chrf", "accuracy", "chrf", tell=lambda done, total: told.append((done, total)))
     assert set(found.scores) == {"chrf", "accuracy"} and len(found.answers) == len(EXAMPLES)
@@ -83,18 +83,18 @@ async def test_answers_are_greedy_in_order_and_scored_as_the_metric_says(parts: 
     assert found.prompt_tokens == alone.prompt_tokens > 0 and found.completion_tokens > len(EXAMPLES)
 
 
-async def test_the_loss_is_the_trainers(parts: Parts, tiny_base: Base) -> None:
+async def test_the_loss_is_the_trainers(parts: Services, tiny_base: Base) -> None:
     found = (await measured(parts, "loss", override=[])).scores["loss"]
-    encode = encoder(Text(tiny_base.vocabulary), Template.of(TASK), 1000)
+    encode = encoder(ModelTokenizer(tiny_base.vocabulary), Template.of(TASK), 1000)
     tokens = data.tokenize(EXAMPLES, encode, 1000)
-    expected, _ = training.evaluate_loss(Trainable(tiny_base, "float32"), tokens)
+    expected, _ = training.evaluate_loss(TrainableModel(tiny_base, "float32"), tokens)
     assert found.value == pytest.approx(expected, rel=1e-4)
     counts = [example.targets for example in tokens.examples]
     weighted = sum(v * n for v, n in zip(found.values, counts, strict=True)) / sum(counts)
     assert weighted == pytest.approx(found.value) and found.lower_is_better
 
 
-async def test_a_mix_of_its_own_and_a_pair_on_the_same_examples(parts: Parts) -> None:
+async def test_a_mix_of_its_own_and_a_pair_on_the_same_examples(parts: Services) -> None:
     one = (await measured(parts, "loss", override=[("a", 1.0)])).scores["loss"]
     two = (await measured(parts, "loss", override=[("b", 1.0)])).scores["loss"]
     assert one.values != two.values
@@ -134,7 +134,7 @@ def test_few_hits_are_no_certainty(count: int, one: float, other: float) -> None
     assert held >= 0.95
 
 
-async def test_a_difference_has_the_unit_of_its_metric_and_the_sign_of_the_scores(parts: Parts) -> None:
+async def test_a_difference_has_the_unit_of_its_metric_and_the_sign_of_the_scores(parts: Services) -> None:
     said = (await measured(parts, "accuracy", override=[])).answers
     examples = [Pair(one.line, one.input, f"{answer} .") for one, answer in zip(EXAMPLES, said, strict=True)]
     metrics = ("bleu", "chrf", "loss", "rougeL")
@@ -150,7 +150,7 @@ async def test_a_difference_has_the_unit_of_its_metric_and_the_sign_of_the_score
         assert len(one.parts) == (0 if metric == "rougeL" else len(EXAMPLES))
 
 
-async def test_what_is_deleted_meanwhile_is_evaluated_to_its_end(parts: Parts) -> None:
+async def test_what_is_deleted_meanwhile_is_evaluated_to_its_end(parts: Services) -> None:
     expected = await measured(parts, "accuracy", override=[("a", 1.0)])
     parts.tasks.put("say", {**TASK, "route": {"choice": []}})
 
@@ -163,7 +163,7 @@ async def test_what_is_deleted_meanwhile_is_evaluated_to_its_end(parts: Parts) -
     assert parts.registry.names() == ["b"] and not parts.registry.memory()["leases"]
 
 
-async def test_cancelling_stops_everything_and_gives_the_leases_back(parts: Parts) -> None:
+async def test_cancelling_stops_everything_and_gives_the_leases_back(parts: Services) -> None:
     begun = asyncio.Event()
     job = asyncio.create_task(measured(parts, "accuracy", in_flight=3, tell=lambda done, total: done and begun.set()))
     await begun.wait()
@@ -173,7 +173,9 @@ async def test_cancelling_stops_everything_and_gives_the_leases_back(parts: Part
     await asyncio.to_thread(until, lambda: not parts.inference.live and not parts.registry.memory()["leases"])
 
 
-async def test_an_example_that_does_not_fit_is_named_by_its_line(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_example_that_does_not_fit_is_named_by_its_line(
+    parts: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = [*EXAMPLES, Pair(99, "x " * 400, "yes")]
     target = parts.resolver.task("say", None)
     asked: list[Any] = []
@@ -186,7 +188,7 @@ async def test_an_example_that_does_not_fit_is_named_by_its_line(parts: Parts, m
         await evaluate(parts.inference, parts.prompts, target, [], ["accuracy"])
 
 
-async def test_expected_answers_that_no_answer_can_reach_are_counted(parts: Parts) -> None:
+async def test_expected_answers_that_no_answer_can_reach_are_counted(parts: Services) -> None:
     """The task's answers have five tokens, of which each stands for a letter here."""
     outputs = ("vwxyz", "vwxyzv", "z", "vwxyz" * 2000)
     examples = [Pair(i + 1, "text", output) for i, output in enumerate(outputs)]
@@ -201,7 +203,7 @@ async def test_expected_answers_that_no_answer_can_reach_are_counted(parts: Part
 
 
 async def test_a_metric_that_says_nothing_of_the_examples_is_refused(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
+    parts: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Perfect answers and others would be equals at 0."""
 
@@ -216,7 +218,7 @@ async def test_a_metric_that_says_nothing_of_the_examples_is_refused(
         assert refused.value.param == "metric"
 
 
-async def test_a_full_queue_is_waited_for_and_is_no_failed_request(parts: Parts) -> None:
+async def test_a_full_queue_is_waited_for_and_is_no_failed_request(parts: Services) -> None:
     submit, refused = parts.inference.engine.submit, []
 
     def full(request: Any) -> None:
@@ -230,7 +232,7 @@ async def test_a_full_queue_is_waited_for_and_is_no_failed_request(parts: Parts)
     assert len(refused) == 5 and len(found.answers) == len(EXAMPLES)
 
 
-async def test_an_example_that_was_displaced_is_tried_again_and_is_no_failed_request(parts: Parts) -> None:
+async def test_an_example_that_was_displaced_is_tried_again_and_is_no_failed_request(parts: Services) -> None:
     submit, displaced, recorded = parts.inference.engine.submit, [], []
     parts.inference.on_ended = lambda generation: recorded.append(generation.status)
 
@@ -248,7 +250,7 @@ async def test_an_example_that_was_displaced_is_tried_again_and_is_no_failed_req
     assert not parts.inference.live and not parts.registry.memory()["leases"]
 
 
-async def test_a_request_can_ask_whether_its_mix_still_fits(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_can_ask_whether_its_mix_still_fits(parts: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     submit, asked = parts.inference.engine.submit, []
 
     def look(request: Any) -> None:
@@ -287,7 +289,7 @@ def test_what_single_answers_are_worth() -> None:
     assert scores.MEAN["accuracy"](" YES", "yes") == 1.0
 
 
-async def test_scores_are_computed_off_the_loop(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_scores_are_computed_off_the_loop(parts: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop that is held up for seconds answers nobody."""
     where: list[threading.Thread] = []
     count = scores.CORPUS["chrf"].count
@@ -302,7 +304,7 @@ async def test_scores_are_computed_off_the_loop(parts: Parts, monkeypatch: pytes
 
 
 async def test_scores_that_nobody_wants_any_more_are_computed_no_further(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
+    parts: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, scored = asyncio.get_running_loop(), []
 
@@ -320,11 +322,11 @@ async def test_scores_that_nobody_wants_any_more_are_computed_no_further(
     assert len(scored) <= 2 < len(EXAMPLES)
 
 
-async def test_the_loss_alone_has_no_answers(parts: Parts) -> None:
+async def test_the_loss_alone_has_no_answers(parts: Services) -> None:
     assert (await measured(parts, "loss")).answers == ()
 
 
-async def test_a_full_queue_is_tried_again_within_a_second(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_queue_is_tried_again_within_a_second(parts: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     submit, sleep, slept = parts.inference.engine.submit, asyncio.sleep, []
     waits = iter([None, 0.25, 30.0])
 
@@ -361,15 +363,15 @@ def test_an_example_is_the_same_in_any_file_and_a_line_that_is_there_twice_is_tw
     ],
 )
 def test_what_a_task_asks_with_is_what_its_scores_hang_on(other: dict[str, Any], of_loss: bool) -> None:
-    task = Task("t", "Say: {input}", Best(("a", "b")))
+    task = Task("t", "Say: {input}", BestRoute(("a", "b")))
     assert asked_with(replace(task, **other), "accuracy") != asked_with(task, "accuracy")
     assert (asked_with(replace(task, **other), "loss") != asked_with(task, "loss")) == of_loss
 
 
 def test_what_makes_no_other_answer_is_no_other_question() -> None:
-    task = Task("t", "Say: {input}", Best(("a", "b")))
+    task = Task("t", "Say: {input}", BestRoute(("a", "b")))
     usual = {"max_tokens": 64, "temperature": 1.5, "top_p": 0.5, "seed": 3, "logprobs": 2, "stop": []}
-    alike = Task("u", "Say: {input}", Best(("c", "d")), labels=("yes", "no"), defaults=usual, source="file")
+    alike = Task("u", "Say: {input}", BestRoute(("c", "d")), labels=("yes", "no"), defaults=usual, source="file")
     for stops in ({"stop": ["a", "b"]}, {"stop": ["b", "a"]}):
         assert asked_with(replace(task, defaults=stops), "chrf") == asked_with(
             replace(task, defaults={"stop": ["a", "b"]}), "chrf"
@@ -378,11 +380,11 @@ def test_what_makes_no_other_answer_is_no_other_question() -> None:
 
 
 def test_without_a_metric_it_is_accuracy_where_there_are_labels() -> None:
-    assert default_metric(Task("t", "{input}", Best(("a", "b")), labels=("a", "b"))) == "accuracy"
-    assert default_metric(Task("t", "{input}", Best(("a", "b")))) == default_metric(None) == "chrf"
+    assert default_metric(Task("t", "{input}", BestRoute(("a", "b")), labels=("a", "b"))) == "accuracy"
+    assert default_metric(Task("t", "{input}", BestRoute(("a", "b")))) == default_metric(None) == "chrf"
 
 
-async def test_an_example_is_answered_as_its_task_says(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_example_is_answered_as_its_task_says(parts: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     submit, asked = parts.inference.engine.submit, []
 
     def look(request: Any) -> None:
@@ -396,7 +398,7 @@ async def test_an_example_is_answered_as_its_task_says(parts: Parts, monkeypatch
     assert {(request.tenant, request.priority) for request in asked} == {("", PRIORITY)}
 
 
-async def test_what_an_example_fails_at_is_told_with_its_line(parts: Parts) -> None:
+async def test_what_an_example_fails_at_is_told_with_its_line(parts: Services) -> None:
     submit, failed = parts.inference.engine.submit, []
 
     def overflow(request: Any) -> None:
@@ -412,7 +414,7 @@ async def test_what_an_example_fails_at_is_told_with_its_line(parts: Parts) -> N
     assert caught.value.param == "adapters"
 
 
-async def test_cancelling_takes_what_runs_out_of_the_engine(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelling_takes_what_runs_out_of_the_engine(parts: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     parts.tasks.put("say", {**TASK, "defaults": {"max_tokens": 100}, "route": {"choice": []}})
     submit, cancel, submitted, cancelled = parts.inference.engine.submit, parts.inference.engine.cancel, [], []
 

@@ -11,9 +11,9 @@ import pytest
 from adapters.weights import Version
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
 from server.errors import DeadlineExceeded, InvalidRequest, NotFinite, NotReady, QueueFull, UnknownName
-from server.metrics import Ended
+from server.metrics import RequestRecord
 from server.tasks.admission import Admission
-from server.tasks.definitions import Fixed, Task
+from server.tasks.definitions import FixedRoute, Task
 from server.tasks.inference import Caller, Generation, Inference, Reply, choices, ended, timings
 from server.tasks.resolve import Target
 
@@ -74,7 +74,7 @@ class House:
         self.submitted: list[Request] = []
         self.cancelled: list[str] = []
         self.out = 0
-        self.records: list[Ended] = []
+        self.records: list[RequestRecord] = []
         self.over: list[Generation] = []
         self.room = 99
         self.asked_for_room: list[Any] = []
@@ -158,7 +158,7 @@ def test_each_sequence_is_asked_for_on_the_terms_of_its_call() -> None:
     house = House()
     caller = Caller("key", deadline=99.0, priority=3)
     own: Any = ["one", "two"]
-    task = Task("mood", "{input}", Fixed())
+    task = Task("mood", "{input}", FixedRoute())
     generation = house.start(2, caller, Target(task, [("a", 1.0), ("b", 0.5)]), scored=(1, 2), constraints=own)
     assert house.inference.live == {generation}
     for i, request in enumerate(house.submitted):
@@ -234,7 +234,7 @@ def test_numbers_that_overflow_are_the_adapters_or_else_the_servers_fault() -> N
 def test_calls_that_never_ran_are_counted_by_names_that_there_are() -> None:
     house = House()
     house.inference._status_of = lambda error: 404 if isinstance(error, UnknownName) else 400
-    known = Target(Task("mood", "{input}", Fixed()), [("a@012345", 1.0), ("a", 2.0), ("b", 0.0)], made_up=True)
+    known = Target(Task("mood", "{input}", FixedRoute()), [("a@012345", 1.0), ("a", 2.0), ("b", 0.0)], made_up=True)
     for target, error in ((known, InvalidRequest("x")), (known, UnknownName("x")), (None, InvalidRequest("x"))):
         house.inference.refused(target, error, Caller())
     house.inference.abandoned(known, Caller())

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from server.engine.text import Text
+from server.engine.tokenizer import ModelTokenizer
 from server.errors import DeadlineExceeded, InvalidRequest, NoCapacity
 from server.model.loader import Base
-from server.tasks.definitions import Fixed, Task
+from server.tasks.definitions import FixedRoute, Task
 from server.tasks.prompts import SEAM, USUAL, Prompts
-from server.tasks.sampling import Room
+from server.tasks.sampling import ContextLimit
 
 CONTEXT = 128
 
 
-class Counting(Text):
+class Counting(ModelTokenizer):
     """Notes how long the texts are that it is asked to tokenize."""
 
     def __init__(self, vocabulary: Any) -> None:
@@ -36,7 +36,7 @@ class Counting(Text):
 
 @pytest.fixture
 def prompts(tiny_base: Base) -> Iterator[Prompts]:
-    text, room = Counting(tiny_base.vocabulary), Room(CONTEXT, tiny_base.config.vocab_size)
+    text, room = Counting(tiny_base.vocabulary), ContextLimit(CONTEXT, tiny_base.config.vocab_size)
     prompts = Prompts(text, room, 100, 100 * CONTEXT)
     yield prompts
     prompts.close()
@@ -72,7 +72,7 @@ async def test_labels_are_not_tokenized_with_a_prompt_that_is_too_long(prompts: 
 @pytest.mark.parametrize("format", ["raw", "chat"])
 async def test_a_long_template_is_tokenized_on_a_thread(prompts: Prompts, format: Any) -> None:
     """The event loop would answer nobody meanwhile, however short the prompt is."""
-    shots = Task("shots", "y " * 2500 + "{input}", Fixed(), format, system=None if format == "raw" else "z " * 10)
+    shots = Task("shots", "y " * 2500 + "{input}", FixedRoute(), format, system=None if format == "raw" else "z " * 10)
     whole: list[bool] = []
 
     def encode(pieces: Any) -> list[int]:
@@ -88,7 +88,7 @@ async def test_a_long_template_is_tokenized_on_a_thread(prompts: Prompts, format
 
 
 async def test_labels_are_not_tokenized_with_a_template_that_is_too_long(prompts: Prompts) -> None:
-    shots = Task("shots", "1 2 " * CONTEXT + "{input}", Fixed())
+    shots = Task("shots", "1 2 " * CONTEXT + "{input}", FixedRoute())
     with pytest.raises(InvalidRequest, match="alone are more tokens"):
         await prompts.of_labels(shots, "x", [str(i) for i in range(50)])
     assert len(prompts.text.sizes) == 1
@@ -149,7 +149,7 @@ async def test_a_prompt_that_leaves_no_place_for_an_answer_is_refused_by_its_tok
 
 
 async def test_more_characters_than_any_text_of_the_context_has_are_not_tokenized(prompts: Prompts) -> None:
-    shots = Task("shots", "{input}", Fixed())
+    shots = Task("shots", "{input}", FixedRoute())
     text = "x" * (CONTEXT * 100 + 1)
     prompts.text.encode_pieces = None  # type: ignore[assignment]
     for task in (None, shots):
@@ -178,7 +178,7 @@ async def test_an_earlier_answer_is_no_beginning_to_look_at(prompts: Prompts) ->
 async def test_a_task_wraps_the_last_of_the_users_words_once(prompts: Prompts) -> None:
     rendered: list[Any] = []
     prompts.text.encode_chat = lambda messages, **_: rendered.append(messages) or [1]  # type: ignore[method-assign, func-returns-value]
-    task = Task("mood", "Q: {input}!", Fixed(), "chat", system="Be brief.")
+    task = Task("mood", "Q: {input}!", FixedRoute(), "chat", system="Be brief.")
     user = {"role": "user", "content": "of {input}?", "name": "ada"}
     told: Any = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "yes"}, user]
     wrapped = {**user, "content": "Q: of {input}?!"}
@@ -193,7 +193,7 @@ async def test_a_task_wraps_the_last_of_the_users_words_once(prompts: Prompts) -
 
 
 async def test_a_raw_template_takes_one_message_of_the_users(prompts: Prompts) -> None:
-    task = Task("shots", "Say: {input}", Fixed(), "raw")
+    task = Task("shots", "Say: {input}", FixedRoute(), "raw")
     user: Any = {"role": "user", "content": "x"}
     assert await prompts.of_chat(task, [user]) == await prompts.of_input(task, "x") == prompts.text.encode("Say: x")
     for those in ([user, user], [{**user, "role": "assistant"}], [{**user, "role": "system"}, user]):
@@ -204,8 +204,8 @@ async def test_a_raw_template_takes_one_message_of_the_users(prompts: Prompts) -
 async def test_labels_are_tokenized_in_the_tasks_format_and_may_fill_the_context(prompts: Prompts) -> None:
     text = prompts.text
     for task in (
-        Task("mood", "Is {input} good?", Fixed(), "chat", system="Judge."),
-        Task("mood", "Is {input} good?", Fixed()),
+        Task("mood", "Is {input} good?", FixedRoute(), "chat", system="Judge."),
+        Task("mood", "Is {input} good?", FixedRoute()),
     ):
         pieces = text.render_task(task.prompt, task.format, task.system, "it")
         expected = text.encode_continuations(pieces, text.encode_pieces(pieces), ["yes", "no"], task.format)

@@ -23,33 +23,33 @@ from server.errors import UnknownName
 from server.tasks import quality as module
 from server.tasks.examples import digest
 from server.tasks.intervals import Totals
-from server.tasks.latency import BUCKETS, Latencies
+from server.tasks.latency import BUCKETS, LatencyHistogram
+from server.tasks.mix_key import AnswerRecord, MixKey
 from server.tasks.quality import DAY, Quality
 from server.tasks.quality_file import in_memory
-from server.tasks.subjects import Answered, Subject
 from tests.waiting import until
 
 A, B = Version("a", "a" * 64), Version("b", "b" * 64)
 
 
-def answered(id: str, subject: Subject, text: str = "yes", tenant: str = "", **more: float) -> Answered:
-    return Answered(id, subject, tenant, text, ttft=0.1, e2e=0.5, prompt_tokens=3, generated_tokens=2, **more)  # type: ignore[arg-type]
+def answered(id: str, subject: MixKey, text: str = "yes", tenant: str = "", **more: float) -> AnswerRecord:
+    return AnswerRecord(id, subject, tenant, text, ttft=0.1, e2e=0.5, prompt_tokens=3, generated_tokens=2, **more)  # type: ignore[arg-type]
 
 
 def test_subjects_are_versions_weights_and_base() -> None:
-    one = Subject.of("t", [(A, 1.0)], "base")
+    one = MixKey.of("t", [(A, 1.0)], "base")
     assert one.label == "a@" + "a" * 12 and one.adapter == "a"
-    mixed = Subject.of("t", [(B, 0.5), (A, -2.0)], "base")
-    assert mixed == Subject.of("t", [(A, -2.0), (B, 0.5)], "base") and mixed.adapter == "a+b"
+    mixed = MixKey.of("t", [(B, 0.5), (A, -2.0)], "base")
+    assert mixed == MixKey.of("t", [(A, -2.0), (B, 0.5)], "base") and mixed.adapter == "a+b"
     assert mixed.label == f"a@{'a' * 12}*-2+b@{'b' * 12}*0.5"
-    assert Subject.of("t", [(A, 0.0)], "base").label == "base"
-    close = [Subject.of("t", [(A, weight)], "base") for weight in (0.7, 0.7 + 1e-12, 0.7000001)]
+    assert MixKey.of("t", [(A, 0.0)], "base").label == "base"
+    close = [MixKey.of("t", [(A, weight)], "base") for weight in (0.7, 0.7 + 1e-12, 0.7000001)]
     assert close[0] == close[1] and [s.label[-10:] for s in close[1:]] == ["aaaaaa*0.7", "*0.7000001"]
-    assert len({one, mixed, Subject.of("t", [(A, 1.0)], "other"), Subject.of("u", [(A, 1.0)], "base")}) == 4
+    assert len({one, mixed, MixKey.of("t", [(A, 1.0)], "other"), MixKey.of("u", [(A, 1.0)], "base")}) == 4
 
 
 def test_records_outlive_the_process_and_hold_no_text(tmp_path: Path) -> None:
-    file, subject = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base")
+    file, subject = tmp_path / "quality.db", MixKey.of("t", [(A, 1.0)], "base")
     quality = Quality(file)
     quality.answered(answered("gen-1", subject, "a secret answer"))
     quality.feedback("t", "gen-1", "", score=None, expected=" a secret answer\n")
@@ -74,7 +74,7 @@ def test_records_outlive_the_process_and_hold_no_text(tmp_path: Path) -> None:
 def test_means_are_shares_in_one_order_whatever_was_scored_before_and_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, subject, now = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base"), time.time()
+    file, subject, now = tmp_path / "quality.db", MixKey.of("t", [(A, 1.0)], "base"), time.time()
     quality, ids = Quality(file), [f"gen-{i}" for i in range(11)]
     quality.evaluated(subject, "loss", {"x": 0.5})
     for id in ids:
@@ -99,7 +99,7 @@ def test_means_are_shares_in_one_order_whatever_was_scored_before_and_after_a_re
 
 @pytest.mark.parametrize("at", [0, 4096], ids=["no database", "a damaged page"])
 def test_a_damaged_file_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int) -> None:
-    file, subject = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base")
+    file, subject = tmp_path / "quality.db", MixKey.of("t", [(A, 1.0)], "base")
     first = Quality(file)
     first.answered(answered("gen-1", subject))
     first.close()
@@ -118,10 +118,10 @@ def test_of_many_versions_the_last_that_answered_are_told(tmp_path: Path, monkey
     monkeypatch.setattr(module, "MOST_TOLD", 3)
     file, now = tmp_path / "quality.db", time.time()
     quality = Quality(file)
-    subjects = [Subject.of("t", [(Version("a", f"{i}" * 64), 1.0)], "base") for i in range(6)]
+    subjects = [MixKey.of("t", [(Version("a", f"{i}" * 64), 1.0)], "base") for i in range(6)]
     for i, subject in enumerate(subjects):
         quality.answered(answered(f"gen-{i}", subject, at=now - (10 - i) * module.HOUR))
-        quality.answered(answered(f"other-{i}", Subject.of("u", [], "base"), at=now))
+        quality.answered(answered(f"other-{i}", MixKey.of("u", [], "base"), at=now))
     labels = [subject.label for subject in subjects]
 
     def told(of: Quality) -> list[str]:
@@ -132,7 +132,7 @@ def test_of_many_versions_the_last_that_answered_are_told(tmp_path: Path, monkey
     assert told(quality) == [labels[1], *labels[4:]]
     quality.evaluated(subjects[0], "accuracy", {"x": 1.0})
     assert told(quality) == [labels[0], labels[1], labels[5]]
-    own = [Subject.of("t", [(Version("a", "5" * 64), 0.5 + i / 8)], "base") for i in range(3)]
+    own = [MixKey.of("t", [(Version("a", "5" * 64), 0.5 + i / 8)], "base") for i in range(3)]
     for i, subject in enumerate(own):
         quality.answered(answered(f"own-{i}", subject, at=now + module.HOUR, routed=False))
     assert told(quality) == [labels[0], labels[1], labels[5]], "what clients make up is behind all others"
@@ -146,7 +146,7 @@ def test_of_many_versions_the_last_that_answered_are_told(tmp_path: Path, monkey
 def test_an_answer_that_is_noted_late_makes_no_version_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_TOLD", 1)
     quality, now = Quality(tmp_path / "quality.db"), time.time()
-    last, before = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    last, before = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     for n, (subject, hours) in enumerate([(last, 0), (before, 1), (last, 2)]):
         quality.answered(answered(f"{n}", subject, at=now - hours * module.HOUR))
         quality.flush()
@@ -155,7 +155,7 @@ def test_an_answer_that_is_noted_late_makes_no_version_older(tmp_path: Path, mon
 
 
 def test_feedback_is_for_a_day(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     quality.answered(answered("old", subject, at=time.time() - module.DAY - 1))
     with pytest.raises(UnknownName):
         quality.feedback("t", "old", "", score=1.0, expected=None)
@@ -163,9 +163,9 @@ def test_feedback_is_for_a_day(tmp_path: Path) -> None:
 
 
 def test_feedback_is_for_the_task_and_the_tenant_of_the_answer(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     quality.answered(answered("one", subject, tenant="team"))
-    quality.answered(answered("of another task", Subject.of("u", [], "base"), tenant="team"))
+    quality.answered(answered("of another task", MixKey.of("u", [], "base"), tenant="team"))
     for task, id, tenant in (("u", "one", "team"), ("t", "one", "other"), ("t", "of another task", "team")):
         with pytest.raises(UnknownName):
             quality.feedback(task, id, tenant, score=1.0, expected=None)
@@ -175,7 +175,7 @@ def test_feedback_is_for_the_task_and_the_tenant_of_the_answer(tmp_path: Path) -
 
 
 def test_an_answer_that_failed_is_an_error_and_no_latency(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     quality.answered(answered("one", subject, failed=True))
     (told,) = quality.performance("t")
     assert (told["requests"], told["errors"], told["e2e"]["p50"]) == (1, 1, None)
@@ -187,7 +187,7 @@ def test_an_answer_that_failed_is_an_error_and_no_latency(tmp_path: Path) -> Non
 def test_answers_are_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.01)
     quality = Quality(tmp_path / "quality.db")
-    quality.answered(answered("one", Subject.of("t", [], "base")))
+    quality.answered(answered("one", MixKey.of("t", [], "base")))
     with closing(sqlite3.connect(tmp_path / "quality.db")) as beside:
         until(lambda: beside.execute("SELECT count(*) FROM answers").fetchone() == (1,))
     quality.close()
@@ -195,7 +195,7 @@ def test_answers_are_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("retention", "kept"), [(90 * module.DAY, 89 * module.DAY), (module.HOUR, 0.9 * module.DAY)])
 def test_rows_stay_until_they_are_old_and_a_day_at_least(tmp_path: Path, retention: float, kept: float) -> None:
-    quality, subject = Quality(tmp_path / "quality.db", retention=retention), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db", retention=retention), MixKey.of("t", [], "base")
     quality.evaluated(subject, "accuracy", {"x": 1.0})
 
     def rows() -> int:
@@ -211,7 +211,7 @@ def test_rows_stay_until_they_are_old_and_a_day_at_least(tmp_path: Path, retenti
 
 def test_an_example_that_is_scored_again_as_it_grows_old_counts_once(tmp_path: Path) -> None:
     """Sums go by whole hours, and what says that they have it with them."""
-    quality, subject = Quality(tmp_path / "quality.db", retention=2 * module.DAY), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db", retention=2 * module.DAY), MixKey.of("t", [], "base")
     quality.evaluated(subject, "accuracy", {"x": 1.0})
     hour = time.time() // module.HOUR * module.HOUR
     quality._sweep(hour + module.HOUR - 1 + 2 * module.DAY)
@@ -227,7 +227,7 @@ def count(quality: Quality, table: str) -> int:
 
 
 def test_answers_stay_for_the_day_of_their_feedback_and_no_longer(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     quality.answered(answered("one", subject))
     quality.flush()
     quality._sweep(time.time() + 0.9 * DAY)
@@ -239,7 +239,7 @@ def test_answers_stay_for_the_day_of_their_feedback_and_no_longer(tmp_path: Path
 
 def test_examples_go_with_their_scores(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
-    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     quality.evaluated(a, "accuracy", {"x": 1.0})
     quality._sweep(time.time() + 200 * DAY)
     assert count(quality, "examples") == count(quality, "scores") == 0
@@ -250,12 +250,12 @@ def test_examples_go_with_their_scores(tmp_path: Path) -> None:
 
 
 def test_a_version_with_the_number_of_a_mix_that_is_forgotten_is_not_made_up(tmp_path: Path) -> None:
-    quality, own = Quality(tmp_path / "quality.db"), Subject.of("t", [(A, 0.5)], "base")
+    quality, own = Quality(tmp_path / "quality.db"), MixKey.of("t", [(A, 0.5)], "base")
     quality.answered(answered("own", own, routed=False))
     quality.flush()
     assert quality._made_up == {own}
     quality._sweep(time.time() + 200 * DAY)
-    quality.answered(answered("routed", Subject.of("t", [(B, 1.0)], "base")))
+    quality.answered(answered("routed", MixKey.of("t", [(B, 1.0)], "base")))
     quality.close()
     again = Quality(tmp_path / "quality.db")
     assert len(again.performance("t")) == 1 and not again._made_up
@@ -263,10 +263,10 @@ def test_a_version_with_the_number_of_a_mix_that_is_forgotten_is_not_made_up(tmp
 
 
 def test_who_has_answers_alone_or_scores_alone_is_known_after_a_sweep(tmp_path: Path) -> None:
-    quality, old = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
+    quality, old = Quality(tmp_path / "quality.db", retention=DAY), MixKey.of("t", [], "base")
     quality.answered(answered("old", old, at=time.time() - 3 * DAY))
-    quality.answered(answered("one", Subject.of("t", [(A, 1.0)], "base")))
-    quality.evaluated(Subject.of("t", [(B, 1.0)], "base"), "accuracy", {"x": 1.0})
+    quality.answered(answered("one", MixKey.of("t", [(A, 1.0)], "base")))
+    quality.evaluated(MixKey.of("t", [(B, 1.0)], "base"), "accuracy", {"x": 1.0})
     quality.flush()
     quality._sweep(time.time())
     told = {version["version"][0]: (version["requests"], version["samples"]) for version in quality.performance("t")}
@@ -275,7 +275,7 @@ def test_who_has_answers_alone_or_scores_alone_is_known_after_a_sweep(tmp_path: 
 
 
 def test_traffic_that_was_asked_for_is_forgotten_as_it_grows_old(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), MixKey.of("t", [], "base")
     for days in (3, 0, 0):
         quality.answered(answered(f"{days}", subject, at=time.time() - days * DAY))
     assert [told["requests"] for told in quality.performance("t")] == [3]
@@ -298,7 +298,7 @@ def test_a_clock_that_is_a_minute_off_in_an_hour_is_trusted_and_no_more(
 
 def test_answers_wait_for_a_disk_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_PENDING", 3)
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
 
     def full(pending: Any) -> Any:
         raise sqlite3.OperationalError("database or disk is full")
@@ -315,7 +315,7 @@ def test_answers_wait_for_a_disk_in_their_order(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_old_rows_go(tmp_path: Path, scored: bool) -> None:
-    quality, subject = Quality(tmp_path / "quality.db", retention=module.DAY), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db", retention=module.DAY), MixKey.of("t", [], "base")
     quality.answered(answered("one", subject))
     if scored:
         quality.feedback("t", "one", "", score=1.0, expected=None)
@@ -332,15 +332,15 @@ def test_mixes_that_clients_make_up_are_bounded(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "MOST_MADE_UP", 3)
     quality = Quality(tmp_path / "quality.db")
     for version in range(5):  # what is published again and again is no mix of a client's
-        quality.answered(answered(f"v{version}", Subject.of("v", [(Version("a", f"{version}" * 64), 1.0)], "base")))
-    quality.answered(answered("mine", Subject.of("v", [(A, 0.5)], "base"), routed=False))
+        quality.answered(answered(f"v{version}", MixKey.of("v", [(Version("a", f"{version}" * 64), 1.0)], "base")))
+    quality.answered(answered("mine", MixKey.of("v", [(A, 0.5)], "base"), routed=False))
     assert len(quality.performance("v")) == 6
     quality.feedback("v", "mine", "", score=1.0, expected=None)
-    made_up = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    made_up = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
     for n, subject in enumerate([*made_up, made_up[0]]):
         quality.answered(answered(f"{n}", subject, routed=False))
-    quality.answered(answered("own", Subject.of("t", [(B, 1.0)], "base")))
-    quality.answered(answered("other", Subject.of("u", [(A, 0.5)], "base"), routed=False))
+    quality.answered(answered("own", MixKey.of("t", [(B, 1.0)], "base")))
+    quality.answered(answered("other", MixKey.of("u", [(A, 0.5)], "base"), routed=False))
     told = {version["version"]: version["requests"] for version in quality.performance("t")}
     assert list(told.values()) == [2, 1, 1, 1] and f"b@{'b' * 12}" in told
     assert len(quality.performance("u")) == 1
@@ -350,7 +350,7 @@ def test_mixes_that_clients_make_up_are_bounded(tmp_path: Path, monkeypatch: pyt
         quality.feedback("v", "none", "", score=1.0, expected=None)
     quality.close()
     quality = Quality(tmp_path / "quality.db")
-    quality.answered(answered("again", Subject.of("t", [(A, 2.0)], "base"), routed=False))
+    quality.answered(answered("again", MixKey.of("t", [(A, 2.0)], "base"), routed=False))
     assert len(quality.performance("t")) == 4, "after a restart too"
     quality.close()
 
@@ -367,7 +367,7 @@ def test_a_mix_that_waits_for_a_disk_takes_no_place_from_itself(
 
     with monkeypatch.context() as broken, quality._lock:
         broken.setattr(quality, "_write", full)
-        quality.answered(answered("mine", Subject.of("t", [(A, 0.5)], "base"), routed=False))
+        quality.answered(answered("mine", MixKey.of("t", [(A, 0.5)], "base"), routed=False))
         with pytest.raises(sqlite3.OperationalError):
             quality._flush()
     quality.feedback("t", "mine", "", score=1.0, expected=None)
@@ -378,7 +378,7 @@ def test_what_a_client_tried_before_it_was_routed_is_made_up_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOST_MADE_UP", 1)
-    quality, tried = Quality(tmp_path / "quality.db"), Subject.of("t", [(B, 1.0)], "base")
+    quality, tried = Quality(tmp_path / "quality.db"), MixKey.of("t", [(B, 1.0)], "base")
     quality.answered(answered("tried", tried, routed=False))
     quality.flush()
     with quality._lock:
@@ -386,22 +386,22 @@ def test_what_a_client_tried_before_it_was_routed_is_made_up_no_more(
         quality._db.execute(f"PRAGMA max_page_count = {pages}")
     quality.answered(answered("routed", tried))
     for n in range(500):
-        quality.answered(answered(f"more-{n}", Subject.of("u", [], "base")))
+        quality.answered(answered(f"more-{n}", MixKey.of("u", [], "base")))
     with pytest.raises(StoreFailed, match="full"):
         quality.feedback("t", "tried", "", score=1.0, expected=None)
     with quality._lock:
         quality._db.execute("PRAGMA max_page_count = 1000000")
-    quality.answered(answered("mine", Subject.of("t", [(A, 0.5)], "base"), routed=False))
+    quality.answered(answered("mine", MixKey.of("t", [(A, 0.5)], "base"), routed=False))
     assert len(quality.performance("t")) == 2, "its place is free"
     quality.close()
     quality = Quality(tmp_path / "quality.db")
-    assert {s.label for s in quality._made_up} == {Subject.of("t", [(A, 0.5)], "base").label}
+    assert {s.label for s in quality._made_up} == {MixKey.of("t", [(A, 0.5)], "base").label}
     quality.close()
 
 
 def test_traffic_of_many_versions_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_TRAFFIC", 2)
-    subjects = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    subjects = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
     quality = Quality(tmp_path / "quality.db")
     for round in range(2):
         for n, subject in enumerate(subjects):
@@ -421,7 +421,7 @@ def test_what_is_between_two_that_were_never_evaluated_is_not_kept(
 ) -> None:
     monkeypatch.setattr(module, "MOST_PAIRED", 4)
     quality = Quality(tmp_path / "quality.db")
-    subjects = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    subjects = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
     assert quality.paired(subjects[0], subjects[1], "accuracy").count == 0 and not quality._paired
     for subject in subjects:
         quality.evaluated(subject, "accuracy", {"x": 1.0})
@@ -432,7 +432,7 @@ def test_what_is_between_two_that_were_never_evaluated_is_not_kept(
 
 
 def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     quality.answered(answered("one", subject))
     quality.feedback("t", "one", "", score=1.0, expected=None)
     wall, steady = quality._clocks
@@ -447,7 +447,7 @@ def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path, caplog: pytest.LogCa
 
 def test_a_machine_that_sleeps_within_every_hour_forgets_too(tmp_path: Path) -> None:
     """The monotonic clock stands still meanwhile, so the other one seems to jump each time."""
-    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), MixKey.of("t", [], "base")
     quality.answered(answered("one", subject))
     quality.flush()
     (wall, steady), kept = quality._clocks, list[bool]()
@@ -462,7 +462,7 @@ def test_a_machine_that_sleeps_within_every_hour_forgets_too(tmp_path: Path) -> 
 def test_a_start_with_a_clock_that_is_ahead_deletes_nothing_within_an_hour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject, now = Subject.of("t", [], "base"), time.time()
+    subject, now = MixKey.of("t", [], "base"), time.time()
     first = Quality(tmp_path / "quality.db")
     first.evaluated(subject, "accuracy", {"x": 1.0})
     first.close()
@@ -490,7 +490,7 @@ def test_servers_that_run_for_less_than_an_hour_each_forget_too(
         started = now + day * DAY
         monkeypatch.setattr(module.time, "time", lambda started=started: started)
         quality = Quality(tmp_path / "quality.db", retention=2 * DAY)
-        quality.answered(answered(f"of {day}", Subject.of(f"t{day}", [], "base"), at=started))
+        quality.answered(answered(f"of {day}", MixKey.of(f"t{day}", [], "base"), at=started))
         quality.flush()
         _, steady = quality._clocks
         with quality._lock:
@@ -504,7 +504,7 @@ def test_servers_that_run_for_less_than_an_hour_each_forget_too(
 def test_a_clock_that_jumps_ahead_and_back_takes_no_feedback_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     now = time.time()
     monkeypatch.setattr(module.time, "time", lambda: now + 400 * module.DAY)
     quality.answered(answered("ahead", subject, at=now + 400 * module.DAY))
@@ -520,7 +520,7 @@ def test_a_clock_that_jumps_ahead_and_back_takes_no_feedback_away(
 
 def test_of_answers_that_wait_for_a_disk_the_oldest_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_PENDING", 3)
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     quality.evaluated(subject, "loss", {"x": 0.5})
 
     def full(pending: Any) -> Any:
@@ -565,7 +565,7 @@ def test_records_are_not_written_into_a_file_that_was_taken_away(
 ) -> None:
     """They would be gone with the process, after the caller has heard that they were taken."""
     file, away = tmp_path / "quality.db", tmp_path / "away.db"
-    quality, subject = Quality(file), Subject.of("t", [(A, 1.0)], "base")
+    quality, subject = Quality(file), MixKey.of("t", [(A, 1.0)], "base")
     quality.answered(answered("one", subject))
     quality.flush()
     file.rename(away)
@@ -591,7 +591,7 @@ def test_records_are_not_written_into_a_file_that_was_taken_away(
 
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quality = Quality(tmp_path / "quality.db")
-    first, second = Subject.of("t", [], "base"), Subject.of("t", [(A, 1.0)], "base")
+    first, second = MixKey.of("t", [], "base"), MixKey.of("t", [(A, 1.0)], "base")
     quality.answered(answered("one", first))
     quality.flush()
     with quality._lock:
@@ -604,7 +604,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
     assert [(told["version"], told["requests"]) for told in quality.performance("t")] == [("base", 1)]
     with pytest.raises(StoreFailed, match="full"):
         quality.lead("t", "accuracy by feedback", second, "x" * 100_000)
-    third = Subject.of("t", [(B, 1.0)], "base")
+    third = MixKey.of("t", [(B, 1.0)], "base")
     with pytest.raises(StoreFailed, match="full"):
         quality.evaluated(third, "accuracy", {f"{i}": 1.0 for i in range(2000)})
     assert quality.totals(third, "accuracy", "evaluation").count == 0
@@ -627,7 +627,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     quality.answered(answered("one", subject, " Positive"))
     quality.feedback("t", "one", "", score=None, expected="positive\n")
     assert quality.totals(subject, "accuracy", "feedback").mean == 1.0
@@ -635,7 +635,7 @@ def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
 
 
 def test_an_answer_of_no_words_may_be_what_was_expected(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     for id, text in (("none", " "), ("some", "yes")):
         quality.answered(answered(id, subject, text))
         quality.feedback("t", id, "", score=None, expected="")
@@ -648,12 +648,12 @@ import sys
 from pathlib import Path
 from server.tasks.examples import digest
 from server.tasks.quality import DAY, Quality
-from server.tasks.subjects import Answered, Subject
+from server.tasks.mix_key import AnswerRecord, MixKey
 from server.tasks.quality_file import in_memory
 
-quality, subject = Quality(Path(sys.argv[1])), Subject.of("t", [], "base")
+quality, subject = Quality(Path(sys.argv[1])), MixKey.of("t", [], "base")
 for n in range(10**6):
-    quality.answered(Answered(f"gen-{n}", subject, "", "yes"))
+    quality.answered(AnswerRecord(f"gen-{n}", subject, "", "yes"))
     quality.feedback("t", f"gen-{n}", "", score=1.0, expected=None)
     print(n, flush=True)
 """
@@ -673,7 +673,7 @@ def test_kill_minus_nine_while_scores_are_written(tmp_path: Path) -> None:
         process.kill()
         confirmed = max([confirmed, *map(int, process.stdout.read().split())])
     assert process.returncode == -signal.SIGKILL and confirmed >= 100
-    quality, subject = Quality(file), Subject.of("t", [], "base")
+    quality, subject = Quality(file), MixKey.of("t", [], "base")
     totals = quality.totals(subject, "accuracy", "feedback")
     with sqlite3.connect(file) as db:
         rows = {id for (id,) in db.execute("SELECT id FROM scores")}
@@ -691,7 +691,7 @@ def test_performance_of_600_000_records_reads_their_sums_alone_and_they_are_smal
     ours, nor is what a host takes away meanwhile."""
     file = tmp_path / "quality.db"
     quality = Quality(file)
-    subjects = [Subject.of("t", [(Version("a", f"{i:x}" * 64), 1.0)], "base") for i in range(6)]
+    subjects = [MixKey.of("t", [(Version("a", f"{i:x}" * 64), 1.0)], "base") for i in range(6)]
     for subject in subjects:
         quality.evaluated(subject, "accuracy", {"x": 1.0})
     quality.close()
@@ -699,7 +699,7 @@ def test_performance_of_600_000_records_reads_their_sums_alone_and_they_are_smal
     keys = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT ?) SELECT randomblob(16), i % 6 + 1"
     db.execute(f"INSERT INTO scores {keys}, 'accuracy', 1.0, ? FROM n", (count, now))
     db.execute("INSERT INTO answers SELECT id, subject, 'team', at, id FROM scores")
-    latencies = Latencies()
+    latencies = LatencyHistogram()
     for _ in range(100):
         latencies.add(0.3)
     blob = latencies.dump()
@@ -728,7 +728,7 @@ def test_performance_of_600_000_records_reads_their_sums_alone_and_they_are_smal
 
 
 def test_percentiles_are_within_five_percent() -> None:
-    latencies = Latencies()
+    latencies = LatencyHistogram()
     rng = np.random.default_rng(1)
     seconds = rng.lognormal(-2, 1, 20_000)
     for value in seconds:
@@ -739,14 +739,14 @@ def test_percentiles_are_within_five_percent() -> None:
     latencies.add(1e9)
     latencies.add(0.0)
     assert int(latencies.counts.sum()) == 20_002
-    assert Latencies().percentiles() == [None, None, None]
-    single = Latencies()
+    assert LatencyHistogram().percentiles() == [None, None, None]
+    single = LatencyHistogram()
     single.add(0.3)
     assert single.percentiles() == pytest.approx([0.3] * 3, rel=0.06)
 
 
 def test_metrics_and_sources_are_no_more_samples(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     for metric, count in (("accuracy", 3), ("chrf", 5)):
         quality.evaluated(subject, metric, {str(i): 1.0 for i in range(count)})
     assert [told["samples"] for told in quality.performance("t")] == [5]
@@ -754,7 +754,7 @@ def test_metrics_and_sources_are_no_more_samples(tmp_path: Path) -> None:
 
 
 def test_damage_anywhere_is_set_aside_and_is_no_fault_of_ours_meanwhile(tmp_path: Path, caplog: Any) -> None:
-    file, subject = tmp_path / "quality.db", Subject.of("t", [], "base")
+    file, subject = tmp_path / "quality.db", MixKey.of("t", [], "base")
     quality = Quality(file)
     for i in range(3000):
         quality.answered(answered(f"answer {i}", subject))
@@ -770,7 +770,7 @@ def test_damage_anywhere_is_set_aside_and_is_no_fault_of_ours_meanwhile(tmp_path
 
 
 def test_damage_while_it_is_used_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
 
     def damaged() -> None:
         raise sqlite3.DatabaseError("database disk image is malformed")
@@ -817,7 +817,7 @@ def test_a_disk_with_a_few_bytes_left_is_full(
 def test_a_full_disk_at_the_start_is_read_and_served_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    file, subject = tmp_path / "quality.db", Subject.of("t", [], "base")
+    file, subject = tmp_path / "quality.db", MixKey.of("t", [], "base")
     quality = Quality(file)
     quality.evaluated(subject, "accuracy", {"a": 1.0, "b": 0.0})
     quality.lead("t", "accuracy by evaluation", subject, "better")
@@ -843,7 +843,7 @@ def test_what_a_kill_left_unwritten_is_known_on_a_full_disk_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, whole: bool
 ) -> None:
     """The last records are in a file beside the other; and where that is damaged, the server starts all the same."""
-    live, subject = Quality(tmp_path / "live.db"), Subject.of("t", [], "base")
+    live, subject = Quality(tmp_path / "live.db"), MixKey.of("t", [], "base")
     live.evaluated(subject, "accuracy", {"a": 1.0, "b": 0.0})
     for end in ("", "-wal"):
         shutil.copy(tmp_path / f"live.db{end}", tmp_path / f"killed.db{end}")
@@ -861,7 +861,7 @@ def test_what_a_kill_left_unwritten_is_known_on_a_full_disk_too(
 
 def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
     """A server that is never up for an hour forgets too."""
-    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db", retention=DAY), MixKey.of("t", [], "base")
     quality.answered(answered("one", subject))
     quality.flush()
     with quality._lock:
@@ -877,8 +877,8 @@ def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
 
 def test_old_records_go_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Quality(tmp_path / "quality.db")
-    first.answered(answered("one", Subject.of("t", [], "base"), at=time.time() - 3 * DAY))
-    first.answered(answered("two", Subject.of("t", [(A, 1.0)], "base")))
+    first.answered(answered("one", MixKey.of("t", [], "base"), at=time.time() - 3 * DAY))
+    first.answered(answered("two", MixKey.of("t", [(A, 1.0)], "base")))
     first.close()
     monkeypatch.setattr(module, "FIRST_SWEEP", 0.0)
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.001)
@@ -902,7 +902,7 @@ def test_tables_that_are_not_as_they_were_made_are_set_aside(
 ) -> None:
     file = tmp_path / "quality.db"
     first = Quality(file)
-    first.evaluated(Subject.of("t", [(A, 1.0)], "base"), "accuracy", {"x": 1.0})
+    first.evaluated(MixKey.of("t", [(A, 1.0)], "base"), "accuracy", {"x": 1.0})
     first.close()
     if was in (whole := file.read_bytes()):
         file.write_bytes(whole.replace(was, becomes))
@@ -922,11 +922,11 @@ def test_tables_that_are_not_as_they_were_made_are_set_aside(
 
 def test_latencies_are_in_the_columns_of_their_names(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
-    quality.answered(answered("one", Subject.of("t", [], "base")))
+    quality.answered(answered("one", MixKey.of("t", [], "base")))
     quality.flush()
     found = []
     for blob in quality._db.execute("SELECT ttft, tpot, e2e FROM traffic").fetchone():
-        latencies = Latencies()
+        latencies = LatencyHistogram()
         latencies.join([blob])
         found.append(latencies.percentiles()[0])
     assert found == [pytest.approx(0.1, rel=0.06), None, pytest.approx(0.5, rel=0.06)]
@@ -935,7 +935,7 @@ def test_latencies_are_in_the_columns_of_their_names(tmp_path: Path) -> None:
 
 def test_of_scores_that_moved_to_another_hour_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality, now = Quality(tmp_path / "quality.db"), time.time()
-    subject, values = Subject.of("t", [(A, 1.0)], "base"), {"1": 0.1, "2": 0.7, "3": 0.3}
+    subject, values = MixKey.of("t", [(A, 1.0)], "base"), {"1": 0.1, "2": 0.7, "3": 0.3}
     for hours in range(3):
         monkeypatch.setattr(module.time, "time", lambda hours=hours: now + hours * module.HOUR)
         quality.evaluated(subject, "accuracy", values)
@@ -944,7 +944,7 @@ def test_of_scores_that_moved_to_another_hour_nothing_is_left(tmp_path: Path, mo
 
 
 def test_an_evaluation_of_nothing_has_no_mean(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     quality.evaluated(subject, "accuracy", {})
     assert quality.means(["t"]) == [] and [told["quality"] for told in quality.performance("t")] == [[]]
     quality.close()
@@ -952,7 +952,7 @@ def test_an_evaluation_of_nothing_has_no_mean(tmp_path: Path) -> None:
 
 def test_pairs_follow_either_side(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
-    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     for subject in (a, b):
         quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0})
     assert quality.paired(a, b, "accuracy") == Totals(2, 1.0, 0.5)
@@ -963,7 +963,7 @@ def test_pairs_follow_either_side(tmp_path: Path) -> None:
 
 def test_pairs_have_two_sides(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
-    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     quality.evaluated(a, "accuracy", {"1": 1.0, "2": 1.0})
     quality.evaluated(b, "accuracy", {"1": 1.0, "2": 0.0})
     for _ in range(2):
@@ -977,7 +977,7 @@ def test_pairs_have_two_sides(tmp_path: Path) -> None:
 def test_pairs_are_of_what_was_asked_with_the_same(tmp_path: Path) -> None:
     """Another prompt is another question, and the last answer to an example is the one that counts."""
     quality = Quality(tmp_path / "quality.db")
-    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     for subject in (a, b):
         quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0}, "old prompt")
     assert quality.paired(a, b, "accuracy").count == 2
@@ -992,7 +992,7 @@ def test_pairs_are_of_what_was_asked_with_the_same(tmp_path: Path) -> None:
 def test_pairs_of_before_prompts_were_kept_apart_say_nothing_of_new_ones(tmp_path: Path) -> None:
     file = tmp_path / "quality.db"
     quality = Quality(file)
-    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     for subject in (a, b):
         quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0})
     quality.close()
@@ -1009,8 +1009,8 @@ def test_pairs_of_before_prompts_were_kept_apart_say_nothing_of_new_ones(tmp_pat
 
 def test_an_answer_that_is_scored_again_stays_in_its_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = Quality(tmp_path / "quality.db")
-    subject, now = Subject.of("t", [(A, 1.0)], "base"), time.time()
-    quality.answered(Answered("one", subject, "", "yes"))
+    subject, now = MixKey.of("t", [(A, 1.0)], "base"), time.time()
+    quality.answered(AnswerRecord("one", subject, "", "yes"))
     quality.feedback("t", "one", "", score=1.0, expected=None)
     (hour,) = quality.hours(subject, "accuracy", "feedback")
     monkeypatch.setattr("server.tasks.quality.time.time", lambda: now + 2 * 3600)
@@ -1022,7 +1022,7 @@ def test_an_answer_that_is_scored_again_stays_in_its_hour(tmp_path: Path, monkey
 
 def test_pairs_are_of_one_metric(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
-    a, b = (Subject.of("t", [(version, 1.0)], "base") for version in (A, B))
+    a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     quality.evaluated(a, "accuracy", {"1": 1.0})
     quality.evaluated(b, "exact_match", {"1": 0.0})
     assert quality.paired(a, b, "accuracy").count == 0
@@ -1033,7 +1033,7 @@ def test_pairs_are_of_one_metric(tmp_path: Path) -> None:
 
 def test_an_example_that_is_evaluated_again_moves_to_that_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = Quality(tmp_path / "quality.db")
-    subject, now = Subject.of("t", [(A, 1.0)], "base"), time.time()
+    subject, now = MixKey.of("t", [(A, 1.0)], "base"), time.time()
     quality.evaluated(subject, "accuracy", {"1": 1.0})
     monkeypatch.setattr("server.tasks.quality.time.time", lambda: now + 2 * 3600)
     quality.evaluated(subject, "accuracy", {"1": 0.0})
@@ -1044,15 +1044,15 @@ def test_an_example_that_is_evaluated_again_moves_to_that_hour(tmp_path: Path, m
 
 def test_traffic_goes_on_to_count_after_it_was_asked_for(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
-    subject = Subject.of("t", [(A, 1.0)], "base")
+    subject = MixKey.of("t", [(A, 1.0)], "base")
     for count in (1, 2, 3):
-        quality.answered(Answered(f"{count}", subject, "", "yes", prompt_tokens=5))
+        quality.answered(AnswerRecord(f"{count}", subject, "", "yes", prompt_tokens=5))
         (told,) = quality.performance("t")
         assert told["requests"] == count and told["tokens"]["prompt"] == 5 * count
     quality.close()
 
 
-def whole(latencies: Latencies) -> bytes:
+def whole(latencies: LatencyHistogram) -> bytes:
     """As they were dumped before 2026-12-02."""
     return latencies.counts.astype("<u4").tobytes()
 
@@ -1060,13 +1060,13 @@ def whole(latencies: Latencies) -> bytes:
 def test_latencies_are_dumped_as_those_that_there_are() -> None:
     rng, dumps, sums = np.random.default_rng(2), list[bytes](), np.zeros(BUCKETS, np.uint32)
     for filled in (0, 1, 3, 146, 147, 148, BUCKETS):
-        latencies = Latencies()
+        latencies = LatencyHistogram()
         latencies.counts[rng.permutation(BUCKETS)[:filled]] = rng.integers(1, 1 << 20, filled)
         assert len(latencies.dump()) == min(5 * filled, 4 * BUCKETS)
         dumps += [latencies.dump(), whole(latencies)]
         sums += 2 * latencies.counts
     for order in (dumps, dumps[::-1], rng.permutation(np.array(dumps, object)).tolist()):
-        again = Latencies()
+        again = LatencyHistogram()
         again.join(order)
         again.join([])
         assert again.counts.tolist() == sums.tolist()
@@ -1075,12 +1075,12 @@ def test_latencies_are_dumped_as_those_that_there_are() -> None:
 @pytest.mark.parametrize("damaged", [b"xxxx", b"\xff\1\0\0\0", b"x" * 735 + b"x" * 2])
 def test_what_is_no_dump_is_refused(damaged: bytes) -> None:
     with pytest.raises(ValueError):
-        Latencies().join([damaged])
+        LatencyHistogram().join([damaged])
 
 
 def test_records_of_before_are_read_and_go_on(tmp_path: Path) -> None:
     """Their rows of traffic have all counters, those that are nothing too."""
-    file, subject, now = tmp_path / "quality.db", Subject.of("t", [(A, 1.0)], "base"), time.time()
+    file, subject, now = tmp_path / "quality.db", MixKey.of("t", [(A, 1.0)], "base"), time.time()
     first = Quality(file)
     for hours in (0, 1):
         first.answered(answered(f"{hours}", subject, at=now - hours * module.HOUR))
@@ -1090,7 +1090,7 @@ def test_records_of_before_are_read_and_go_on(tmp_path: Path) -> None:
         for number, hour, *dumped in db.execute("SELECT subject, hour, ttft, tpot, e2e FROM traffic").fetchall():
             blobs = []
             for each in dumped:
-                latencies = Latencies()
+                latencies = LatencyHistogram()
                 latencies.join([each])
                 blobs.append(whole(latencies))
             db.execute("UPDATE traffic SET ttft = ?, tpot = ?, e2e = ? WHERE subject = ? AND hour = ?",
@@ -1109,7 +1109,7 @@ def test_records_of_before_are_read_and_go_on(tmp_path: Path) -> None:
 def test_an_hour_of_a_version_takes_few_bytes(tmp_path: Path) -> None:
     """A thousand versions with a request an hour have two million such rows in ninety days."""
     file, now = tmp_path / "quality.db", time.time()
-    subjects = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 5)]
+    subjects = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 5)]
     quality = Quality(file)
     empty = file.stat().st_size
     for subject in subjects:
@@ -1128,7 +1128,7 @@ def test_an_hour_of_a_version_takes_few_bytes(tmp_path: Path) -> None:
 def test_a_sweep_goes_through_no_traffic(tmp_path: Path) -> None:
     """Old rows are found by their keys, and what is left is not read again: feedback waits meanwhile."""
     quality, now = Quality(tmp_path / "quality.db", retention=2 * DAY), time.time()
-    subjects = [Subject.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    subjects = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
     for n, subject in enumerate(subjects):
         for hours in range(24 * n, 24 * n + 48):
             quality.answered(answered(f"{n} {hours}", subject, at=now - hours * module.HOUR))
@@ -1150,7 +1150,7 @@ def test_a_sweep_goes_through_no_traffic(tmp_path: Path) -> None:
 def test_what_a_sweep_leaves_is_what_the_next_start_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, now, dice = tmp_path / "quality.db", time.time(), np.random.default_rng(3)
     quality = Quality(file, retention=2 * DAY)
-    subjects = [Subject.of(task, [(A, n / 8)], "base") for task in ("t", "u") for n in range(1, 6)]
+    subjects = [MixKey.of(task, [(A, n / 8)], "base") for task in ("t", "u") for n in range(1, 6)]
     for hours in range(0, 120, 7):
         monkeypatch.setattr(module.time, "time", lambda hours=hours: now + hours * module.HOUR)
         for n, subject in enumerate(subjects):

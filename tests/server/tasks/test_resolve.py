@@ -10,17 +10,17 @@ import pytest
 from adapters.errors import UnknownAdapter
 from adapters.weights import Version
 from server.errors import UnknownName
-from server.tasks.definitions import Best, Fixed, Task
+from server.tasks.definitions import BestRoute, FixedRoute, Task
 from server.tasks.resolve import Resolver
 
 A = Version("a", "0123456789ab" + "c" * 52)
 MIX = (("a", 0.5), ("b", 2.0))
 TASKS = {
-    "mood": Task("mood", "{input}", Fixed((("mood", 1.0),))),
-    "mixed": Task("mixed", "{input}", Fixed(MIX)),
-    "best": Task("best", "{input}", Best(("a", "b"))),
-    "plain": Task("plain", "{input}", Fixed()),
-    "a@012345": Task("a@012345", "{input}", Fixed()),
+    "mood": Task("mood", "{input}", FixedRoute((("mood", 1.0),))),
+    "mixed": Task("mixed", "{input}", FixedRoute(MIX)),
+    "best": Task("best", "{input}", BestRoute(("a", "b"))),
+    "plain": Task("plain", "{input}", FixedRoute()),
+    "a@012345": Task("a@012345", "{input}", FixedRoute()),
 }
 
 
@@ -63,7 +63,7 @@ def test_a_model_is_a_version_then_a_task_then_an_adapter_then_the_base() -> Non
     ):
         found = told.model(name, None)
         assert (found.task and found.task.name, list(found.choice), found.made_up) == (task, choice, False), name
-    named = resolver(base=Task("base", "{input}", Fixed(MIX))).model("base", None)
+    named = resolver(base=Task("base", "{input}", FixedRoute(MIX))).model("base", None)
     assert named.task is not None and list(named.choice) == list(MIX)
 
 
@@ -99,10 +99,10 @@ def test_no_task_is_the_default_one_or_the_base() -> None:
     for name in (None, "default"):
         found = told.task(name, None)
         assert (found.task, list(found.choice)) == (None, [])
-        own = resolver(default=Task("default", "{input}", Fixed(MIX))).task(name, None)
+        own = resolver(default=Task("default", "{input}", FixedRoute(MIX))).task(name, None)
         assert own.task is not None and own.task.name == "default" and list(own.choice) == list(MIX)
     with pytest.raises(UnknownName):
-        resolver(default=Task("default", "{input}", Fixed(MIX))).task("", None)
+        resolver(default=Task("default", "{input}", FixedRoute(MIX))).task("", None)
     assert list(told.task("best", None).choice) == [("b", 1.0)] and not told.task("best", None).made_up
     for name, said in (
         ("a", "a is an adapter: name it in `adapters`"),

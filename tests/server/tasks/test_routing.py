@@ -15,12 +15,12 @@ import pytest
 
 from adapters.errors import UnknownAdapter
 from adapters.weights import Version
-from server.tasks.definitions import Best, Task
+from server.tasks.definitions import BestRoute, Task
 from server.tasks.intervals import ALPHA, Totals, by_hours, by_pairs, interval
+from server.tasks.mix_key import AnswerRecord, MixKey
 from server.tasks.quality import DAY, Quality
 from server.tasks.routing import EXPLORED, ROUNDS, BestRouter, _Turns, by_evaluation, by_feedback
 from server.tasks.routing import decide as decide_on
-from server.tasks.subjects import Answered, Subject
 
 MIN_SAMPLES = 200
 
@@ -244,22 +244,22 @@ class Names:
         return [(Version(n, hashlib.sha256((n + self.contents[n]).encode()).hexdigest()), w) for n, w in choice]
 
 
-ROUTE = Best(("a", "b", "c"), min_samples=50)
+ROUTE = BestRoute(("a", "b", "c"), min_samples=50)
 TASK = Task("t", "{input}", ROUTE)
 
 
 def score(quality: Quality, names: Names, name: str, values: list[float]) -> None:
     quality.evaluated(
-        Subject.of("t", names.resolve([(name, 1.0)]), "base"),
+        MixKey.of("t", names.resolve([(name, 1.0)]), "base"),
         "accuracy",
         {f"{i}": value for i, value in enumerate(values)},
     )
 
 
 def thumbs(quality: Quality, names: Names, name: str, values: list[float]) -> None:
-    subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
+    subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
     for i, value in enumerate(values):
-        quality.answered(Answered(f"{subject.label} {i}", subject, "", "yes"))
+        quality.answered(AnswerRecord(f"{subject.label} {i}", subject, "", "yes"))
         quality.feedback("t", f"{subject.label} {i}", "", score=value, expected=None)
 
 
@@ -267,7 +267,7 @@ def test_rounds_of_candidates_of_before_are_forgotten(tmp_path: Path) -> None:
     names, quality = Names(*"abcdefgh"), Quality(tmp_path / "quality.db")
     router = BestRouter(quality, names, "base")
     for some in itertools.combinations("abcdefgh", 3):
-        route = Best(some, min_samples=50)
+        route = BestRoute(some, min_samples=50)
         assert router.pick(Task("t", "{input}", route), route) in some
     assert len(router._turns["t"][1]._left) == 1
     assert Counter(router.pick(TASK, ROUTE) for _ in range(3 * ROUNDS)) == dict.fromkeys("abc", ROUNDS)
@@ -299,9 +299,9 @@ def test_decisions_outlive_the_process_and_end_with_the_version(tmp_path: Path) 
     quality.close()
 
 
-def evaluated(tmp_path: Path, *values: float) -> tuple[Names, Best, Task, Quality, BestRouter]:
+def evaluated(tmp_path: Path, *values: float) -> tuple[Names, BestRoute, Task, Quality, BestRouter]:
     """A task with three candidates, and what each scored in all of 200 examples."""
-    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    names, route = Names("a", "b", "c"), BestRoute(("a", "b", "c"), source="evaluation", min_samples=50)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
     for name, value in zip("abc", values, strict=True):
         score(quality, names, name, [value] * 200)
@@ -323,7 +323,7 @@ def test_nobody_goes_around_where_nothing_would_be_learned(tmp_path: Path) -> No
 @pytest.mark.parametrize("source", ["feedback", "evaluation"])
 def test_what_cannot_be_read_has_few_turns_until_it_can(tmp_path: Path, source: Any) -> None:
     names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
-    route = Best(("a", "b", "c"), source=source, min_samples=50)
+    route = BestRoute(("a", "b", "c"), source=source, min_samples=50)
     task, router = Task("t", "{input}", route), BestRouter(quality, names, "base")
 
     def picks() -> Counter[str]:
@@ -435,14 +435,14 @@ def test_scores_that_come_at_night_are_compared_within_the_hours_of_the_answers(
 ) -> None:
     """Mornings are hard and afternoons easy. One of two equals is new at noon; all labels come at night."""
     names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
-    route, dawn = Best(("a", "b"), min_samples=50), time.time()
+    route, dawn = BestRoute(("a", "b"), min_samples=50), time.time()
     task, router, asked = Task("t", "{input}", route), BestRouter(quality, names, "base"), []
     for hour, value, who in ((0, 0.0, "a"), (6, 1.0, "ab"), (18, None, "")):
         monkeypatch.setattr("server.tasks.quality.time.time", lambda hour=hour: dawn + hour * 3600)
         for name in who:
             for i in range(300):
-                subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
-                quality.answered(Answered(f"{name} {hour} {i}", subject, "", "yes", at=time.time()))
+                subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
+                quality.answered(AnswerRecord(f"{name} {hour} {i}", subject, "", "yes", at=time.time()))
                 asked.append((f"{name} {hour} {i}", value))
     for id, value in asked:
         quality.feedback("t", id, "", score=value, expected=None)
@@ -453,7 +453,7 @@ def test_scores_that_come_at_night_are_compared_within_the_hours_of_the_answers(
 
 @pytest.mark.parametrize("source", ["feedback", "evaluation"])
 def test_a_leader_that_is_published_under_a_second_name_leads_on(tmp_path: Path, source: Any) -> None:
-    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source=source, min_samples=50)
+    names, route = Names("a", "b", "c"), BestRoute(("a", "b", "c"), source=source, min_samples=50)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
     router, judge = BestRouter(quality, names, "base"), thumbs if source == "feedback" else score
     for name, value in (("a", 0.0), ("b", 1.0), ("c", 0.5)):
@@ -468,7 +468,7 @@ def test_a_leader_that_is_published_under_a_second_name_leads_on(tmp_path: Path,
 
 
 def test_pairs_are_asked_of_the_file_once_until_they_change(tmp_path: Path) -> None:
-    names, route = Names("a", "b", "c"), Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    names, route = Names("a", "b", "c"), BestRoute(("a", "b", "c"), source="evaluation", min_samples=50)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
     router, asked = BestRouter(quality, names, "base"), []
     for name, value in (("a", 0.0), ("b", 1.0), ("c", 0.5)):
@@ -485,10 +485,10 @@ def test_pairs_are_asked_of_the_file_once_until_they_change(tmp_path: Path) -> N
 
 def test_evaluations_are_compared_on_the_same_examples(tmp_path: Path) -> None:
     """Easy ones of one candidate and hard ones of another say nothing, and scored again they say no more."""
-    names, route = Names("a", "b"), Best(("a", "b"), source="evaluation", min_samples=200)
+    names, route = Names("a", "b"), BestRoute(("a", "b"), source="evaluation", min_samples=200)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
     router, subject = BestRouter(quality, names, "base"), {
-        name: Subject.of("t", names.resolve([(name, 1.0)]), "base") for name in "ab"}  # fmt: skip
+        name: MixKey.of("t", names.resolve([(name, 1.0)]), "base") for name in "ab"}  # fmt: skip
 
     def asked(name: str, kind: str, right: int) -> None:
         quality.evaluated(subject[name], "accuracy", {f"{kind} {i}": float(i < right) for i in range(300)})
@@ -532,15 +532,15 @@ def test_pairs_of_equals_are_rarely_told_apart_however_often_one_looks() -> None
 def test_scores_again_do_not_move_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two equals, easy questions in one hour and hard ones in the next: one's are judged again later."""
     names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
-    route, now = Best(("a", "b"), min_samples=50), time.time()
+    route, now = BestRoute(("a", "b"), min_samples=50), time.time()
     task, router = Task("t", "{input}", route), BestRouter(quality, names, "base")
     for hour, value in ((0, 1.0), (1, 0.5), (2, 1.0)):
         monkeypatch.setattr("server.tasks.quality.time.time", lambda hour=hour: now + hour * 3600)
         for name in "ab" if hour < 2 else "b":
-            subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
+            subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
             for i in range(300):
                 id = f"{name} {value} {i}"
-                quality.answered(Answered(id, subject, "", "yes"))
+                quality.answered(AnswerRecord(id, subject, "", "yes"))
                 quality.feedback("t", id, "", score=value - 0.5 * (i % 2), expected=None)
     decision = router.review(task, route)
     assert decision.leader is None and "a 0.500 of 600, b 0.500 of 600" in decision.reason
@@ -576,7 +576,7 @@ def test_a_version_under_two_names_is_one_candidate(tmp_path: Path) -> None:
     names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
     names.contents["a@1"] = "1"
     names.resolve = lambda choice, known=names.resolve: known([(name.partition("@")[0], w) for name, w in choice])  # type: ignore[method-assign]
-    route = Best(("a", "a@1", "b"), source="evaluation", min_samples=50)
+    route = BestRoute(("a", "a@1", "b"), source="evaluation", min_samples=50)
     task, router = Task("t", "{input}", route), BestRouter(quality, names, "base")
     assert Counter(router.pick(task, route) for _ in range(2 * ROUNDS)) == {"a": ROUNDS, "b": ROUNDS}
     for name, value in (("a", 1.0), ("b", 0.0)):
@@ -587,9 +587,9 @@ def test_a_version_under_two_names_is_one_candidate(tmp_path: Path) -> None:
     quality.close()
 
 
-def judged(tmp_path: Path) -> tuple[Names, Best, Task, Quality, BestRouter]:
+def judged(tmp_path: Path) -> tuple[Names, BestRoute, Task, Quality, BestRouter]:
     """A task with two candidates, of whose 100 answers each b was right in all and a in none."""
-    names, route = Names("a", "b"), Best(("a", "b"), min_samples=50)
+    names, route = Names("a", "b"), BestRoute(("a", "b"), min_samples=50)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / "quality.db")
     for name, value in (("a", 0.0), ("b", 1.0)):
         thumbs(quality, names, name, [value] * 100)
@@ -621,13 +621,13 @@ def test_who_leads_is_told_while_the_disk_refuses_a_new_leader(tmp_path: Path) -
 
 def test_a_decision_is_for_the_metric_and_source_that_made_it(tmp_path: Path) -> None:
     names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
-    by_evaluation = Best(("a", "b"), source="evaluation", min_samples=50)
+    by_evaluation = BestRoute(("a", "b"), source="evaluation", min_samples=50)
     task = Task("t", "{input}", by_evaluation)
     for name, value in (("a", 0.0), ("b", 1.0)):
         score(quality, names, name, [value] * 100)
     router = BestRouter(quality, names, "base")
     assert router.review(task, by_evaluation).leader == "b"
-    by_feedback = Best(("a", "b"), min_samples=50)
+    by_feedback = BestRoute(("a", "b"), min_samples=50)
     picks = Counter(router.pick(task, by_feedback) for _ in range(2 * ROUNDS))
     assert picks == {"a": ROUNDS, "b": ROUNDS}, "nothing is known of thumbs"
     assert router.describe(task, by_feedback)["leader"] is None
@@ -638,7 +638,7 @@ def test_a_decision_is_for_the_metric_and_source_that_made_it(tmp_path: Path) ->
 
 
 def test_the_same_examples_twice_prove_nothing_more(tmp_path: Path) -> None:
-    quality, subject = Quality(tmp_path / "quality.db"), Subject.of("t", [], "base")
+    quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     values = {f"{i}": float(i % 3 > 0) for i in range(60)}
     for _ in range(5):
         quality.evaluated(subject, "accuracy", values)
@@ -656,7 +656,7 @@ def test_the_same_examples_twice_prove_nothing_more(tmp_path: Path) -> None:
 def served_in_step(tmp_path: Path, period: int, seed: int) -> str | None:
     """Who is taken for the better one of two equals, of which one prompt in `period` is easy, within 3,000 requests."""
     random.seed(seed)
-    names, route = Names("a", "b"), Best(("a", "b"), min_samples=50)
+    names, route = Names("a", "b"), BestRoute(("a", "b"), min_samples=50)
     task, quality = Task("t", "{input}", route), Quality(tmp_path / f"{period}-{seed}.db")
     router, totals = BestRouter(quality, names, "base"), dict.fromkeys("ab", Totals())
     leader = None
@@ -787,9 +787,9 @@ def test_rivals_with_as_many_samples_as_are_asked_for_have_as_many_turns(tmp_pat
 
 def test_a_route_by_loss_leads_to_the_least(tmp_path: Path) -> None:
     names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
-    route = Best(("a", "b"), metric="loss", source="evaluation", min_samples=50)
+    route = BestRoute(("a", "b"), metric="loss", source="evaluation", min_samples=50)
     for name, value in (("a", 0.9), ("b", 0.1)):
-        subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
+        subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
         quality.evaluated(subject, "loss", {f"{i}": value for i in range(100)})
     assert BestRouter(quality, names, "base").review(Task("t", "{input}", route), route).leader == "b"
     quality.close()
@@ -806,8 +806,8 @@ def test_of_a_task_that_is_gone_nothing_is_kept(tmp_path: Path) -> None:
 
 def test_a_decision_by_one_metric_says_nothing_of_another(tmp_path: Path) -> None:
     names, quality = Names("a", "b"), Quality(tmp_path / "quality.db")
-    by_accuracy = Best(("a", "b"), source="evaluation", min_samples=50)
-    by_loss = Best(("a", "b"), metric="loss", source="evaluation", min_samples=50)
+    by_accuracy = BestRoute(("a", "b"), source="evaluation", min_samples=50)
+    by_loss = BestRoute(("a", "b"), metric="loss", source="evaluation", min_samples=50)
     for name, value in (("a", 0.0), ("b", 1.0)):
         score(quality, names, name, [value] * 100)
     router = BestRouter(quality, names, "base")
@@ -818,11 +818,11 @@ def test_a_decision_by_one_metric_says_nothing_of_another(tmp_path: Path) -> Non
 
 def test_who_shares_examples_with_one_of_two_has_to_share_them_with_both(tmp_path: Path) -> None:
     names, quality = Names("a", "b", "c"), Quality(tmp_path / "quality.db")
-    route = Best(("a", "b", "c"), source="evaluation", min_samples=50)
+    route = BestRoute(("a", "b", "c"), source="evaluation", min_samples=50)
     task, router = Task("t", "{input}", route), BestRouter(quality, names, "base")
 
     def asked(name: str, kind: str, value: float) -> None:
-        subject = Subject.of("t", names.resolve([(name, 1.0)]), "base")
+        subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
         quality.evaluated(subject, "accuracy", {f"{kind} {i}": value for i in range(100)})
 
     for name, kind, value in (("a", "x", 1.0), ("a", "y", 1.0), ("b", "x", 0.0), ("c", "y", 0.0)):
@@ -840,7 +840,7 @@ def test_who_looks_at_a_task_has_its_leader_written_down(tmp_path: Path) -> None
     router.look(None)
     assert quality.leader("t", "accuracy by feedback") is None
     router.look(task)
-    leader = Subject.of("t", names.resolve([("b", 1.0)]), "base")
+    leader = MixKey.of("t", names.resolve([("b", 1.0)]), "base")
     known = quality.leader("t", "accuracy by feedback")
     assert known is not None and known[0] == leader
     assert router.describe(task, route)["version"] == leader.label

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.tasks.definitions import Fixed, parse
+from server.tasks.definitions import FixedRoute, parse
 
 GOOD: dict[str, Any] = {"prompt": "Is it?\n{input}", "format": "chat", "labels": ["yes", "no"]}
 KEYS = ("task", "prompt", "format", "system", "labels", "defaults", "route", "made up")
@@ -44,9 +44,9 @@ DEFAULTS = st.dictionaries(st.sampled_from(WORDS), VALUES, max_size=3)
 )
 def test_any_body(name: str, changed: dict, more: dict | None) -> None:
     try:
-        task = parse(name, {**GOOD, **changed, **(more or {})}, default_route=Fixed(()), source="file")
+        task = parse(name, {**GOOD, **changed, **(more or {})}, default_route=FixedRoute(()), source="file")
     except InvalidRequest as error:
         assert len(error.message) < 2000
         return
     again = json.loads(json.dumps(task.body(), allow_nan=False))
-    assert parse(name, again, default_route=Fixed(()), source="file") == task
+    assert parse(name, again, default_route=FixedRoute(()), source="file") == task

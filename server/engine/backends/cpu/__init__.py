@@ -1,0 +1,1 @@
+"""Native CPU backend: one call into the C++ kernels per step."""

@@ -1,0 +1,86 @@
+"""Files that are replaced whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.atomic_files import replace_file, set_aside, sync_folder
+
+
+def test_a_file_is_replaced_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    rename = os.replace
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr("os.fsync", lambda fd: events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    monkeypatch.setattr("os.replace", renamed)
+    replace_file(tmp_path / "names", b"new")
+    assert events == [".names.part", "rename", tmp_path.name]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("names", b"new")]
+
+
+def test_a_disk_that_refuses_leaves_what_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    replace_file(tmp_path / "names", b"old")
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"os.{step}", full)
+            with pytest.raises(OSError, match="No space"):
+                replace_file(tmp_path / "names", b"new")
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("names", b"old")]
+
+
+def test_what_stands_is_told_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("adapters.atomic_files.sync_folder", refused)
+    replace_file(tmp_path / "names", b"new")
+    assert (tmp_path / "names").read_bytes() == b"new" and "names is written but its name is not synced" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_syncs_no_folder_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """One that fails is told of."""
+
+    def refused(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.fsync", refused)
+    replace_file(tmp_path / "names", b"new")
+    assert (tmp_path / "names").read_bytes() == b"new"
+    if number == errno.EIO:
+        assert "not synced" in caplog.text
+        with pytest.raises(OSError, match=os.strerror(number)):
+            sync_folder(tmp_path)
+    else:
+        sync_folder(tmp_path)
+        assert not caplog.records
+
+
+def test_what_is_set_aside_takes_no_earlier_ones_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.atomic_files.MOST_ASIDE", 3)
+    file = tmp_path / "names.json"
+    for content, wanted in zip("abcd", ("names.broken.json", "names.broken2.json", "names.broken3.json"), strict=False):
+        file.write_text(content)
+        for _ in range(3 if content == "b" else 1):  # a copy of the same is none more
+            assert set_aside(file, copy=content == "b").name == wanted and file.exists() == (content == "b")
+    file.write_text("e")
+    assert set_aside(file).read_text() == "e", "the first gives way, where there are many"
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["b", "c", "e"]

@@ -1,0 +1,31 @@
+"""What is told of an adapter beside its numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapters.schemas import of_another_base
+
+EMBEDDED = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+@pytest.mark.parametrize(
+    ("made_on", "bases", "other"),
+    [
+        ("smollm2-135m", EMBEDDED, False),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", EMBEDDED, False),
+        ("mirror/smollm2-135m-instruct", EMBEDDED, False),
+        ("SmolLM2-135M-Instruct", EMBEDDED, False),
+        ("HuggingFaceTB/SmolLM2-135M", EMBEDDED, True),  # it was not trained to follow instructions
+        ("meta-llama/Llama-3-8B", EMBEDDED, True),
+        ("Qwen/Qwen2.5-7B", ("qwen2.5-7b",), False),
+        ("/models/Qwen2.5-7B/", ("qwen2.5-7b",), False),
+        ("Qwen/Qwen2.5-7B-Instruct", ("qwen2.5-7b",), True),
+        (None, EMBEDDED, False),
+        ("anything", (), False),
+    ],
+)
+def test_a_base_that_is_named_otherwise_is_a_note(made_on: str | None, bases: tuple[str, ...], other: bool) -> None:
+    notes = of_another_base(made_on, bases)
+    assert bool(notes) == other
+    assert not notes or (repr(made_on) in notes[0] and repr(bases[0]) in notes[0])

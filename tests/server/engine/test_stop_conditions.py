@@ -1,0 +1,44 @@
+"""When an answer ends, why, and what of its text is shown by then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.engine.request import Request, Sampling
+from server.engine.sampler import SampledToken
+from server.engine.stop_conditions import accept
+from server.engine.tokenizer import Detokenizer, ModelTokenizer
+
+
+def answered(text: ModelTokenizer, tokens: list[int], **sampling: Any) -> tuple[str, str | None, int]:
+    """The text that is delivered of these tokens, why it ended, and after how many."""
+    request = Request("r", (3,), Sampling(**sampling), lambda delivery: None)
+    request.reader = Detokenizer(text, request.sampling.stop)
+    shown = ""
+    for token in tokens:
+        delivery = accept(request, SampledToken(token), text.vocabulary.eos_ids)
+        shown += delivery.text
+        if delivery.finish_reason is not None:
+            return shown, delivery.finish_reason, len(request.output)
+    return shown, None, len(request.output)
+
+
+@pytest.mark.parametrize("least, told", [(0, ("a", "stop", 2)), (1, ("a", "stop", 2)), (2, ("aba", "stop", 4))])
+def test_a_stop_string_ends_no_answer_before_its_least_tokens(
+    text: ModelTokenizer, least: int, told: tuple[str, str, int]
+) -> None:
+    assert answered(text, text.encode("abab"), max_tokens=9, min_tokens=least, stop=("b",)) == told
+
+
+@pytest.mark.parametrize("end, most, told", [([2], 9, "stop"), ([], 3, "length")])
+def test_what_was_held_back_for_a_stop_string_is_shown_at_the_end(
+    text: ModelTokenizer, end: list[int], most: int, told: str
+) -> None:
+    tokens = text.encode("abc") + end
+    assert answered(text, tokens, max_tokens=most, stop=("bcd",)) == ("abc", told, len(tokens))
+
+
+def test_a_stop_string_in_the_last_token_is_why_the_answer_ends(text: ModelTokenizer) -> None:
+    assert answered(text, text.encode("abc"), max_tokens=3, stop=("c",)) == ("ab", "stop", 3)
