@@ -224,7 +224,7 @@ class DirectoryWatcher:
                 self._miss(folder)
             return
         self._away.pop(folder, None)
-        taken = self._registry.taken_from(origin(WATCH, folder))
+        taken = self._registry.imported_folder(origin(WATCH, folder))
         if taken is not None and taken.signature == signature:
             self._known.add(folder)
             self._settle(folder)
@@ -257,8 +257,8 @@ class DirectoryWatcher:
 
     def _taken_before(self) -> set[str]:
         """The folders whose content is served, as far as the store remembers."""
-        served = {name: self._registry.taken_from(origin(WATCH, name)) for name in self._registry.names()}
-        return {name for name, taken in served.items() if taken and self._registry.has(name, taken.digest)}
+        served = {name: self._registry.imported_folder(origin(WATCH, name)) for name in self._registry.names()}
+        return {name for name, taken in served.items() if taken and self._registry.is_current(name, taken.digest)}
 
     def _take_in(self, folder: str, signature: FolderSignature, now: float) -> None:
         try:
@@ -267,7 +267,7 @@ class DirectoryWatcher:
                 self._directory / folder,
                 source=WATCH,
                 within=self._directory,
-                taken=(origin(WATCH, folder), signature),
+                imported=(origin(WATCH, folder), signature),
             )
         except AdapterError as error:
             retry_at = now + RETRY_SECONDS if isinstance(error, (StoreFailed, NoRoom)) else None
@@ -303,7 +303,7 @@ class DirectoryWatcher:
         if folder not in self._known:
             return
         try:
-            lost = self._registry.withdraw(folder, origin(WATCH, folder))
+            lost = self._registry.remove_folder(folder, origin(WATCH, folder))
         except AdapterError as error:  # it is tried again at the next look
             log.warning("%s was removed, but is not retired: %s", folder, error.message)
             return
@@ -339,13 +339,13 @@ def _scan(registry: Registry, folder: Path) -> bool:
         signature = signature_of(folder, None)
         if not signature:
             return False
-        taken = registry.taken_from(key)
-        ours = taken is not None and registry.has(name, taken.digest)
+        taken = registry.imported_folder(key)
+        ours = taken is not None and registry.is_current(name, taken.digest)
         if name in registry.names() and not ours:
             log.info("the library's %s is skipped: the name has another adapter", name)
             return False
         if taken is None or taken.signature != signature:
-            registry.publish_now(name, folder, source=LIBRARY, taken=(key, signature))
+            registry.publish_now(name, folder, source=LIBRARY, imported=(key, signature))
         if name in registry.names():
             return True
         log.info("the library's %s is skipped: it was deleted, or was made for another base", name)
@@ -381,7 +381,7 @@ def signature_of(folder: Path, within: Path | None) -> FolderSignature:
     return tuple(entries) if any(entry[0] in REQUIRED for entry in entries) else ()
 
 
-def as_watched(name: str, folder: Path, directory: Path) -> tuple[str, FolderSignature] | None:
+def watched_folder_state(name: str, folder: Path, directory: Path) -> tuple[str, FolderSignature] | None:
     """What the registry is to remember of a `folder` that somebody publishes as `name`, if `directory` is watched and
     would give it that name too: a watch that has not seen it yet does not bring back what is deleted before it does.
 

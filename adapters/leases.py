@@ -28,7 +28,7 @@ class Lease:
         self._released = False
         self._holds = 1
 
-    def again(self) -> Lease:
+    def clone(self) -> Lease:
         """Another lease of the same versions, though they may have no name any more; they go back with the last one.
 
         Raises UnknownAdapter if they have.

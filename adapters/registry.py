@@ -48,7 +48,7 @@ class Registry:
     `shapes` are the base's linears by path; stored versions that do not fit them are set aside and listed as rejected.
     `prepare` turns weights into the layout of the kernels. `reserved` are names that nobody may take (the base's own).
     `tasks(name)` tells which tasks use an adapter, for its description, `faults(name)` what is wrong with the task that
-    it brought, and `asked_for(name)` which of its versions, by their first digits, tasks name: those are kept. They,
+    it brought, `referenced_versions(name)` the version prefixes that tasks name: those versions are kept. They,
     `slots` and `bases`, the names that the base goes by, may be set later: an adapter that names another has a note.
     """
 
@@ -69,12 +69,14 @@ class Registry:
     ) -> None:
         self.slots: Slots = NoSlots()
         self.tasks = tasks
-        self.faults: Callable[[str], Sequence[str]] = lambda name: ()
-        self.asked_for: Callable[[str], Collection[str]] = lambda name: ()
+        self.task_errors: Callable[[str], Sequence[str]] = lambda name: ()
+        self.referenced_versions: Callable[[str], Collection[str]] = lambda name: ()
         self.bases: Sequence[str] = ()
         self.rejections = Rejections()
         self._store = store
-        self.intake = Validator(store, read, prepare, shapes, max_rank, limit=max(FOLDER_FACTOR * ram_bytes, 1 << 20))
+        self.validator = Validator(
+            store, read, prepare, shapes, max_rank, limit=max(FOLDER_FACTOR * ram_bytes, 1 << 20)
+        )
         self._max_mix = max_mix
         self._reserved = RESERVED | set(reserved)
         self._observer = observer or Observer()
@@ -165,15 +167,20 @@ class Registry:
 
     # What people ask
 
-    def names(self, by: str | None = None) -> list[str]:
-        """The adapters that are served, sorted; with `by` those alone that this source has put there."""
-        return self._names.served(by)
+    def names(self, source: str | None = None) -> list[str]:
+        """The adapters that are served, sorted; with `source` those alone that this source has put there."""
+        return self._names.served(source)
 
-    def meaning(self) -> Catalog:
-        """What all names mean at this moment, as one value."""
+    @property
+    def catalog(self) -> Catalog:
+        """An immutable snapshot of all names."""
         return self._names
 
-    def knows(self, name: str) -> bool:
+    def read_version(self, version: Version) -> LoraWeights:
+        """Read a stored version from disk. Raises StoreFailed, UnknownAdapter."""
+        return self.validator.stored(version.name, version.digest)
+
+    def exists(self, name: str) -> bool:
         """Whether the name has a version at all, though it may not be served here."""
         return name in self._names.sources
 
@@ -181,11 +188,11 @@ class Registry:
         """The version that `name` has. Raises UnknownAdapter."""
         return self._names.named(name)
 
-    def has(self, name: str, digest: str) -> bool:
+    def is_current(self, name: str, digest: str) -> bool:
         """Whether `name` is served and has this content now."""
         return self._names.current.get(name) == digest
 
-    def fails(self, text: str) -> bool:
+    def load_failed(self, text: str) -> bool:
         """Whether the version that "name" or "name@digest" means could not be read when it was last loaded; no such
         version does not fail."""
         try:
@@ -209,7 +216,7 @@ class Registry:
         with self._lock:
             self._names.named(name)
             sight = self._look(name)
-        return {**self._summary(sight), **sight.details(self._ram.size, self.bases, self.faults(name))}
+        return {**self._summary(sight), **sight.details(self._ram.size, self.bases, self.task_errors(name))}
 
     def rejected(self, faults: bool = False) -> Descriptions:
         """The folders and stored adapters that are not served, or the faulty ones alone: `{path, reason, since}`."""
@@ -225,7 +232,7 @@ class Registry:
         """Bytes of the adapters by (name, tier): "device" for those with a slot, "disk" for those not in memory."""
         return {(name, self._tier(d)): self._ram.size(d) for name, d in self._names.current.items()}
 
-    def check(self, name: str, if_match: str | None = None) -> None:
+    def check_publish(self, name: str, if_match: str | None = None) -> None:
         """Raises what `publish` would say of the name alone, before there is any content: InvalidAdapter,
         VersionMismatch.
         """
@@ -247,20 +254,20 @@ class Registry:
         if_match: str | None = None,
         source: str = "api",
         within: Path | None = None,
-        taken: Folder = None,
+        imported: Folder = None,
     ) -> Published:
         """Give `name` the content of a PEFT folder, after it was copied, read and found good.
 
         `create_only`: other content under a name in use raises AdapterConflict. `if_match`: the version that the name
         must have (a label, a digest, or "*" for any), or VersionMismatch. `within`: links may not lead out of it.
-        `taken`: the watched folder that it is and the state of its files, to be remembered in the same write; if its
+        `imported`: the watched folder that it is and the state of its files, to be remembered in the same write; if its
         content is what it was and nobody asks for it, the name is left as it has become since. Raises InvalidAdapter,
         BaseMismatch, NoRoom, StoreFailed; nothing has changed then.
         """
-        self.check(name, if_match)
-        with self.intake.stage(name, folder, within) as (staged, weights):
+        self.check_publish(name, if_match)
+        with self.validator.stage(name, folder, within) as (staged, weights):
             self._check_fit(name, weights.nbytes)
-            return self.undisturbed(lambda: self._commit(staged, weights, create_only, if_match, source, taken))
+            return self.run_exclusive(lambda: self._commit(staged, weights, create_only, if_match, source, imported))
 
     async def roll_back(self, name: str, version: str, if_match: str | None = None) -> Published:
         """Give `name` one of its kept versions again: "name@digest" or the digest, six digits of it or more.
@@ -279,9 +286,9 @@ class Registry:
 
         Raises UnknownAdapter, StoreFailed.
         """
-        return self.undisturbed(lambda: self._retire(name))
+        return self.run_exclusive(lambda: self._retire(name))
 
-    def undisturbed(self, call: Callable[[], T]) -> T:
+    def run_exclusive(self, call: Callable[[], T]) -> T:
         """What `call` answers, on the writer's thread: no name changes until it has returned. Raises StoreFailed."""
         return self._submit(self._writer, call).result()
 
@@ -302,18 +309,18 @@ class Registry:
 
     # What a watch needs
 
-    def taken_from(self, folder: str) -> ImportedFolder | None:
+    def imported_folder(self, folder: str) -> ImportedFolder | None:
         """What a folder held when it was last taken in, but for what the store has lost since."""
         taken = self._store.journal.taken.get(folder)
         return None if taken is None or taken.digest in self._store.lost else taken
 
-    def withdraw(self, name: str, folder: str) -> bool:
+    def remove_folder(self, name: str, folder: str) -> bool:
         """Forget a watched folder that is gone, and take from `name` what it brought, if that is its content still.
 
         The version that it was put over, if there is one, is served again. Answers whether anything was taken. Raises
         StoreFailed.
         """
-        return self.undisturbed(lambda: self._withdraw(name, folder))
+        return self.run_exclusive(lambda: self._withdraw(name, folder))
 
     # On a thread that publishes
 
@@ -324,12 +331,12 @@ class Registry:
             if found.name != name:
                 raise AdapterConflict(f"{text[:96]!r} is a version of another adapter", "version")
             self._ram.offer(self._load(found.digest))
-        return self.undisturbed(lambda: self._move(found, if_match))
+        return self.run_exclusive(lambda: self._move(found, if_match))
 
     # On the writer's thread
 
     def _commit(
-        self, staged: Path, weights: LoraWeights, create_only: bool, if_match: str | None, source: str, taken: Folder
+        self, staged: Path, weights: LoraWeights, create_only: bool, if_match: str | None, source: str, imported: Folder
     ) -> Published:
         version = weights.version
         name, digest = version.name, version.digest
@@ -340,19 +347,21 @@ class Registry:
         if create_only and history and not same:
             raise AdapterConflict(f"{name!r} is in use by other content; put the new content to replace it", "name")
         journal, dropped = self._store.journal, set[str]()
-        if taken is not None:
-            journal = journal.take(taken[0], ImportedFolder(digest, taken[1]))
-            if source in (WATCH, LIBRARY) and (before := self.taken_from(taken[0])) is not None:
+        if imported is not None:
+            journal = journal.take(imported[0], ImportedFolder(digest, imported[1]))
+            if source in (WATCH, LIBRARY) and (before := self.imported_folder(imported[0])) is not None:
                 if before.digest == digest and not same:
                     self._store.write(journal)
                     return Published(version, False, False, weights.metadata, self._sketch(name))
-                dropped = before.without(taken[1])
+                dropped = before.without(imported[1])
         if last := self._names.newest.get(name):
             weights = carry_over(weights, self._store.records[last], dropped)
         fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
         if self._store.adopt(staged, VersionRecord.of(weights, time.time())) and same:
             self._observer.on_change(name, version)  # whatever becomes of the rest
-        journal = journal.point(name, digest, source, time.time(), self._names.kept(name, self.asked_for(name)))
+        journal = journal.point(
+            name, digest, source, time.time(), self._names.kept(name, self.referenced_versions(name))
+        )
         try:
             if journal is not self._store.journal:
                 self._store.write(journal)
@@ -374,7 +383,7 @@ class Registry:
         self._check_fit(name, self._ram.size(digest))
         same = self._names.current.get(name) == digest
         if not same:
-            journal, stay = self._store.journal, self._names.kept(name, self.asked_for(name))
+            journal, stay = self._store.journal, self._names.kept(name, self.referenced_versions(name))
             journal = journal.point(name, digest, journal.names[name].source, time.time(), stay)
             self._store.write(journal)
             self._serve(journal)
@@ -398,8 +407,10 @@ class Registry:
         return Retired(description, done)
 
     def _withdraw(self, name: str, folder: str) -> bool:
-        taken, journal = self.taken_from(folder), self._store.journal.take(folder, None)
-        brought = taken is not None and self.has(name, taken.digest) and journal.names[name].source in (WATCH, LIBRARY)
+        taken, journal = self.imported_folder(folder), self._store.journal.take(folder, None)
+        brought = (
+            taken is not None and self.is_current(name, taken.digest) and journal.names[name].source in (WATCH, LIBRARY)
+        )
         if brought:
             self._retire(name, journal=journal.withdraw(name, time.time()))
         else:
@@ -427,7 +438,7 @@ class Registry:
 
     def _serve(self, journal: CatalogState) -> None:
         """Make what was written true for everybody: one switch of all names, then whatever follows from it."""
-        self._misfits = self.intake.misfits(journal.referenced(), self._misfits)
+        self._misfits = self.validator.misfits(journal.referenced(), self._misfits)
         names = Catalog.of(journal, self._store.lost, self._misfits.get, self._reserved)
         with self._lock:
             before, after = self._names.current, names.current
@@ -524,7 +535,7 @@ class Registry:
     def _load(self, digest: str) -> LoraWeights:
         """Read one version from the store, and remember why if it failed. On a thread that may block."""
         try:
-            weights = self.intake.load(self._names.of_content(digest), digest)
+            weights = self.validator.load(self._names.of_content(digest), digest)
         except StoreFailed as error:
             with self._lock:
                 if digest in self._store.records:

@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from adapters import composition
-from adapters.directory_watcher import as_watched
+from adapters.directory_watcher import watched_folder_state
 from adapters.peft_format import MAX_SIDE_BYTES, OPTIONAL, REQUIRED, TASK_FILE, open_inside, save
 from adapters.protocols import Published
 from server.api import schemas
@@ -105,7 +105,7 @@ async def publish(
 ) -> Response:
     """Give a name new content, be it the sum of others, or one of the versions that it had before."""
     expected = _version(parts, name, if_match)
-    parts.registry.check(name, expected)  # before anything is fetched or taken in
+    parts.registry.check_publish(name, expected)  # before anything is fetched or taken in
     if is_multipart(request):
         async with uploaded(request, runtime.settings, named=False) as (field, folder):
             if field not in ("", name):
@@ -188,7 +188,7 @@ async def _publish_sum(
     with lease:
 
         def make(folder: Path) -> float:
-            pairs = [(parts.registry.intake.stored(v.name, v.digest), weight) for v, weight in lease.versions]
+            pairs = [(parts.registry.read_version(v), weight) for v, weight in lease.versions]
             with called(adapters="from"):
                 made = composition.compose(pairs, name, rank=rank)
             save(made, folder)
@@ -206,13 +206,13 @@ async def publish_source(parts: Services, name: str, place: str, **options: Any)
 
     Raises what the registry does.
     """
-    parts.registry.check(name)
+    parts.registry.check_publish(name)
     try:
         with disk_errors("the adapter"):
             async with parts.sources.open(place) as (folder, within):
                 await asyncio.to_thread(_check_task, parts, name, folder, within)
-                taken = await asyncio.to_thread(as_watched, name, folder, within)
-                return await parts.registry.publish(name, folder, within=within, taken=taken, **options)
+                taken = await asyncio.to_thread(watched_folder_state, name, folder, within)
+                return await parts.registry.publish(name, folder, within=within, imported=taken, **options)
     except OSError as error:
         raise InvalidRequest(f"source cannot be read: {error.strerror}", "source") from None
 

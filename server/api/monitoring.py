@@ -102,7 +102,7 @@ def snapshot(runtime: ServerState) -> Snapshot:
     return Snapshot(
         ready=runtime.state == "ready" and parts.engine.state == "running",
         base=parts.model.name,
-        versions={name: Version(name, digest).label for name, digest in parts.registry.meaning().current.items()},
+        versions={name: Version(name, digest).label for name, digest in parts.registry.catalog.current.items()},
         adapter_bytes=parts.registry.sizes(),
         rejected=len(parts.registry.rejected(faults=True)),
         memory=memory(parts),
@@ -128,7 +128,7 @@ def _quality(parts: Services) -> list[tuple[str, str, str, str, str, float]]:
     Of mixes that a task's route does not lead to, whose weights would be labels without end, a client's own are left
     out; of those that an evaluation was asked for the last `MOST_MIXES` of a task are told.
     """
-    kept, base = parts.registry.meaning().labels, parts.model.id
+    kept, base = parts.registry.catalog.labels, parts.model.id
     tasks = {task.name: task for task in parts.tasks.all()}
     means = parts.quality.means(tasks, lambda subject: subject.base == base and subject.is_of(kept))
     told, mixes = [], {name: set[MixKey]() for name in tasks}
@@ -151,7 +151,7 @@ def _is_ours(task: Task, subject: MixKey) -> bool:
 def _names_by_digest(parts: Services) -> dict[str, list[str]]:
     """The names of each current version: several adapters may have one content."""
     found: dict[str, list[str]] = {}
-    for name, digest in sorted(parts.registry.meaning().current.items()):
+    for name, digest in sorted(parts.registry.catalog.current.items()):
         found.setdefault(digest, []).append(name)
     return found
 

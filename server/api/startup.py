@@ -312,7 +312,7 @@ def _tasks(settings: Settings, base: Base, text: ModelTokenizer, registry: Regis
     """The tasks, which the registry asks and tells."""
     file, size = settings.state_dir / "tasks.json", text.size
     tasks = TaskStore(file, registry, reserved=(base.name,), vocabulary=size, max_mix=settings.max_mix)
-    registry.tasks, registry.faults, registry.asked_for = tasks.using, tasks.faults, tasks.versions
+    registry.tasks, registry.task_errors, registry.referenced_versions = tasks.using, tasks.faults, tasks.versions
     notices.on_adapters = tasks.refresh
     return tasks
 

@@ -119,7 +119,7 @@ class Publisher:
         self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
         self._evaluate, self._reviewed, self._shapes, self._base_id = evaluate, reviewed, shapes, base_id
         self._records = records
-        for name in filter(self._is_left_over, registry.names(by=SOURCE)):
+        for name in filter(self._is_left_over, registry.names(source=SOURCE)):
             try:
                 registry.retire_now(name)
             except AdapterError as error:
@@ -250,7 +250,7 @@ class Publisher:
         """Raises JobError where the name is somebody's: what is measured under it is taken away again."""
         name = active.job.id
         if name in self._registry.names():
-            if name not in self._registry.names(by=SOURCE) or not self._is_left_over(name):
+            if name not in self._registry.names(source=SOURCE) or not self._is_left_over(name):
                 raise JobError(
                     "name_taken",
                     f"the adapter {name} is called as this job is, whose result is measured under that name: "

@@ -198,7 +198,7 @@ def _copy(ground: TrainingContext, version: Version, target: Path) -> None:
     """The folder of a version that is leased. Raises StoreFailed, for what is damaged too: nothing goes on from that,
     and who is to be compared with it would be told at the end of a training only.
     """
-    ground.registry.intake.stored(version.name, version.digest)
+    ground.registry.read_version(version)
     with refused(f"a copy of {version.label}"):
         target.mkdir(parents=True)
         for file in ground.store.path(version.digest).iterdir():  # not copytree, whose error has no reason

@@ -193,7 +193,7 @@ class Inference:
 
     def lease(self, target: Target) -> Lease:
         """A lease of what is to answer. Raises UnknownAdapter, InvalidChoice, NoRoom."""
-        return self.leases.lease(target.choice) if target.held is None else target.held.again()
+        return self.leases.lease(target.choice) if target.held is None else target.held.clone()
 
     def start(
         self,

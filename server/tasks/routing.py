@@ -40,7 +40,7 @@ class Versions(Protocol):
 
     def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
 
-    def fails(self, text: str) -> bool: ...
+    def load_failed(self, text: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class BestRouter:
         subjects = self._subjects(task, route)
         leader = self._leading(task, route, subjects)
         known, behind = self._behind.get(task.name, (route, frozenset[MixKey]()))
-        sound = [name for name in subjects if not self._versions.fails(name)] or list(subjects)
+        sound = [name for name in subjects if not self._versions.load_failed(name)] or list(subjects)
         first = [n for n in sound if known != route or subjects[n] not in behind] or sound
         if leader in sound:
             first = [leader]

@@ -42,7 +42,7 @@ class AdapterCatalog(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def knows(self, name: str) -> bool: ...
+    def exists(self, name: str) -> bool: ...
 
     def current(self, name: str) -> Version: ...
 
@@ -52,7 +52,7 @@ class AdapterCatalog(Protocol):
 
     def lease(self, choice: Choice) -> Lease: ...
 
-    def undisturbed(self, call: Callable[[], T]) -> T: ...
+    def run_exclusive(self, call: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class TaskStore:
         if name in self._reserved:
             raise InvalidRequest(f"the name {name!r} is reserved", "task")
         check_task_name(name)
-        return self._adapters.undisturbed(lambda: self._define(name, body))
+        return self._adapters.run_exclusive(lambda: self._define(name, body))
 
     def _define(self, name: str, body: Mapping[str, Any]) -> tuple[Task, bool]:
         """While no adapter comes or goes: what the task routes to is there when it is written."""
@@ -224,7 +224,7 @@ class TaskStore:
             absent = {
                 name: owner
                 for name, owner in self._contested.items()
-                if name not in offers and (name in self._put or self._adapters.knows(owner))
+                if name not in offers and (name in self._put or self._adapters.exists(owner))
             }
             self._keep_owners(absent | {name: owners[name] for name, those in offers.items() if len(those) > 1})
             self._owners = owners

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from adapters.directory_watcher import DirectoryWatcher, as_watched, scan_library, signature_of
+from adapters.directory_watcher import DirectoryWatcher, scan_library, signature_of, watched_folder_state
 from adapters.errors import InvalidAdapter, StoreFailed
 from adapters.peft_format import read_folder
 from adapters.protocols import Observer
@@ -558,7 +558,7 @@ def test_deleted_through_the_api_it_stays_deleted_until_its_content_changes(scen
     assert scene.look(5) == {}
     age(scene.directory / "a")
     assert scene.look(5) == {}, "touched is not changed"
-    taken = scene.registry.taken_from("watch/a")
+    taken = scene.registry.imported_folder("watch/a")
     assert taken is not None and taken.signature == signature_of(scene.directory / "a", None), "and not read again"
     scene.restart()
     assert scene.look(5) == {}
@@ -572,8 +572,8 @@ def test_published_from_its_folder_and_deleted_before_a_look_it_stays_deleted(sc
     a, folder = scene.put("a", 1), scene.directory / "a"
 
     def publish() -> str:
-        taken = as_watched("a", folder.resolve(), scene.directory)
-        return scene.registry.publish_now("a", folder, within=scene.directory, taken=taken).version.digest
+        taken = watched_folder_state("a", folder.resolve(), scene.directory)
+        return scene.registry.publish_now("a", folder, within=scene.directory, imported=taken).version.digest
 
     assert publish() == a
     asyncio.run(scene.registry.retire("a"))
@@ -590,12 +590,12 @@ def test_published_from_its_folder_and_deleted_before_a_look_it_stays_deleted(sc
 def test_only_a_folder_that_the_watch_gives_the_name_to_is_remembered(scene: Scene, tmp_path: Path) -> None:
     scene.put("a", 1)
     root = scene.directory.resolve()
-    assert as_watched("a", root / "a", scene.directory) == ("watch/a", signature_of(root / "a", None))
-    assert as_watched("b", root / "a", scene.directory) is None
-    assert as_watched("a", root / "below" / "a", scene.directory) is None
-    assert as_watched("a", tmp_path / "a", tmp_path / "fetched") is None
+    assert watched_folder_state("a", root / "a", scene.directory) == ("watch/a", signature_of(root / "a", None))
+    assert watched_folder_state("b", root / "a", scene.directory) is None
+    assert watched_folder_state("a", root / "below" / "a", scene.directory) is None
+    assert watched_folder_state("a", tmp_path / "a", tmp_path / "fetched") is None
     (tmp_path / "link").symlink_to(scene.directory)
-    assert as_watched("a", root / "a", tmp_path / "link") is not None
+    assert watched_folder_state("a", root / "a", tmp_path / "link") is not None
 
 
 def test_what_the_api_put_over_a_folder_stays(scene: Scene, tmp_path: Path) -> None:
@@ -786,10 +786,10 @@ def test_what_is_deleted_when_its_folder_is_gone_is_forgotten(scene: Scene) -> N
     scene.look(2)
     shutil.rmtree(scene.directory / "a")
     scene.restart()
-    assert set(scene.look(10)) == {"a", "b"} and scene.registry.taken_from("watch/a") is not None
+    assert set(scene.look(10)) == {"a", "b"} and scene.registry.imported_folder("watch/a") is not None
     asyncio.run(scene.registry.retire("a"))
     assert scene.look(5) == {"b": b}
-    assert scene.registry.taken_from("watch/a") is None and scene.registry.taken_from("watch/b") is not None
+    assert scene.registry.imported_folder("watch/a") is None and scene.registry.imported_folder("watch/b") is not None
 
 
 def test_what_is_deleted_while_nothing_at_all_is_there_stays_so(scene: Scene) -> None:
@@ -980,7 +980,7 @@ def test_a_removed_folder_that_could_not_be_retired_is_at_the_next_look(
         raise StoreFailed("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scene.registry, "withdraw", full)
+        patch.setattr(scene.registry, "remove_folder", full)
         assert scene.look(6) == {"a": a} and "a was removed, but is not retired: the disk is full" in caplog.text
     assert scene.look(6) == {}
 

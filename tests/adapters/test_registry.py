@@ -346,14 +346,14 @@ class FullDisk(Disk):
 def test_another_card_is_told_of_though_the_disk_is_full_by_then(open_registry: Open, folders: list[Path]) -> None:
     disk = FullDisk()
     registry = open_registry(disk=disk)
-    version = registry.publish_now("a", folders[0], source="watch", taken=("watch/a", ())).version
+    version = registry.publish_now("a", folders[0], source="watch", imported=("watch/a", ())).version
     (folders[0] / "README.md").write_text("another")
     disk.full = {"names"}
     taken = ("watch/a", (("README.md", 1, 2, 3, 4),))
     with pytest.raises(StoreFailed):
-        registry.publish_now("a", folders[0], source="watch", taken=taken)
+        registry.publish_now("a", folders[0], source="watch", imported=taken)
     disk.full = set()
-    registry.publish_now("a", folders[0], source="watch", taken=taken)
+    registry.publish_now("a", folders[0], source="watch", imported=taken)
     assert registry.metadata("a")["card"] == "another"
     assert registry._observer.changes == [("a", version.label)] * 2, "who reads its task hears of it once"
 
@@ -437,19 +437,19 @@ def test_a_lease_can_be_had_again_when_the_name_is_gone(registry: Registry, fold
     version = registry.publish_now("a", folders[0]).version
     lease = registry.lease([("a", 1.0)])
     registry.retire_now("a")
-    again = lease.again()
+    again = lease.clone()
     assert again.versions == lease.versions == [(version, 1.0)] and again.mix == lease.mix
     lease.release()
     lease.release()
     assert [w.digest for w in fetched(registry, again.mix)] == [version.digest] and stored(registry)
-    third = again.again()
+    third = again.clone()
     again.release()
     assert len(registry._leases) == 1
     third.release()
     assert len(registry._leases) == 0
     for one in (lease, again, third):
         with pytest.raises(UnknownAdapter, match="given back"):
-            one.again()
+            one.clone()
     registry.publish_now("b", folders[1])
     assert stored(registry) == {digest_of(folders[1])}
 
@@ -563,7 +563,7 @@ async def test_roll_back(registry: Registry, folders: list[Path]) -> None:
 
 async def test_rolling_back_keeps_the_version_that_a_task_names(registry: Registry, folders: list[Path]) -> None:
     first = (await registry.publish("a", folders[0])).version
-    registry.asked_for = lambda name: [first.digest[:12]]
+    registry.referenced_versions = lambda name: [first.digest[:12]]
     versions = [(await registry.publish("a", folder)).version for folder in folders[1:4]]
     await registry.roll_back("a", versions[0].label)
     assert registry.current("a") == versions[0]
@@ -1159,9 +1159,10 @@ async def test_what_was_said_of_a_damaged_version_ends_when_it_is_published_agai
     with pytest.raises(StoreFailed):
         await registry.prefetch("a")
     assert "changed on disk" in registry.describe("a")["notes"][-1]
-    assert registry.fails("a") and registry.fails(f"a@{version.digest[:12]}") and not registry.fails("nobody")
+    assert registry.load_failed("a") and registry.load_failed(f"a@{version.digest[:12]}")
+    assert not registry.load_failed("nobody")
     await registry.publish("a", folders[0])
-    assert registry.describe("a")["notes"] == [] and not registry.fails("a")
+    assert registry.describe("a")["notes"] == [] and not registry.load_failed("a")
 
 
 async def test_a_pin_that_could_not_be_loaded_holds_once_its_content_is_published(

@@ -347,7 +347,7 @@ def test_what_overtakes_a_put_that_expects_a_version_is_not_put_over(
         "from": {"json": {"from": [{"name": "b", "weight": 0.5}]}},
         "version": {"json": {"version": first}},
     }[how]
-    check, overtaking = registry.check, write_adapter("quick", 6)
+    check, overtaking = registry.check_publish, write_adapter("quick", 6)
 
     def overtaken(*given: Any) -> None:
         check(*given)
@@ -355,10 +355,10 @@ def test_what_overtakes_a_put_that_expects_a_version_is_not_put_over(
         registry.publish_now("a", overtaking)
 
     expected = live.http.get("/adapters/a").headers["etag"]
-    monkeypatch.setattr(registry, "check", overtaken)
+    monkeypatch.setattr(registry, "check_publish", overtaken)
     refused = live.http.put("/adapters/a", headers={"if-match": expected}, **body)
     assert refused.status_code == 412, refused.text
-    assert registry.has("a", read_folder(overtaking, name="a").digest)
+    assert registry.is_current("a", read_folder(overtaking, name="a").digest)
 
 
 def test_a_deletion_that_expects_another_version_is_refused(live: Any) -> None:

@@ -234,7 +234,7 @@ class Names:
         self.contents = dict.fromkeys(names, "1")
         self.failing: set[str] = set()
 
-    def fails(self, text: str) -> bool:
+    def load_failed(self, text: str) -> bool:
         return text in self.failing
 
     def resolve(self, choice: Any) -> Any:

@@ -28,7 +28,7 @@ class Folders:
     def names(self) -> list[str]:
         return sorted(self.bodies)
 
-    def knows(self, name: str) -> bool:
+    def exists(self, name: str) -> bool:
         return name in self.bodies or name in self.aside
 
     def current(self, name: str) -> Version:
@@ -37,7 +37,7 @@ class Folders:
     def metadata(self, name: str) -> dict[str, Any]:
         return {"task": self.bodies[name]}
 
-    def undisturbed(self, call: Any) -> Any:
+    def run_exclusive(self, call: Any) -> Any:
         return call()
 
     def lease(self, choice: Any) -> Any:
