@@ -13,7 +13,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from server.api import startup
 from server.cli.main import main
 from server.metrics import Metrics
 from server.tasks.quality import Quality
@@ -46,7 +45,7 @@ def counted(record: Callable[..., Any]) -> Callable[..., Any]:
 
 RECORDS = (
     (Metrics, "record", counted(timed(Metrics.record))),
-    (startup, "remember", timed(startup.remember)),
+    (Quality, "answered", timed(Quality.answered)),
     (Quality, "flush", timed(Quality.flush)),
 )
 """Owner, name, and what is there while records are made."""
