@@ -55,7 +55,7 @@ def steps(
     from benchmarks import roofline
     from benchmarks import steps as measured
     from benchmarks.synthetic import write_adapter
-    from server.engine.backends.protocol import make_runner
+    from server.engine.backends import make_runner
 
     settings = _settings(model, state_dir, kernels)
     base, folder = _base(settings), settings.state_dir / "bench"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from server.engine.backends.cuda.runner import CudaRunner, gpu_memory
-from server.engine.backends.protocol import TorchRunner
+from server.engine.backends.torch.runner import TorchRunner
 from server.engine.batch import Batch
 from server.engine.tokenizer import ModelTokenizer
 from server.kernels.cuda import Cuda

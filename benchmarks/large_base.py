@@ -96,7 +96,7 @@ def sampled_peak(result: list[int]) -> Iterator[None]:
 
 def measure(folder: Path, kernels: str, cache: Path | None, tokens: int, threads: int, group: int) -> dict[str, Any]:
     """Load, then generate greedily; run in a process of its own."""
-    from server.engine.backends.protocol import make_runner
+    from server.engine.backends import make_runner
     from server.kernels import choose
     from server.model.loader import load_base
 

@@ -17,7 +17,7 @@ from typing import Any
 from adapters.peft_format import read_folder
 from adapters.weights import LoraWeights, Mix, Version, canonical_mix
 from benchmarks.roofline import Cost, decode_cost
-from server.engine.backends.protocol import make_runner
+from server.engine.backends import make_runner
 from server.engine.overlap import engine_on
 from server.engine.request import Delivery, Request, Sampling
 from server.engine.tokenizer import ModelTokenizer

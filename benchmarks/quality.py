@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from server.engine.backends.protocol import Runner, make_runner
+from server.engine.backends import make_runner
+from server.engine.backends.protocol import Runner
 from server.engine.batch import Batch
 from server.engine.tokenizer import ModelTokenizer
 from server.kernels import choose

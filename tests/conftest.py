@@ -17,7 +17,7 @@ import pytest
 
 if TYPE_CHECKING:
     from adapters.weights import LoraWeights
-    from server.engine.backends.protocol import TorchRunner
+    from server.engine.backends.torch.runner import TorchRunner
     from server.model.loader import Base
     from server.model.vocabulary import Vocabulary
 
@@ -222,7 +222,7 @@ def tiny_base(tiny_vocabulary: Vocabulary) -> Base:
 @pytest.fixture
 def tiny_runner(tiny_base: Base) -> TorchRunner:
     """A runner over `tiny_base` with 8 slots and 64 blocks of 16 tokens."""
-    from server.engine.backends.protocol import TorchRunner
+    from server.engine.backends.torch.runner import TorchRunner
 
     runner = TorchRunner(tiny_base, max_slots=8, threads=1)
     runner.allocate(64, 16)

@@ -24,7 +24,8 @@ from adapters.weights import Version
 from server.api.errors import answer
 from server.api.state import BaseInfo, Services
 from server.api.watchdog import Watchdog
-from server.engine.backends.protocol import Runner, make_runner
+from server.engine.backends import make_runner
+from server.engine.backends.protocol import Runner
 from server.engine.engine import Engine
 from server.engine.grammar import Grammars
 from server.engine.overlap import engine_on

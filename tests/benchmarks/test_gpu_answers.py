@@ -19,7 +19,7 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from benchmarks import gpu_answers
-from server.engine.backends.protocol import TorchRunner
+from server.engine.backends.torch.runner import TorchRunner
 from server.kernels.cuda import Cuda
 from server.kernels.reference import Reference
 from server.model.loader import Base

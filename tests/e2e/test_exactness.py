@@ -12,7 +12,7 @@ import torch
 
 from adapters.peft_format import read_folder
 from adapters.weights import LoraWeights
-from server.engine.backends.protocol import make_runner
+from server.engine.backends import make_runner
 from server.engine.batch import Batch
 from server.engine.tokenizer import ModelTokenizer
 from server.model.loader import Base

@@ -19,7 +19,7 @@ import torch
 import server.app
 from server.api.generate import finite
 from server.api.startup import build
-from server.engine.backends.protocol import TorchRunner
+from server.engine.backends.torch.runner import TorchRunner
 from server.engine.batch import Batch
 from server.model.loader import Base
 from server.tasks.prompts import Prompts

@@ -19,7 +19,7 @@ from adapters.peft_format import save
 from adapters.weights import LoraWeights
 from server.api import startup
 from server.cli import app, evaluate, main
-from server.engine.backends.protocol import TorchRunner
+from server.engine.backends.torch.runner import TorchRunner
 from server.engine.batch import Batch
 from server.errors import InvalidRequest
 from server.model.loader import Base

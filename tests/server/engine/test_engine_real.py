@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.backends.protocol import make_runner
+from server.engine.backends import make_runner
 from server.engine.overlap import engine_on
 from server.engine.tokenizer import ModelTokenizer
 from server.kernels import choose, cpu

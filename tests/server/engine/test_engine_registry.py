@@ -19,7 +19,7 @@ from adapters.peft_format import save
 from adapters.registry import Registry
 from adapters.store import AdapterStore
 from adapters.weights import LowRank, with_digest
-from server.engine.backends.protocol import TorchRunner
+from server.engine.backends.torch.runner import TorchRunner
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
 from server.engine.tokenizer import ModelTokenizer

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from adapters.weights import LoraWeights
-from server.engine.backends.protocol import TorchRunner, make_runner
+from server.engine.backends import make_runner
+from server.engine.backends.torch.runner import TorchRunner
 from server.engine.batch import Batch
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from server.engine.backends.cuda.batch import GraphShape, batch_buckets, describ
 from server.engine.backends.cuda.device_model import DeviceModel, DeviceStep
 from server.engine.backends.cuda.memory import DENSE_ROWS, FOR_GRAPHS, MOST_OF_A_GRAPH, share_out, work_bytes
 from server.engine.backends.cuda.runner import RETRY_SECONDS, CudaRunner, StepMemory, gpu_memory
-from server.engine.backends.protocol import Runner, TorchRunner
+from server.engine.backends.protocol import Runner
+from server.engine.backends.torch.runner import TorchRunner
 from server.engine.batch import Batch, Logits
 from server.errors import BadModel, NoCapacity
 from server.kernels.cuda import Cuda, epilogue, lora, matmul, packing, sampling

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from adapters.weights import LoraWeights, LowRank
+from server.engine.backends import make_runner
 from server.engine.backends.cpu.runner import _Results
-from server.engine.backends.protocol import Runner, make_runner
+from server.engine.backends.protocol import Runner
 from server.engine.batch import Batch, Logits
 from server.kernels import choose, cpu
 from server.kernels.cpu import bindings

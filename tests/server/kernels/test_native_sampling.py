@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.backends.protocol import Runner, make_runner
+from server.engine.backends import make_runner
+from server.engine.backends.protocol import Runner
 from server.engine.batch import Logits, ScheduledRequest
 from server.engine.request import Request, Sampling
 from server.engine.sampler import SampledToken, Sampler

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from adapters.weights import LoraWeights, LowRank
-from server.engine.backends.protocol import TorchRunner
+from server.engine.backends.torch.runner import TorchRunner
 from server.engine.batch import Batch
 from server.kernels import choose
 from server.model.attention import Context, PackedAttention

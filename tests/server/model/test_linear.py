@@ -18,7 +18,7 @@ from server.model.linear import Linear
 from server.model.quantization import quantize
 
 if TYPE_CHECKING:
-    from server.engine.backends.protocol import TorchRunner
+    from server.engine.backends.torch.runner import TorchRunner
     from server.model.loader import Base
 
 

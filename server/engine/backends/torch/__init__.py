@@ -1,0 +1,1 @@
+"""The runner on PyTorch's CPU kernels."""
