@@ -45,7 +45,7 @@ def counted(record: Callable[..., Any]) -> Callable[..., Any]:
 
 RECORDS = (
     (Metrics, "record", counted(timed(Metrics.record))),
-    (Quality, "answered", timed(Quality.answered)),
+    (Quality, "record_answer", timed(Quality.record_answer)),
     (Quality, "flush", timed(Quality.flush)),
 )
 """Owner, name, and what is there while records are made."""

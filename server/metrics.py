@@ -71,8 +71,8 @@ class RequestRecord:
     `task` is None when none was asked; `adapters` are the names of the mix, empty for the base; `status` is the HTTP
     status or "cancelled". With `known` false, neither was resolved, and the request is counted under `other`.
     `longest` is the most tokens of one answer, where a request has several, `tpot` the seconds between two tokens of
-    one, the mean of all. `latency` false keeps it out of the histograms (evaluation traffic). With `made_up` the mix is
-    the request's own, and no task's.
+    one, the mean of all. `latency` false keeps it out of the histograms (evaluation traffic). With
+    `custom_mix` the mix is the request's own, and no task's.
     """
 
     task: str | None
@@ -88,7 +88,7 @@ class RequestRecord:
     tpot: float = math.nan
     known: bool = True
     latency: bool = True
-    made_up: bool = False
+    custom_mix: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ class Metrics(Observer):
     def _may_begin(self, ended: RequestRecord) -> bool:
         """Mixes that requests make up are without number: half of the pairs is left to tasks' own and to adapters."""
         live = len(self._pairs) - ((OTHER, OTHER) in self._pairs)
-        made_up = ended.made_up and (ended.task is not None or len(ended.adapters) > 1)
-        room = MAX_PAIRS // 2 if made_up else MAX_PAIRS
+        custom_mix = ended.custom_mix and (ended.task is not None or len(ended.adapters) > 1)
+        room = MAX_PAIRS // 2 if custom_mix else MAX_PAIRS
         return live < room and self.served(ended.task, ended.adapters)
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:

@@ -229,7 +229,7 @@ def _check_task(parts: Services, name: str, folder: Path, within: Path | None) -
         body = json.loads(content)
     except (ValueError, RecursionError):
         return
-    parts.tasks.check_file(name, body)
+    parts.tasks.check_task_file(name, body)
 
 
 def described(told: dict[str, Any], status: int = 200) -> Response:

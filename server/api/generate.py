@@ -50,9 +50,9 @@ async def generate(
         with counted(parts.inference, target, caller):
             asked = asked_fields(body)
             defaults = target.task.defaults if target.task else {}
-            layers = asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.room
+            layers = asked, defaults, sampling.OWN_DEFAULTS, parts.prompts.limit
             sampling.build(*layers)  # what is right for no prompt is refused before one is tokenized
-            ids = await parts.prompts.of_input(target.task, body.prompt)
+            ids = await parts.prompts.encode_input(target.task, body.prompt)
             chosen = sampling.build(*layers, len(ids))
             await still_there(request)
         if chosen.logprobs == 0:
@@ -79,7 +79,9 @@ async def classify(
             parts.engine.check_call(len(labels))
             left = threading.Event()
             async with listening(request.receive, left.set):
-                encoded = await parts.prompts.of_labels(target.task, body.prompt, labels, caller.deadline, left.is_set)
+                encoded = await parts.prompts.encode_labels(
+                    target.task, body.prompt, labels, caller.deadline, left.is_set
+                )
             if left.is_set():
                 raise ClientDisconnect
         generation = parts.inference.start(
@@ -92,7 +94,7 @@ async def classify(
         )
     await finished(request.receive, generation)
     check_complete(generation)
-    return json_response({**_common(generation), "label": generation.said(), "scores": generation.scores()})
+    return json_response({**_common(generation), "label": generation.answer_text(), "scores": generation.scores()})
 
 
 class _Events:
@@ -214,11 +216,11 @@ class counted:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ClientDisconnect):
-            self._inference.abandoned(self._target, self._caller)
+            self._inference.record_disconnect(self._target, self._caller)
         elif isinstance(error, Exception):
-            self._inference.refused(self._target, error, self._caller)
+            self._inference.record_rejection(self._target, error, self._caller)
         elif isinstance(error, asyncio.CancelledError):  # `Boundary` answers so
-            self._inference.refused(self._target, NotReady(SHUTTING_DOWN), self._caller)
+            self._inference.record_rejection(self._target, NotReady(SHUTTING_DOWN), self._caller)
 
 
 def json_response(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:

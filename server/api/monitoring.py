@@ -130,7 +130,7 @@ def _quality(parts: Services) -> list[tuple[str, str, str, str, str, float]]:
     """
     kept, base = parts.registry.catalog.labels, parts.model.id
     tasks = {task.name: task for task in parts.tasks.all()}
-    means = parts.quality.means(tasks, lambda subject: subject.base == base and subject.is_of(kept))
+    means = parts.quality.means(tasks, lambda subject: subject.base == base and subject.uses_only(kept))
     told, mixes = [], {name: set[MixKey]() for name in tasks}
     for subject, metric, source, mean in means:
         if not _is_ours(tasks[subject.task], subject):
@@ -145,7 +145,7 @@ def _quality(parts: Services) -> list[tuple[str, str, str, str, str, float]]:
 def _is_ours(task: Task, subject: MixKey) -> bool:
     """Whether it is one version alone, or what the task's route leads to."""
     choice = subject.choice
-    return not choice or (len(choice) == 1 and choice[0][1] == 1.0) or task.route.leads_to(choice)
+    return not choice or (len(choice) == 1 and choice[0][1] == 1.0) or task.route.allows(choice)
 
 
 def _names_by_digest(parts: Services) -> dict[str, list[str]]:

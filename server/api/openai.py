@@ -22,7 +22,7 @@ from server.api.stream import EventStream, answered, check_complete, finished, s
 from server.engine.request import Constraint
 from server.errors import DeadlineExceeded, InvalidRequest
 from server.tasks import sampling
-from server.tasks.inference import Caller, choices, new_id
+from server.tasks.inference import Caller, new_id, samplings_per_choice
 from server.tasks.resolve import Target
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -59,7 +59,7 @@ def models(parts: Services) -> list[dict[str, Any]]:
 def _entry(parts: Services, id: str, kind: str, parent: str | None) -> dict[str, Any]:
     """`root` and `max_model_len` are vLLM's, which its benchmark and other clients read."""
     told = {"id": id, "object": "model", "created": parts.model.created, "owned_by": "loramux"}
-    return {**told, "kind": kind, "parent": parent, "root": id, "max_model_len": parts.prompts.room.context}
+    return {**told, "kind": kind, "parent": parent, "root": id, "max_model_len": parts.prompts.limit.context}
 
 
 @router.post("/completions", response_model=schemas.Completion, responses={**CALLED, **STREAMED})
@@ -89,7 +89,7 @@ async def chat(body: schemas.ChatBody, request: Request, runtime: StateDep, part
             if body.top_logprobs and not body.logprobs:
                 raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
             layers = _layers(parts, target, body, sampling.CHAT_DEFAULTS)
-            ids = await parts.prompts.of_chat(target.task, [_message(m) for m in body.messages])
+            ids = await parts.prompts.encode_chat(target.task, [_message(m) for m in body.messages])
         shape = ChatShape(new_id("chatcmpl"), _now(), body.model, parts.prompts.text)
         return await _answer(parts, request, body, caller, target, [ids], layers, shape)
 
@@ -129,7 +129,7 @@ async def _answer(
     generation = parts.inference.start(
         target,
         [p for p in prompts for _ in range(n)],
-        [each for chosen in built for each in choices(chosen, n)],
+        [each for chosen in built for each in samplings_per_choice(chosen, n)],
         caller,
         id=shape.id,
         answers=n,
@@ -164,7 +164,7 @@ def _layers(
     own = target.task.defaults if target.task else {}
     if body.logprobs is False or not own.get("logprobs"):  # here a number of 0 would be those of the tokens alone
         own = {k: v for k, v in own.items() if k != "logprobs"}
-    layers = _asked(body), own, defaults, parts.prompts.room
+    layers = _asked(body), own, defaults, parts.prompts.limit
     sampling.build(*layers)
     return layers
 
@@ -193,16 +193,16 @@ async def _prompts(parts: Services, target: Target, body: schemas.CompletionBody
     """Texts go through the task's template, if there is one; token ids are taken as they are."""
     prompt = body.prompt
     if isinstance(prompt, str):
-        return [await parts.prompts.of_input(target.task, prompt)]
+        return [await parts.prompts.encode_input(target.task, prompt)]
     if isinstance(prompt[0], int):
-        return [parts.prompts.of_tokens(prompt)]
+        return [parts.prompts.check_token_ids(prompt)]
     if isinstance(prompt[0], str):
         found = []
         for text in prompt:
             await asyncio.sleep(0)  # others are answered between two of them: each takes some milliseconds
-            found.append(await parts.prompts.of_input(target.task, text))
+            found.append(await parts.prompts.encode_input(target.task, text))
         return found
-    return [parts.prompts.of_tokens(ids) for ids in prompt]
+    return [parts.prompts.check_token_ids(ids) for ids in prompt]
 
 
 def _message(message: schemas.ChatMessage) -> dict[str, Any]:

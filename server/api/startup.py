@@ -177,7 +177,7 @@ def build(
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )
     inference.on_ended = _ending(settings, quality, text, base.id)
-    training = _ground(settings, base, source, registry, store, tasks, runner, prompts.room.context)
+    training = _ground(settings, base, source, registry, store, tasks, runner, prompts.limit.context)
     evaluations = _evaluations(inference, prompts, mailbox)
     jobs = _jobs(settings, training, tasks, quality, evaluations, router, base, _lends(base, engine))
     parts = Services(
@@ -286,7 +286,7 @@ def _jobs(
     files = training.files
 
     def reviewed(name: str) -> None:
-        router.look(tasks.find(name))
+        router.review_task(tasks.find(name))
 
     records = JobStore(settings.state_dir / "jobs")
     publishing = Publisher(
@@ -313,7 +313,7 @@ def _tasks(settings: Settings, base: Base, text: ModelTokenizer, registry: Regis
     """The tasks, which the registry asks and tells."""
     file, size = settings.state_dir / "tasks.json", text.size
     tasks = TaskStore(file, registry, reserved=(base.name,), vocabulary=size, max_mix=settings.max_mix)
-    registry.tasks, registry.task_errors, registry.referenced_versions = tasks.using, tasks.faults, tasks.versions
+    registry.tasks, registry.task_errors, registry.referenced_versions = tasks.routing_to, tasks.faults, tasks.versions
     notices.on_adapters = tasks.refresh
     return tasks
 
@@ -323,7 +323,7 @@ def _forgotten(router: BestRouter) -> Callable[[str], None]:
 
     def forget(task: str) -> None:
         try:
-            router.forget(task)
+            router.forget_task(task)
         except StoreFailed as error:
             log.warning("who leads the task %r, which is gone, is still written down: %s", task, error.message)
 
@@ -338,12 +338,12 @@ def _looked_at(tasks: TaskStore, router: BestRouter) -> Callable[[str], None]:
     def look(several: Sequence[str]) -> None:
         for name in several:
             try:
-                router.look(tasks.find(name))
+                router.review_task(tasks.find(name))
             except StoreFailed as error:
                 log.warning("who leads the task %r is looked at again when a score comes: %s", name, error.message)
 
     look([task.name for task in tasks.all()])
-    return lambda adapter: look(tasks.using(adapter))
+    return lambda adapter: look(tasks.routing_to(adapter))
 
 
 def _sources(settings: Settings) -> Sources:
@@ -364,8 +364,8 @@ def _ending(settings: Settings, quality: Quality, text: ModelTokenizer, base_id:
     """What is done once a generation has ended."""
 
     def ended(generation: Generation) -> None:
-        if (answered := AnswerRecord.of(generation, base_id)) is not None:
-            quality.answered(answered)
+        if (answered := AnswerRecord.from_generation(generation, base_id)) is not None:
+            quality.record_answer(answered)
         if settings.log_prompts:
             for reply in generation.replies:
                 said = "".join(reply.text)

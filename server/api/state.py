@@ -102,7 +102,7 @@ class ServerState:
     def cut_short(self) -> None:
         """End what clients still wait for: each answer says so itself. On the event loop's thread."""
         if self.loaded is not None:
-            self.loaded.inference.cut_short()
+            self.loaded.inference.abort_client_requests()
 
     def parts(self) -> Services:
         """The parts. Raises NotServing while loading or draining."""

@@ -67,9 +67,9 @@ async def _rerouted(parts: Services, name: str) -> None:
     task = parts.tasks.find(name)
     try:
         if task is not None and isinstance(task.route, BestRoute):
-            await asyncio.to_thread(parts.router.look, task)
+            await asyncio.to_thread(parts.router.review_task, task)
         else:
-            await asyncio.to_thread(parts.router.forget, name)
+            await asyncio.to_thread(parts.router.forget_task, name)
     except StoreFailed as error:
         log.warning("who leads the task %r is not written: %s", name, error.message)
 
@@ -87,8 +87,8 @@ async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, par
     parts.tasks.get(task)
 
     def take() -> None:
-        parts.quality.feedback(task, body.id, request.state.tenant, score=body.score, expected=body.expected)
-        parts.router.look(parts.tasks.find(task))
+        parts.quality.record_feedback(task, body.id, request.state.tenant, score=body.score, expected=body.expected)
+        parts.router.review_task(parts.tasks.find(task))
 
     await asyncio.to_thread(take)
     return Response(status_code=204)

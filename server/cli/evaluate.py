@@ -160,7 +160,7 @@ def _show(told: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from server.tasks.evaluation import reach_note
+    from server.tasks.evaluation import unreachable_note
 
     table = Table(box=box.SIMPLE)
     table.add_column("candidate", overflow="fold")
@@ -183,7 +183,7 @@ def _show(told: dict[str, Any]) -> None:
     out().print(f"{told['task']}, {told['examples']} examples{several}")
     out().print(table)
     if told["out_of_reach"]:
-        out().print(reach_note(told["out_of_reach"], told["examples"]))
+        out().print(unreachable_note(told["out_of_reach"], told["examples"]))
 
 
 def _writable(path: Path) -> None:

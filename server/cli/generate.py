@@ -84,9 +84,9 @@ async def _answer(
         parts = house.parts
         choice = None if adapters is None else [weighted(house, text) for text in adapters]
         target = target_of(house, task, choice)
-        ids = await parts.prompts.of_input(target.task, prompt)
+        ids = await parts.prompts.encode_input(target.task, prompt)
         defaults = target.task.defaults if target.task else {}
-        sampling = build(asked, defaults, OWN_DEFAULTS, parts.prompts.room, len(ids))
+        sampling = build(asked, defaults, OWN_DEFAULTS, parts.prompts.limit, len(ids))
         start = time.monotonic()
         generation = parts.inference.start(target, [ids], [sampling], Caller())
         pieces: list[str] = []

@@ -237,7 +237,7 @@ def _scorer(
 
     parts, name = house.parts, plan.recipe.name
     parts.tasks.put(name, plan.recipe.task)
-    room = parts.prompts.room.context
+    room = parts.prompts.limit.context
     judging = answerable(found.judges, found.encode, room)
     examples = pairs(judging)
     if not examples:
@@ -356,7 +356,7 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
     from rich import box
     from rich.table import Table
 
-    from server.tasks.evaluation import reach_note
+    from server.tasks.evaluation import unreachable_note
 
     table = Table(box=box.SIMPLE)
     for column in ("rank", "parameters", "steps", told["metric"], "between seeds"):
@@ -380,6 +380,6 @@ def _show(told: dict[str, Any], picture: Path | None) -> None:
     if told["left_aside"]:
         out().print(f"the recipe's {' and '.join(told['left_aside'])} had no part in it: each rank is tried as it is")
     if told["out_of_reach"]:
-        out().print(reach_note(told["out_of_reach"], told["judges"]))
+        out().print(unreachable_note(told["out_of_reach"], told["judges"]))
     if picture is not None:
         out().print(f"{picture}")

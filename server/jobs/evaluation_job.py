@@ -24,7 +24,7 @@ from server.jobs.publisher import Evaluate, awaited, shares, warn_of_reach
 from server.jobs.runner import ActiveJob
 from server.jobs.worker_messages import DATA
 from server.tasks.definitions import Task
-from server.tasks.evaluation import Evaluation, asked_with, difference, identities, pairs
+from server.tasks.evaluation import Evaluation, difference, example_ids, pairs, prompt_fingerprint
 from server.tasks.mix_key import MixKey, adapters_json
 from server.tasks.quality import Quality
 from server.tasks.resolve import Target
@@ -103,8 +103,8 @@ class EvaluationJob:
         """All at once: a route that looked in between would compare what had other examples."""
         for one in found:
             subject = MixKey.of(task.name, one.versions, self._base_id)
-            values = zip(identities(examples), shares(one.scores[metric]), strict=True)
-            self._quality.evaluated(subject, metric, dict(values), asked_with(task, metric))
+            values = zip(example_ids(examples), shares(one.scores[metric]), strict=True)
+            self._quality.record_evaluation(subject, metric, dict(values), prompt_fingerprint(task, metric))
         self._reviewed(task.name)  # as it is now: it may have another route, or be gone
 
     def _examples(self, active: ActiveJob) -> list[Pair]:

@@ -43,7 +43,15 @@ from server.jobs.runner import ActiveJob
 from server.jobs.worker_messages import CANDIDATE, EVALUATED, JUDGED, RESULT, WorkerSpec
 from server.metrics import OTHER
 from server.tasks.definitions import FixedRoute, Task, parse
-from server.tasks.evaluation import LOSS, Evaluation, Score, asked_with, default_metric, identities, reach_note
+from server.tasks.evaluation import (
+    LOSS,
+    Evaluation,
+    Score,
+    default_metric,
+    example_ids,
+    prompt_fingerprint,
+    unreachable_note,
+)
 from server.tasks.evaluation import pairs as of_pairs
 from server.tasks.mix_key import MixKey
 from server.tasks.quality import Quality
@@ -71,7 +79,7 @@ Evaluate = Callable[
 @dataclass(frozen=True)
 class Verdict:
     """A result against the version that has its name. `theirs` is None if there is none, or nothing to compare by.
-    `asked` is what both were `asked_with`.
+    `asked` is what both were `prompt_fingerprint`.
     """
 
     metric: str
@@ -200,7 +208,7 @@ class Publisher:
         """Whoever asks for a task by the adapter's name would not get the adapter."""
         name = active.job.name
         task = self._tasks.find(name)
-        if task is not None and not task.route.leads_to([(name, 1.0)]):
+        if task is not None and not task.route.allows([(name, 1.0)]):
             active.note(
                 f"The task {name} goes by a route that is not this adapter alone: PUT /tasks/{name} changes it, "
                 f"and the model adapter:{name} is the adapter itself.",
@@ -235,8 +243,8 @@ class Publisher:
             except InvalidRequest as error:  # the result was asked the same: what is at fault is the version
                 value = math.nan
                 active.note(f"{rival.label} could not be measured: {error.message}", level="warn")
-        asked = asked_with(template, metric)
-        return Verdict(metric, len(pairs), ours.value, value, (ours, theirs), identities(pairs), asked)
+        asked = prompt_fingerprint(template, metric)
+        return Verdict(metric, len(pairs), ours.value, value, (ours, theirs), example_ids(pairs), asked)
 
     def _task(self, request: Mapping[str, Any]) -> Task | None:
         """The task that a result is for: one that is gone is as it was when the job was asked for."""
@@ -274,7 +282,7 @@ class Publisher:
             if whose is not None and score is not None:
                 subject = MixKey.of(task, [(whose, 1.0)], self._base_id)
                 values = zip(verdict.examples, shares(score), strict=True)
-                self._quality.evaluated(subject, score.metric, dict(values), verdict.asked)
+                self._quality.record_evaluation(subject, score.metric, dict(values), verdict.asked)
         self._reviewed(task)
 
     def _current(self, name: str) -> Version | None:
@@ -342,7 +350,7 @@ def awaited(active: ActiveJob, future: concurrent.futures.Future[Evaluation]) ->
 def warn_of_reach(active: ActiveJob, found: Evaluation, examples: int) -> None:
     """Tell of examples whose expected answer is longer than an answer may be."""
     if found.out_of_reach:
-        said = f"{reach_note(found.out_of_reach, examples)}."
+        said = f"{unreachable_note(found.out_of_reach, examples)}."
         active.note(said, level="warn", data={"out_of_reach": found.out_of_reach})
 
 

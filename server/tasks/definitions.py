@@ -40,7 +40,7 @@ class BestRoute:
     source: str = "feedback"
     min_samples: int = MIN_SAMPLES
 
-    def leads_to(self, choice: Choice) -> bool:
+    def allows(self, choice: Choice) -> bool:
         """Whether the route, and not only a client's own words, may give a request that choice, whatever versions."""
         return any(_named(choice) == _named([(name, 1.0)]) for name in self.candidates)
 
@@ -63,7 +63,7 @@ class FixedRoute:
     def candidates(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.choice)
 
-    def leads_to(self, choice: Choice) -> bool:
+    def allows(self, choice: Choice) -> bool:
         """As `BestRoute` has it."""
         return _named(choice) == _named(self.choice)
 

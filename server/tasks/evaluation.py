@@ -123,7 +123,7 @@ def check_references(metrics: Sequence[str], examples: Sequence[Pair]) -> None:
             raise InvalidRequest(f"{why}; take chrf, which compares characters", "metric")
 
 
-def identities(examples: Sequence[Pair]) -> list[str]:
+def example_ids(examples: Sequence[Pair]) -> list[str]:
     """What each example is, whatever file it came in; a line that is there twice is two."""
     seen = Counter[str]()
     found = []
@@ -134,7 +134,7 @@ def identities(examples: Sequence[Pair]) -> list[str]:
     return found
 
 
-def asked_with(task: Task, metric: str) -> str:
+def prompt_fingerprint(task: Task, metric: str) -> str:
     """What a task puts to a model beside the example, as far as this metric's scores hang on it. Scores that were had
     with another prompt, or by other rules of when an answer ends, are of another question.
     """
@@ -186,7 +186,7 @@ async def evaluate(
     )
 
 
-def reach_note(out_of_reach: int, examples: int) -> str:
+def unreachable_note(out_of_reach: int, examples: int) -> str:
     """What is told of examples whose expected answer no answer can reach."""
     return (
         f"{out_of_reach:,} of {examples:,} expected answers have more tokens than an answer may have, so that what is "
@@ -284,12 +284,12 @@ class _Run:
 
     async def _asked(self, example: Pair) -> tuple[list[int], Sampling]:
         task = self._target.task
-        ids = await self._prompts.of_input(task, example.input)
+        ids = await self._prompts.encode_input(task, example.input)
         defaults = {**(task.defaults if task else {}), "temperature": 0.0, "logprobs": None}
-        return ids, build({}, defaults, OWN_DEFAULTS, self._prompts.room, len(ids))
+        return ids, build({}, defaults, OWN_DEFAULTS, self._prompts.limit, len(ids))
 
     async def _scored(self, example: Pair) -> list[tuple[list[int], int]]:
-        return await self._prompts.of_labels(self._target.task, example.input, [example.output])
+        return await self._prompts.encode_labels(self._target.task, example.input, [example.output])
 
     async def _answer(self, number: int, example: Pair) -> None:
         ids, sampling = await self._asked(example)

@@ -131,7 +131,7 @@ class Generation:
         weights = [math.exp(x - max(sums)) for x in sums]
         return {label: weight / sum(weights) for label, weight in zip(self.labels, weights, strict=True)}
 
-    def said(self) -> str:
+    def answer_text(self) -> str:
         """The first answer's text; a classification's best label."""
         if self.labels:
             scores = self.scores()
@@ -173,7 +173,7 @@ class Inference:
         self._status_of = status_of
         self._cut = False
 
-    def cut_short(self) -> None:
+    def abort_client_requests(self) -> None:
         """End what clients wait for, and begin nothing more for them: what is still being prepared would come too late
         to be told so. On the loop's thread.
 
@@ -221,14 +221,14 @@ class Inference:
                     raise NotReady(SHUTTING_DOWN, retry_after=2.0)
                 self.admission.enter(caller.tenant, task)
         except Exception as error:
-            self.refused(target, error, caller)
+            self.record_rejection(target, error, caller)
             raise
         try:
             self.engine.check_call(len(prompts), sum(map(len, prompts)))
             lease = self.lease(target)
         except Exception as error:
             self._left(target, caller)
-            self.refused(target, error, caller)
+            self.record_rejection(target, error, caller)
             raise
         generation = Generation(id or new_id("gen"), target, lease, caller, self.engine)
         generation.answers = answers
@@ -260,13 +260,13 @@ class Inference:
         """
         if target.task is not None:
             return target.task.name
-        return f"mixes of {caller.tenant}" if target.made_up else "+".join(lease.mix.digests)
+        return f"mixes of {caller.tenant}" if target.custom_mix else "+".join(lease.mix.digests)
 
-    def refused(self, target: Target | None, error: Exception, caller: Caller) -> None:
+    def record_rejection(self, target: Target | None, error: Exception, caller: Caller) -> None:
         """Record a call of a client's that never ran. Names that were not found are its words, and no labels."""
         self._never_ran(target, str(self._status_of(error)), caller)
 
-    def abandoned(self, target: Target | None, caller: Caller) -> None:
+    def record_disconnect(self, target: Target | None, caller: Caller) -> None:
         """Record a call whose client left before it ran."""
         self._never_ran(target, "cancelled", caller)
 
@@ -279,7 +279,7 @@ class Inference:
                 adapters=_names(target.choice) if target else (),
                 status=status,
                 known=target is not None and status != "404",
-                made_up=target is not None and target.made_up,
+                custom_mix=target is not None and target.custom_mix,
             )
         )
 
@@ -291,7 +291,7 @@ class Inference:
                 submitted += 1
         except Exception as error:
             generation.status = str(self._status_of(error))
-            self.refused(generation.target, error, generation.caller)
+            self.record_rejection(generation.target, error, generation.caller)
             rest = generation.replies[:submitted]
             generation.replies = rest
             generation._open = len(rest)
@@ -344,7 +344,7 @@ class Inference:
         else:
             generation.status = "cancelled" if generation.cancelled else "200"
         if generation.caller.client or generation.status == "200":  # an evaluation that ends early refuses nobody
-            self._metrics.record(ended(generation))
+            self._metrics.record(request_record(generation))
         self.on_ended(generation)
 
     def _left(self, target: Target, caller: Caller) -> None:
@@ -352,7 +352,7 @@ class Inference:
             self.admission.leave(caller.tenant, target.task.name if target.task else None)
 
 
-def ended(generation: Generation) -> RequestRecord:
+def request_record(generation: Generation) -> RequestRecord:
     """The record of a generation, from its requests' own timestamps."""
     requests = [s.request for s in generation.replies]
     task = generation.target.task
@@ -369,7 +369,7 @@ def ended(generation: Generation) -> RequestRecord:
         longest=max(len(r.output) for r in requests),
         tpot=_between_tokens(requests),
         latency=generation.caller.client,
-        made_up=generation.target.made_up,
+        custom_mix=generation.target.custom_mix,
     )
 
 
@@ -385,7 +385,7 @@ def timings(generation: Generation) -> dict[str, float]:
 
     What never came was waited for until the end: a first token where none is written, a first step where none ran.
     """
-    record = ended(generation)
+    record = request_record(generation)
     load = max(s.request.load_seconds for s in generation.replies)
     total = record.finished - record.submitted
     admitted, first_token = (record.finished if math.isnan(t) else t for t in (record.admitted, record.first_token))
@@ -401,7 +401,7 @@ def timings(generation: Generation) -> dict[str, float]:
     }
 
 
-def choices(sampling: Sampling, n: int) -> list[Sampling]:
+def samplings_per_choice(sampling: Sampling, n: int) -> list[Sampling]:
     """The samplings of `n` answers to one prompt: with a seed, each has its own, derived from it."""
     if sampling.seed is None or n == 1:
         return [sampling] * n

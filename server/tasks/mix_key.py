@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from adapters.weights import Choice, Version, is_nonzero
-from server.tasks.inference import Generation, ended
+from server.tasks.inference import Generation, request_record
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MixKey:
         """Labels of the versions, with their weights."""
         return [(label, weight) for label, weight in json.loads(self.mix)]
 
-    def is_of(self, labels: frozenset[str]) -> bool:
+    def uses_only(self, labels: frozenset[str]) -> bool:
         """Whether all its versions are among these. Without a look at the JSON: no label has a quote in it."""
         return labels.issuperset(self.mix.split('"')[1::2])
 
@@ -83,25 +83,25 @@ class AnswerRecord:
     at: float = field(default_factory=time.time)
 
     @staticmethod
-    def of(generation: Generation, base: str) -> AnswerRecord | None:
+    def from_generation(generation: Generation, base: str) -> AnswerRecord | None:
         """The answer of a generation that has ended. Those without a task, cancelled ones and evaluation traffic are
         nobody's."""
         task = generation.target.task
         if task is None or generation.status == "cancelled" or not generation.caller.client:
             return None
-        record = ended(generation)
+        record = request_record(generation)
         return AnswerRecord(
             id=generation.id,
             subject=MixKey.of(task.name, generation.versions, base),
             tenant=generation.caller.tenant,
-            text=generation.said() if generation.status == "200" else "",
+            text=generation.answer_text() if generation.status == "200" else "",
             failed=generation.status != "200",
             prompt_tokens=record.prompt_tokens,
             generated_tokens=record.generated_tokens,
             ttft=record.first_token - record.submitted,
             tpot=record.tpot,
             e2e=record.finished - record.submitted,
-            routed=task.route.leads_to(generation.target.choice),
+            routed=task.route.allows(generation.target.choice),
         )
 
 

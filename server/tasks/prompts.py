@@ -40,11 +40,11 @@ class Prompts:
     what may wait of all prompts of one call.
     """
 
-    def __init__(self, text: ModelTokenizer, room: ContextLimit, longest_token: int, most_tokens: int) -> None:
+    def __init__(self, text: ModelTokenizer, limit: ContextLimit, longest_token: int, most_tokens: int) -> None:
         self.text = text
-        self.room = room
+        self.limit = limit
         self._longest_token = longest_token
-        self._characters = room.context * longest_token
+        self._characters = limit.context * longest_token
         self._most_tokens = most_tokens
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="loramux-prompts")
 
@@ -52,39 +52,39 @@ class Prompts:
         """Let go of what is not tokenized yet."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def of_input(self, task: Task | None, prompt: str) -> list[int]:
+    async def encode_input(self, task: Task | None, prompt: str) -> list[int]:
         """The ids of `prompt` in a task's template, or as it is. Raises InvalidRequest."""
         self._check_characters(len(prompt), "prompt")
-        await self._check_beginning(prompt, USUAL * self.room.context)
+        await self._check_beginning(prompt, USUAL * self.limit.context)
         if task is None:
             ids = await self._off(len(prompt), lambda: self.text.encode(prompt))
         else:
             size = len(prompt) + _around(task)
             ids = await self._off(size, lambda: self.text.encode_task(task.prompt, task.format, task.system, prompt))
-        self.room.check_prompt(len(ids))
+        self.limit.check_prompt(len(ids))
         return ids
 
-    async def of_chat(self, task: Task | None, messages: Sequence[Message]) -> list[int]:
+    async def encode_chat(self, task: Task | None, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation; a task's template wraps its last user message. Raises InvalidRequest."""
         size = sum(len(m["content"]) for m in messages)
         self._check_characters(size, "messages")
         if task is not None and task.format == "raw":
-            return await self.of_input(task, _only_message(task, messages))
+            return await self.encode_input(task, _only_message(task, messages))
         asked = "".join(m["content"] for m in messages if m["role"] != "assistant")  # templates drop of answers' parts
-        await self._check_beginning(asked, USUAL * self.room.context, "messages")
+        await self._check_beginning(asked, USUAL * self.limit.context, "messages")
         wrapped = messages if task is None else _wrapped(task, messages)
         ids = await self._off(size + _around(task) + MESSAGE * len(wrapped), lambda: self.text.encode_chat(wrapped))
-        self.room.check_prompt(len(ids), "messages")
+        self.limit.check_prompt(len(ids), "messages")
         return ids
 
-    def of_tokens(self, ids: Sequence[int]) -> list[int]:
+    def check_token_ids(self, ids: Sequence[int]) -> list[int]:
         """Ids that the client has made itself, checked. Raises InvalidRequest."""
-        self.room.check_prompt(len(ids))
-        if min(ids) < 0 or max(ids) >= self.room.vocabulary:
-            raise InvalidRequest(f"prompt has a token id that is not within 0 to {self.room.vocabulary - 1}", "prompt")
+        self.limit.check_prompt(len(ids))
+        if min(ids) < 0 or max(ids) >= self.limit.vocabulary:
+            raise InvalidRequest(f"prompt has a token id that is not within 0 to {self.limit.vocabulary - 1}", "prompt")
         return list(ids)
 
-    async def of_labels(
+    async def encode_labels(
         self,
         task: Task | None,
         prompt: str,
@@ -105,7 +105,7 @@ class Prompts:
             len(prompt) + _around(task), lambda: text.render_task(template, format, system, prompt)
         )
         whole = "".join(piece for piece in pieces if isinstance(piece, str))
-        await self._check_beginning(whole, self.room.context)
+        await self._check_beginning(whole, self.limit.context)
         self._check_together(len(whole), len(labels), USUAL * self._most_tokens)
         ids = await self._off(len(whole), lambda: text.encode_pieces(pieces))
         self._check_together(len(ids) - SEAM, len(labels), self._most_tokens)
@@ -121,8 +121,8 @@ class Prompts:
         size = (len(whole) + sum(map(len, labels))) * len(labels)
         scored = await self._off(size, lambda: text.encode_continuations(pieces, ids, in_time(), format))
         longest = max((len(ids) for ids, _ in scored), default=0)
-        if longest > self.room.context:
-            raise self.room.exceeded(f"; prompt and label have {longest}: shorten them", "prompt")
+        if longest > self.limit.context:
+            raise self.limit.exceeded(f"; prompt and label have {longest}: shorten them", "prompt")
         if any(len(ids) <= count for ids, count in scored):
             raise InvalidRequest(
                 "the prompt and a label are one token together; end the prompt with a space or a line"
@@ -142,10 +142,10 @@ class Prompts:
         """Of a text of more than `over` characters: raises InvalidRequest if a beginning of it has too many tokens."""
         if len(text) <= over:
             return
-        some = text[: USUAL * self.room.context]
-        if len(await self._off(len(some), lambda: self.text.encode(some, bos=False))) > self.room.context + SEAM:
+        some = text[: USUAL * self.limit.context]
+        if len(await self._off(len(some), lambda: self.text.encode(some, bos=False))) > self.limit.context + SEAM:
             why = f"has {len(text)} characters, of which the first {len(some)} alone are more tokens"
-            raise self.room.exceeded(f"; {param} {why}: shorten it", param)
+            raise self.limit.exceeded(f"; {param} {why}: shorten it", param)
 
     async def _off(self, size: int, call: Callable[[], T]) -> T:
         """What `call` answers; on a thread where it would hold the event loop up."""
@@ -165,7 +165,7 @@ class Prompts:
     def _check_characters(self, size: int, param: str) -> None:
         if size > self._characters:
             why = f"has {size} characters, of which it holds {self._characters} at the very most"
-            raise self.room.exceeded(f"; {param} {why}: shorten it", param)
+            raise self.limit.exceeded(f"; {param} {why}: shorten it", param)
 
 
 def _around(task: Task | None) -> int:

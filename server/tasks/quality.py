@@ -97,11 +97,11 @@ class Quality:
 
     # ---- writing
 
-    def answered(self, answered: AnswerRecord) -> None:
+    def record_answer(self, answered: AnswerRecord) -> None:
         """Take note of an answer. Costs an append."""
         self._pending.append(answered)
 
-    def feedback(self, task: str, id: str, tenant: str, *, score: float | None, expected: str | None) -> None:
+    def record_feedback(self, task: str, id: str, tenant: str, *, score: float | None, expected: str | None) -> None:
         """Score an answer of the last 24 hours, once: the last one counts. Raises UnknownName.
 
         With `expected`, the score is whether the answer said the same. Raises StoreFailed if the disk refuses it.
@@ -124,7 +124,7 @@ class Quality:
                 changes = self._score(key, row[0], FEEDBACK_METRIC, FEEDBACK, value, row[3], stays=True)
             self._add(self._of_task[task][row[0]], FEEDBACK_METRIC, FEEDBACK, changes)
 
-    def evaluated(self, subject: MixKey, metric: str, values: Mapping[str, float], asked: str = "") -> None:
+    def record_evaluation(self, subject: MixKey, metric: str, values: Mapping[str, float], asked: str = "") -> None:
         """Take the scores of an evaluation: example -> 0 to 1. An example that was scored before is not counted twice:
         the last one counts, as for feedback. Other subjects' scores of it are `paired` with it where they were `asked`
         with the same, which is what a task puts around an example. Raises StoreFailed if the disk refuses them.
@@ -140,7 +140,7 @@ class Quality:
             self._add(subject, metric, EVALUATION, changes)
             self._paired = {key: known for key, known in self._paired.items() if subject not in key}
 
-    def lead(self, task: str, rule: str, leader: MixKey, reason: str) -> None:
+    def set_leader(self, task: str, rule: str, leader: MixKey, reason: str) -> None:
         """Remember who leads a task, and by which rule that was found. Raises StoreFailed if the disk refuses it."""
         with self._lock, _told_of_the_disk(), self._transaction():
             self._db.execute(
@@ -148,7 +148,7 @@ class Quality:
                 (task, rule, leader.mix, leader.base, time.time(), reason),
             )
 
-    def forget(self, task: str) -> None:
+    def clear_leader(self, task: str) -> None:
         """Forget who leads a task that is gone or has another route. Raises StoreFailed if the disk refuses it."""
         with self._lock, _told_of_the_disk(), self._transaction():
             self._db.execute("DELETE FROM decisions WHERE task = ?", (task,))
@@ -293,8 +293,8 @@ class Quality:
         self._made_up = self._marked(db)
 
     def _marked(self, db: sqlite3.Connection) -> set[MixKey]:
-        made_up = {number for (number,) in db.execute("SELECT subject FROM made_up")}
-        return {subject for subject, number in self._ids.items() if number in made_up}
+        custom_mix = {number for (number,) in db.execute("SELECT subject FROM custom_mix")}
+        return {subject for subject, number in self._ids.items() if number in custom_mix}
 
     def _know(self, ids: dict[MixKey, int]) -> None:
         of_task: dict[str, dict[int, MixKey]] = {}
@@ -405,15 +405,15 @@ class Quality:
         traffic: dict[tuple[int, int], TrafficCounts] = {}
         rows = []
         for answered in pending:
-            made_up = not answered.routed and answered.subject not in self._ids
-            if made_up and not self._room(answered.subject.task):
+            custom_mix = not answered.routed and answered.subject not in self._ids
+            if custom_mix and not self._room(answered.subject.task):
                 continue
             number = self._number(answered.subject)
-            if made_up:
-                self._db.execute("INSERT OR IGNORE INTO made_up VALUES (?)", (number,))
+            if custom_mix:
+                self._db.execute("INSERT OR IGNORE INTO custom_mix VALUES (?)", (number,))
                 self._made_up.add(answered.subject)
             elif answered.routed and answered.subject in self._made_up:  # tried by a client before
-                self._db.execute("DELETE FROM made_up WHERE subject = ?", (number,))
+                self._db.execute("DELETE FROM custom_mix WHERE subject = ?", (number,))
                 self._made_up.remove(answered.subject)
             traffic.setdefault((number, int(answered.at) // HOUR), TrafficCounts()).add(answered)
             if not answered.failed:

@@ -26,7 +26,7 @@ LEAST_ROOM = 1 << 20
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS subjects (
   id INTEGER PRIMARY KEY, task TEXT NOT NULL, mix TEXT NOT NULL, base TEXT NOT NULL, UNIQUE (task, mix, base));
-CREATE TABLE IF NOT EXISTS made_up (subject INTEGER PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS custom_mix (subject INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS answers (
   id BLOB PRIMARY KEY, subject INTEGER NOT NULL, tenant TEXT NOT NULL, at REAL NOT NULL, text BLOB NOT NULL
 ) WITHOUT ROWID;
@@ -119,7 +119,7 @@ def swept(
     left = " OR ".join(f"EXISTS (SELECT 1 FROM {sums} WHERE subject = subjects.id)" for sums in SUMS)
     gone = {number for (number,) in db.execute(f"SELECT id FROM subjects WHERE NOT ({left})")}
     db.executemany("DELETE FROM subjects WHERE id = ?", [(number,) for number in gone])
-    db.execute("DELETE FROM made_up WHERE subject NOT IN (SELECT id FROM subjects)")
+    db.execute("DELETE FROM custom_mix WHERE subject NOT IN (SELECT id FROM subjects)")
     return less, gone
 
 

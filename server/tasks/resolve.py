@@ -36,13 +36,13 @@ class Router(Protocol):
 @dataclass(frozen=True)
 class Target:
     """What answers a request: a task's template or none, and a choice. `held` is a lease of the choice that the caller
-    has: its versions answer, whatever becomes of their names. With `made_up` the choice is the request's own.
+    has: its versions answer, whatever becomes of their names. With `custom_mix` the choice is the request's own.
     """
 
     task: Task | None
     choice: Choice
     held: Lease | None = None
-    made_up: bool = False
+    custom_mix: bool = False
 
 
 class Resolver:
@@ -59,27 +59,27 @@ class Resolver:
         task = self._tasks.find(DEFAULT if name is None else name)
         if task is None and name not in (None, DEFAULT):
             raise self._no_task(name)
-        made_up = override is not None
+        custom_mix = override is not None
         choice = override if override is not None else self._route(task)
-        return Target(task, choice, made_up=made_up)
+        return Target(task, choice, custom_mix=custom_mix)
 
     def model(self, name: str, override: Choice | None) -> Target:
         """`model`: exact version, then task, then adapter, then base. Raises UnknownName, UnknownAdapter."""
-        bare, made_up = name.removeprefix("adapter:"), override is not None
+        bare, custom_mix = name.removeprefix("adapter:"), override is not None
         if bare != name or _VERSION.fullmatch(name):
             if not NAME.fullmatch(bare.partition("@")[0]):
                 raise _no_model(name)
             with called(adapters="model"):
                 self._adapters.resolve([(bare, 1.0)])
-            return Target(None, [(bare, 1.0)] if override is None else override, made_up=made_up)
+            return Target(None, [(bare, 1.0)] if override is None else override, custom_mix=custom_mix)
         task = self._tasks.find(name)
         if task is not None:
-            return Target(task, override if override is not None else self._route(task), made_up=made_up)
+            return Target(task, override if override is not None else self._route(task), custom_mix=custom_mix)
         if self._is_adapter(name):
-            return Target(None, [(name, 1.0)] if override is None else override, made_up=made_up)
+            return Target(None, [(name, 1.0)] if override is None else override, custom_mix=custom_mix)
         if name != self.base:
             raise _no_model(name)
-        return Target(None, override or [], made_up=made_up)
+        return Target(None, override or [], custom_mix=custom_mix)
 
     def _no_task(self, name: str) -> UnknownName:
         told = "GET /tasks lists them"

@@ -196,9 +196,9 @@ class BestRouter:
         if decision.leader != current:
             found = None if decision.leader is None else subjects[decision.leader]
             if found is None:
-                self._quality.forget(task.name)
+                self._quality.clear_leader(task.name)
             else:
-                self._quality.lead(task.name, _rule(route), found, decision.reason)
+                self._quality.set_leader(task.name, _rule(route), found, decision.reason)
             self._leaders[task.name] = (route, found)
         return decision
 
@@ -211,7 +211,7 @@ class BestRouter:
             route.metric == "loss",
         )
 
-    def look(self, task: Task | None) -> None:
+    def review_task(self, task: Task | None) -> None:
         """Review a task that has such a route: its scores, its route or a version of a candidate is another now.
 
         Raises StoreFailed as `review` does.
@@ -235,12 +235,12 @@ class BestRouter:
             "reason": decision.reason,
         }
 
-    def forget(self, task: str) -> None:
+    def forget_task(self, task: str) -> None:
         """Forget who leads a task that is gone or has no such route any more, and whose turn it is.
 
         Raises StoreFailed.
         """
-        self._quality.forget(task)
+        self._quality.clear_leader(task)
         self._leaders.pop(task, None)
         self._behind.pop(task, None)
         self._turns.pop(task, None)

@@ -131,7 +131,7 @@ class TaskStore:
         table = {**self._files, **self._put}
         return [table[name] for name in sorted(table)]
 
-    def using(self, adapter: str) -> list[str]:
+    def routing_to(self, adapter: str) -> list[str]:
         """Names of the tasks that route to an adapter."""
         return [task.name for task in self._routed.get(adapter, ())]
 
@@ -318,7 +318,7 @@ class TaskStore:
             except StoreFailed as error:
                 log.warning("tasks that were deleted stay so: %s", error.message)
 
-    def check_file(self, adapter: str, body: Any) -> None:
+    def check_task_file(self, adapter: str, body: Any) -> None:
         """Raises InvalidRequest for a task.json of no use that would take the place of what the adapter brought. Where
         there is nothing to lose, the adapter is served without a task, and told what is wrong."""
         before = self._seen.get(adapter)

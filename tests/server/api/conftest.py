@@ -175,7 +175,9 @@ def write_adapter(tiny_adapter: Callable[..., LoraWeights], adapter_dir: Path) -
 def start(tmp_path: Path, adapter_dir: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """`start(**settings)`: a live server over the tiny base. Everything is taken down at the end."""
     monkeypatch.setattr(
-        server.app, "assemble", lambda settings, metrics, mailbox, find: build(settings, tiny_base, metrics, mailbox)
+        server.app,
+        "load_and_build",
+        lambda settings, metrics, mailbox, find: build(settings, tiny_base, metrics, mailbox),
     )
     running: list[Live] = []
 

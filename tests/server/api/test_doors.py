@@ -607,7 +607,7 @@ def test_a_server_that_loads_says_so_and_one_that_failed_tells_no_path(
         raise BadModel("there is no model at /a/path/of/ours")
 
     real = server.app.assemble
-    monkeypatch.setattr(server.app, "assemble", slow)
+    monkeypatch.setattr(server.app, "load_and_build", slow)
     live = start(ready=False)
     assert live.http.get("/health/live").status_code == 200
     for answer in (live.http.get("/health/ready"), live.generate("x"), live.http.get("/v1/models")):
@@ -620,7 +620,7 @@ def test_a_server_that_loads_says_so_and_one_that_failed_tells_no_path(
 
     until(lambda: "could not start" in told())
     assert "/a/path" not in told(), "/health/ready is open to everybody"
-    monkeypatch.setattr(server.app, "assemble", real)
+    monkeypatch.setattr(server.app, "load_and_build", real)
 
 
 def test_tenants_do_not_share_a_prefix(start: Any) -> None:

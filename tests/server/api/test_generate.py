@@ -215,7 +215,7 @@ NO_SCHEMAS: list[dict[str, Any]] = [
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """No prompt can be read."""
-    for name in ("of_input", "of_chat", "of_labels"):
+    for name in ("encode_input", "encode_chat", "encode_labels"):
         monkeypatch.setattr(Prompts, name, None)
 
 
@@ -480,7 +480,9 @@ def test_a_sliding_window_ends_the_context_of_the_server(
     """Beyond it the model attends to fewer tokens than the kernels do."""
     windowed = replace(tiny_base, config=replace(tiny_base.config, sliding_window=16))
     monkeypatch.setattr(
-        server.app, "assemble", lambda settings, metrics, mailbox, find: build(settings, windowed, metrics, mailbox)
+        server.app,
+        "load_and_build",
+        lambda settings, metrics, mailbox, find: build(settings, windowed, metrics, mailbox),
     )
     live = start()
     answer = live.http.post("/v1/completions", json={"model": windowed.name, "prompt": [5] * 12, "max_tokens": 4})

@@ -106,7 +106,7 @@ def test_labels_are_looked_at_no_more_once_the_client_has_gone(live: Any, monkey
         heard.set()
         return []
 
-    monkeypatch.setattr(live.house.parts.prompts, "of_labels", looked_at)
+    monkeypatch.setattr(live.house.parts.prompts, "encode_labels", looked_at)
     monkeypatch.setattr(live.house.parts.inference, "start", lambda *args, **more: begun.append(args))
     connection = send(live, "/classify", {"prompt": "x", "labels": ["a", "b"]})
     assert asked.wait(30)
@@ -270,10 +270,10 @@ def test_a_call_that_ends_before_the_engine_is_counted_as_it_is_answered(end: Ba
     told: list[Any] = []
 
     class Records:
-        def refused(self, target: None, error: Exception, caller: Caller) -> None:
+        def record_rejection(self, target: None, error: Exception, caller: Caller) -> None:
             told.append(answer(error).status)
 
-        def abandoned(self, target: None, caller: Caller) -> None:
+        def record_disconnect(self, target: None, caller: Caller) -> None:
             told.append("gone")
 
     with pytest.raises(type(end)), counted(Records(), None, Caller()):  # type: ignore[arg-type]

@@ -263,7 +263,7 @@ def test_the_end_counts_from_when_it_was_first_told(monkeypatch: pytest.MonkeyPa
 
 async def test_who_is_told_to_leave_while_it_loads_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     house = SimpleNamespace(parts=SimpleNamespace(model=SimpleNamespace(name="m")))
-    monkeypatch.setattr(server.app, "assemble", lambda *_: house)
+    monkeypatch.setattr(server.app, "load_and_build", lambda *_: house)
     runtime = ServerState(Settings())
     runtime.drain()
     await server.app._load(runtime, lambda error: None, find=lambda *_: None)  # type: ignore[arg-type, return-value]
@@ -277,7 +277,7 @@ async def test_whatever_fails_while_it_loads_fails_the_start(
     def failing(*_: object) -> None:
         raise kind("at line 1")
 
-    monkeypatch.setattr(server.app, "assemble", failing)
+    monkeypatch.setattr(server.app, "load_and_build", failing)
     runtime, failures = ServerState(Settings()), list[Exception]()
     await server.app._load(runtime, failures.append, find=lambda *_: None)  # type: ignore[arg-type, return-value]
     assert runtime.state == "failed" and [str(error) for error in failures] == ["at line 1"]

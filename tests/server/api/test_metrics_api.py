@@ -344,7 +344,7 @@ def test_of_mixes_that_were_evaluated_the_last_are_series(live: Any, monkeypatch
         for weights in ((0.25, 0.75), (1.0, 0.0), (0.1, 0.2), (0.3, 0.2), (0.5, 0.2), (0.7, 0.2)):
             subject = MixKey.of(name, zip((a, b), weights, strict=True), parts.model.id)
             for metric in ("accuracy", "chrf"):
-                parts.quality.evaluated(subject, metric, {"x": 1.0})
+                parts.quality.record_evaluation(subject, metric, {"x": 1.0})
     found = families(live.http.get("/metrics").text)["loramux_task_quality"].samples
     shown = [f"{a.label}*0.25+{b.label}*0.75", a.label, f"{a.label}*0.5+{b.label}*0.2", f"{a.label}*0.7+{b.label}*0.2"]
     for name in ("mood", "second"):
@@ -358,9 +358,9 @@ def test_of_versions_that_are_gone_a_scrape_reads_no_mix(live: Any, monkeypatch:
     for n in range(5):
         for weight in (1.0, 0.5):
             gone = MixKey.of("mood", [(Version("mood", f"{n}" * 64), weight)], parts.model.id)
-            parts.quality.evaluated(gone, "accuracy", {"x": 1.0})
+            parts.quality.record_evaluation(gone, "accuracy", {"x": 1.0})
     there = MixKey.of("mood", [(parts.registry.current("mood"), 1.0)], parts.model.id)
-    parts.quality.evaluated(there, "accuracy", {"x": 1.0})
+    parts.quality.record_evaluation(there, "accuracy", {"x": 1.0})
     read = list[str]()
 
     def loads(text: str) -> Any:
@@ -636,11 +636,11 @@ def test_one_adapter_of_a_request_is_no_mix_that_it_made_up(monkeypatch: pytest.
     monkeypatch.setattr("server.metrics.MAX_PAIRS", 2)
     metrics = Metrics()
     for name in ("a", "b"):
-        metrics.record(ended(None, name, made_up=True))
+        metrics.record(ended(None, name, custom_mix=True))
     assert value(metrics.render().decode(), "loramux_requests_total", adapter="b") == 1
     metrics = Metrics()
     for task in ("t", "u"):
-        metrics.record(ended(task, "a", made_up=True))
+        metrics.record(ended(task, "a", custom_mix=True))
     text = metrics.render().decode()
     assert value(text, "loramux_requests_total", task="u") is None
     assert value(text, "loramux_requests_total", adapter="other") == 1

@@ -98,7 +98,7 @@ def test_completions_of_texts_ids_and_n(client: openai.OpenAI) -> None:
 
 
 def test_a_prompts_length_is_no_matter_of_the_others(live: Any, client: openai.OpenAI) -> None:
-    context = live.house.parts.prompts.room.context
+    context = live.house.parts.prompts.limit.context
     long = [40 + i % 8 for i in range(context - 5)]
 
     def ends(*prompts: list[int], **more: Any) -> list[int]:
@@ -566,9 +566,11 @@ def test_a_conversation_is_answered_as_it_was_spoken(
     live: Any, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts, seen = live.house.parts, []
-    of_chat = parts.prompts.of_chat
-    monkeypatch.setattr(parts.prompts, "room", replace(parts.prompts.room, context=128))
-    monkeypatch.setattr(parts.prompts, "of_chat", lambda task, said: (seen.append(said), of_chat(task, said))[1])
+    encode_chat = parts.prompts.encode_chat
+    monkeypatch.setattr(parts.prompts, "limit", replace(parts.prompts.limit, context=128))
+    monkeypatch.setattr(
+        parts.prompts, "encode_chat", lambda task, said: (seen.append(said), encode_chat(task, said))[1]
+    )
     said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hello", "name": "ada"}]
     body = {"model": "tiny", "messages": said, "logprobs": True, "deadline_ms": 60_000}
     told = live.http.post("/v1/chat/completions", json=body).json()

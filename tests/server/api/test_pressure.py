@@ -173,7 +173,7 @@ def test_limits_of_a_key_and_of_a_task(start: Any, monkeypatch: Any) -> None:
         return answer
 
     assert ask(one).status_code == 200 and ask(two, "/generate?task=own").status_code == 200
-    monkeypatch.setattr(live.house.parts.prompts, "of_input", None)
+    monkeypatch.setattr(live.house.parts.prompts, "encode_input", None)
     refused = {
         "this key": [ask(one), ask(one, "/v1/completions", model="tiny")],
         "the task 'own'": [ask(boss, "/generate?task=own"), ask(boss, "/v1/completions", model="own")],

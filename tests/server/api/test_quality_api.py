@@ -66,7 +66,7 @@ def test_feedback_that_waits_for_the_disk_holds_up_no_long_prompt_and_no_scrape(
         waiting.append(id)
         assert disk.wait(SECONDS)
 
-    monkeypatch.setattr(live.house.parts.quality, "feedback", feedback)
+    monkeypatch.setattr(live.house.parts.quality, "record_feedback", feedback)
     most = min(32, (os.cpu_count() or 1) + 4)
     with ThreadPoolExecutor(most) as clients:
         scored = [clients.submit(send, live, "mood", id=str(i), score=1) for i in range(most)]
@@ -125,7 +125,7 @@ def test_a_best_route_is_looked_at_when_the_task_or_a_version_has_changed(
     first = {name: parts.registry.current(name) for name in "ab"}
     for name, value in (("a", 0.0), ("b", 1.0)):
         subject = MixKey.of("contest", [(first[name], 1.0)], parts.model.id)
-        parts.quality.evaluated(subject, "accuracy", {f"{i}": value for i in range(100)})
+        parts.quality.record_evaluation(subject, "accuracy", {f"{i}": value for i in range(100)})
 
     def served() -> list[str]:
         route = parts.tasks.get("contest").route
@@ -137,7 +137,7 @@ def test_a_best_route_is_looked_at_when_the_task_or_a_version_has_changed(
     write_adapter("b2", seed=77)
     assert live.http.put("/adapters/b", json={"source": "b2"}).status_code == 200
     assert served().count("a") == 5, "another version, of which nothing is known"
-    parts.router.forget("contest")
+    parts.router.forget_task("contest")
     assert live.http.put("/adapters/b", json={"version": first["b"].label}).status_code == 200
     assert served().count("b") >= 8
     assert live.http.delete("/tasks/contest").status_code == 200

@@ -398,7 +398,7 @@ def test_a_task_and_the_deletion_of_its_adapter_come_together(live: Any, deleted
     for thread in asking:
         thread.join(10)
     assert statuses == ({"delete": 202, "put": 404} if deleted_first else {"delete": 409, "put": 201})
-    assert ("own" in live.house.parts.tasks.using("a")) == ("a" in registry.names())
+    assert ("own" in live.house.parts.tasks.routing_to("a")) == ("a" in registry.names())
 
 
 def test_a_model_is_found_without_a_list_of_all(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:

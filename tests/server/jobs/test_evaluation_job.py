@@ -22,7 +22,7 @@ from server.jobs.job_store import EVALUATION, Job, JobStore
 from server.jobs.runner import JobRunner
 from server.tasks import scores
 from server.tasks.definitions import FixedRoute, parse
-from server.tasks.evaluation import Evaluation, Score, asked_with
+from server.tasks.evaluation import Evaluation, Score, prompt_fingerprint
 from server.tasks.resolve import Target
 from tests.waiting import until
 
@@ -144,7 +144,7 @@ def test_scores_are_recorded_with_what_was_asked(tmp_path: Path) -> None:
     task, another = house.task, replace(house.task, prompt="Another: {input}")
     house.meanwhile = lambda: setattr(house, "task", another)
     assert house.run(["a"]).status == "succeeded"
-    assert house.asked == [asked_with(task, "accuracy")] != [asked_with(another, "accuracy")]
+    assert house.asked == [prompt_fingerprint(task, "accuracy")] != [prompt_fingerprint(another, "accuracy")]
 
 
 def test_all_candidates_are_held_from_the_start_to_their_turn(tmp_path: Path) -> None:

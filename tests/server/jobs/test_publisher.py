@@ -33,7 +33,7 @@ from server.jobs.runner import ActiveJob, JobStopped
 from server.jobs.training_job import TrainingJob
 from server.jobs.worker_messages import JUDGED, RESULT, BaseSource
 from server.tasks.definitions import FixedRoute, Task, parse
-from server.tasks.evaluation import Evaluation, Score, asked_with
+from server.tasks.evaluation import Evaluation, Score, prompt_fingerprint
 from server.tasks.resolve import Target
 
 SHAPES = {f"model.layers.0.self_attn.{part}": (6, 4) for part in ("q_proj", "v_proj")}
@@ -450,7 +450,7 @@ def test_a_result_is_measured_by_its_task_though_that_is_gone(measured: Callable
     assert target.task is not None and target.task.name == "mood"
     assert {k: v for k, v in target.task.body().items() if k != "route"} == body
     assert [what[1] for what in scene.taken] == ["accuracy"] and scene.reviewed == ["mood"]
-    assert [what[3] for what in scene.taken] == [asked_with(target.task, "accuracy")]
+    assert [what[3] for what in scene.taken] == [prompt_fingerprint(target.task, "accuracy")]
 
 
 def test_a_disk_that_refuses_a_copy_is_told_as_such(

@@ -35,13 +35,13 @@ from server.tasks.delivery import EventLoopDelivery
 from server.tasks.evaluation import (
     PRIORITY,
     Score,
-    asked_with,
     check_metrics,
     default_metric,
     difference,
     evaluate,
-    identities,
+    example_ids,
     pairs,
+    prompt_fingerprint,
 )
 from tests.waiting import until
 
@@ -346,9 +346,9 @@ async def test_a_full_queue_is_tried_again_within_a_second(parts: Services, monk
 
 
 def test_an_example_is_the_same_in_any_file_and_a_line_that_is_there_twice_is_two() -> None:
-    found = identities([Pair(1, "a", "b"), Pair(2, "a", "b"), Pair(3, "a", "b"), Pair(4, "a", "c")])
+    found = example_ids([Pair(1, "a", "b"), Pair(2, "a", "b"), Pair(3, "a", "b"), Pair(4, "a", "c")])
     assert len(set(found)) == 4
-    assert identities([Pair(9, "a", "c"), Pair(10, "a", "b")]) == [found[3], found[0]]
+    assert example_ids([Pair(9, "a", "c"), Pair(10, "a", "b")]) == [found[3], found[0]]
 
 
 @pytest.mark.parametrize(
@@ -364,8 +364,8 @@ def test_an_example_is_the_same_in_any_file_and_a_line_that_is_there_twice_is_tw
 )
 def test_what_a_task_asks_with_is_what_its_scores_hang_on(other: dict[str, Any], of_loss: bool) -> None:
     task = Task("t", "Say: {input}", BestRoute(("a", "b")))
-    assert asked_with(replace(task, **other), "accuracy") != asked_with(task, "accuracy")
-    assert (asked_with(replace(task, **other), "loss") != asked_with(task, "loss")) == of_loss
+    assert prompt_fingerprint(replace(task, **other), "accuracy") != prompt_fingerprint(task, "accuracy")
+    assert (prompt_fingerprint(replace(task, **other), "loss") != prompt_fingerprint(task, "loss")) == of_loss
 
 
 def test_what_makes_no_other_answer_is_no_other_question() -> None:
@@ -373,10 +373,10 @@ def test_what_makes_no_other_answer_is_no_other_question() -> None:
     usual = {"max_tokens": 64, "temperature": 1.5, "top_p": 0.5, "seed": 3, "logprobs": 2, "stop": []}
     alike = Task("u", "Say: {input}", BestRoute(("c", "d")), labels=("yes", "no"), defaults=usual, source="file")
     for stops in ({"stop": ["a", "b"]}, {"stop": ["b", "a"]}):
-        assert asked_with(replace(task, defaults=stops), "chrf") == asked_with(
+        assert prompt_fingerprint(replace(task, defaults=stops), "chrf") == prompt_fingerprint(
             replace(task, defaults={"stop": ["a", "b"]}), "chrf"
         )
-    assert asked_with(alike, "chrf") == asked_with(task, "chrf") == asked_with(task, "accuracy")
+    assert prompt_fingerprint(alike, "chrf") == prompt_fingerprint(task, "chrf") == prompt_fingerprint(task, "accuracy")
 
 
 def test_without_a_metric_it_is_accuracy_where_there_are_labels() -> None:

@@ -14,13 +14,13 @@ from server.errors import DeadlineExceeded, InvalidRequest, NotFinite, NotReady,
 from server.metrics import RequestRecord
 from server.tasks.admission import Admission
 from server.tasks.definitions import FixedRoute, Task
-from server.tasks.inference import Caller, Generation, Inference, Reply, choices, ended, timings
+from server.tasks.inference import Caller, Generation, Inference, Reply, request_record, samplings_per_choice, timings
 from server.tasks.resolve import Target
 
 
 def test_a_call_of_several_answers_lasts_from_its_first_to_its_last() -> None:
     """The second began first, the third never ran."""
-    target, lease = SimpleNamespace(task=None, made_up=False), SimpleNamespace(versions=())
+    target, lease = SimpleNamespace(task=None, custom_mix=False), SimpleNamespace(versions=())
     generation: Any = Generation("g", target, lease, Caller(arrived=1.0), None)  # type: ignore[arg-type]
     times = (3.0, 5.0, 9.0, 4, 0.0), (2.0, 4.0, 8.0, 6, 0.25), (math.nan, math.nan, 7.0, 0, 0.0)
     for admitted, first, finished, tokens, load in times:
@@ -29,7 +29,7 @@ def test_a_call_of_several_answers_lasts_from_its_first_to_its_last() -> None:
             load_seconds=load,
         )  # fmt: skip
         generation.replies.append(Reply(request))
-    record = ended(generation)
+    record = request_record(generation)
     assert (record.submitted, record.admitted, record.first_token, record.finished) == (1.0, 2.0, 4.0, 9.0)
     assert (record.prompt_tokens, record.generated_tokens, record.longest) == (4, 10, 6)
     assert timings(generation) == {
@@ -38,7 +38,7 @@ def test_a_call_of_several_answers_lasts_from_its_first_to_its_last() -> None:
 
 
 def test_what_never_came_was_waited_for_until_the_end() -> None:
-    target, lease = SimpleNamespace(task=None, made_up=False), SimpleNamespace(versions=())
+    target, lease = SimpleNamespace(task=None, custom_mix=False), SimpleNamespace(versions=())
     for admitted, waited in ((math.nan, 5750.0), (2.0, 750.0)):
         generation: Any = Generation("g", target, lease, Caller(arrived=1.0), None)  # type: ignore[arg-type]
         request: Any = SimpleNamespace(
@@ -60,7 +60,7 @@ def test_a_call_that_is_refused_at_the_door_leaves_its_place() -> None:
     engine, metrics = SimpleNamespace(check_call=check_call), SimpleNamespace(record=refused.append)
     inference = Inference(engine, None, metrics, None, lambda error: 429)  # type: ignore[arg-type]
     inference.admission = Admission(per_key=1)
-    target: Any = SimpleNamespace(task=None, choice=[("a", 1.0)], made_up=False)
+    target: Any = SimpleNamespace(task=None, choice=[("a", 1.0)], custom_mix=False)
     for _ in range(2):
         with pytest.raises(QueueFull, match="full"):
             inference.start(target, [[1]], [Sampling()], Caller("key"))
@@ -144,7 +144,7 @@ def test_what_is_cut_short_is_what_clients_wait_for_and_nothing_begins_for_them_
     house, job = House(), Caller("key", client=False)
     house.start()
     house.start(caller=job)
-    house.inference.cut_short()
+    house.inference.abort_client_requests()
     assert house.cancelled == [house.submitted[0].id]
     with pytest.raises(NotReady, match="shutting down") as refused:
         house.start()
@@ -194,7 +194,7 @@ def test_what_is_recorded_of_a_call_is_what_became_of_it(client: bool) -> None:
         house = House()
         if not client:
             house.inference.admission.enter("key", None)
-        generation = house.start(2, caller, Target(None, [("a", 1.0), ("b", 0.0)], made_up=True))
+        generation = house.start(2, caller, Target(None, [("a", 1.0), ("b", 0.0)], custom_mix=True))
         for i in range(2):
             house.submitted[i].submitted, house.submitted[i].finished = 5.0 + i, 7.0 + i
             house.end(i, reason, errors[i])
@@ -203,7 +203,7 @@ def test_what_is_recorded_of_a_call_is_what_became_of_it(client: bool) -> None:
         assert [record.status for record in house.records] == [status] * count and house.out == 0
         for record in house.records:
             assert (record.submitted, record.finished) == (1.0 if client else 5.0, 8.0)
-            assert (record.latency, record.made_up, record.adapters) == (client, True, ("a",))
+            assert (record.latency, record.custom_mix, record.adapters) == (client, True, ("a",))
         if not client:
             with pytest.raises(QueueFull, match="in flight"):
                 house.inference.check(Target(None, []), Caller("key"))
@@ -234,12 +234,12 @@ def test_numbers_that_overflow_are_the_adapters_or_else_the_servers_fault() -> N
 def test_calls_that_never_ran_are_counted_by_names_that_there_are() -> None:
     house = House()
     house.inference._status_of = lambda error: 404 if isinstance(error, UnknownName) else 400
-    known = Target(Task("mood", "{input}", FixedRoute()), [("a@012345", 1.0), ("a", 2.0), ("b", 0.0)], made_up=True)
+    known = Target(Task("mood", "{input}", FixedRoute()), [("a@012345", 1.0), ("a", 2.0), ("b", 0.0)], custom_mix=True)
     for target, error in ((known, InvalidRequest("x")), (known, UnknownName("x")), (None, InvalidRequest("x"))):
-        house.inference.refused(target, error, Caller())
-    house.inference.abandoned(known, Caller())
-    house.inference.refused(known, InvalidRequest("x"), Caller(client=False))
-    assert [(r.status, r.known, r.task, r.adapters, r.made_up) for r in house.records] == [
+        house.inference.record_rejection(target, error, Caller())
+    house.inference.record_disconnect(known, Caller())
+    house.inference.record_rejection(known, InvalidRequest("x"), Caller(client=False))
+    assert [(r.status, r.known, r.task, r.adapters, r.custom_mix) for r in house.records] == [
         ("400", True, "mood", ("a",), True),
         ("404", False, "mood", ("a",), True),
         ("400", False, None, (), False),
@@ -248,15 +248,18 @@ def test_calls_that_never_ran_are_counted_by_names_that_there_are() -> None:
 
 
 def test_answers_to_one_prompt_have_a_seed_each() -> None:
-    seeds = [each.seed for each in choices(Sampling(seed=(1 << 63) - 1), 4)]
+    seeds = [each.seed for each in samplings_per_choice(Sampling(seed=(1 << 63) - 1), 4)]
     assert seeds[0] == (1 << 63) - 1 and len(set(seeds)) == 4 and all(0 <= seed < 1 << 63 for seed in seeds)  # type: ignore[operator]
-    assert seeds == [each.seed for each in choices(Sampling(seed=(1 << 63) - 1), 4)]
-    assert choices(Sampling(seed=5), 1) == [Sampling(seed=5)] and choices(Sampling(), 3) == [Sampling()] * 3
+    assert seeds == [each.seed for each in samplings_per_choice(Sampling(seed=(1 << 63) - 1), 4)]
+    assert (
+        samplings_per_choice(Sampling(seed=5), 1) == [Sampling(seed=5)]
+        and samplings_per_choice(Sampling(), 3) == [Sampling()] * 3
+    )
 
 
 def test_a_classification_says_the_label_of_the_largest_sum_however_small_all_are() -> None:
     generation = Generation.__new__(Generation)
     generation.labels, generation.answers = ("no", "yes"), 1
     generation.replies = [Reply(None, logprobs=[TokenLogprob(1, value)] * 2) for value in (-1000.0, -999.5)]  # type: ignore[arg-type]
-    assert generation.said() == "yes"
+    assert generation.answer_text() == "yes"
     assert generation.scores() == pytest.approx({"no": 1 / (1 + math.e), "yes": math.e / (1 + math.e)})

@@ -48,24 +48,24 @@ LONG = "1 2 " * (CONTEXT * 100 // 4)
 async def test_of_a_text_far_too_long_a_beginning_is_looked_at(prompts: Prompts) -> None:
     refused = f"first {USUAL * CONTEXT} alone are more tokens"
     with pytest.raises(InvalidRequest, match=refused):
-        await prompts.of_input(None, LONG)
+        await prompts.encode_input(None, LONG)
     with pytest.raises(InvalidRequest, match=refused) as messages:
-        await prompts.of_chat(None, [{"role": "user", "content": LONG[i::2]} for i in range(2)])
+        await prompts.encode_chat(None, [{"role": "user", "content": LONG[i::2]} for i in range(2)])
     assert messages.value.param == "messages"
     with pytest.raises(InvalidRequest, match=refused):
-        await prompts.of_labels(None, LONG, ["a", "b"])
+        await prompts.encode_labels(None, LONG, ["a", "b"])
     assert max(prompts.text.sizes) == USUAL * CONTEXT
 
 
 async def test_a_beginning_says_nothing_of_what_may_fit(prompts: Prompts) -> None:
     few = "x" * (USUAL * CONTEXT) + " "
     prompts.text.encode_pieces = lambda pieces: [1] * (CONTEXT + SEAM if len(pieces[0]) < len(few) else CONTEXT - 1)  # type: ignore[method-assign]
-    assert len(await prompts.of_input(None, few)) == CONTEXT - 1
+    assert len(await prompts.encode_input(None, few)) == CONTEXT - 1
 
 
 async def test_labels_are_not_tokenized_with_a_prompt_that_is_too_long(prompts: Prompts) -> None:
     with pytest.raises(InvalidRequest, match="alone are more tokens"):
-        await prompts.of_labels(None, "1 2 " * CONTEXT, [str(i) for i in range(50)])
+        await prompts.encode_labels(None, "1 2 " * CONTEXT, [str(i) for i in range(50)])
     assert len(prompts.text.sizes) == 1
 
 
@@ -81,22 +81,22 @@ async def test_a_long_template_is_tokenized_on_a_thread(prompts: Prompts, format
         return [1] * 20
 
     prompts.text.encode_pieces = encode  # type: ignore[method-assign]
-    await prompts.of_input(shots, "x")
-    await prompts.of_chat(shots, [{"role": "user", "content": "x"}])
-    await prompts.of_labels(shots, "x", ["a", "b"])
+    await prompts.encode_input(shots, "x")
+    await prompts.encode_chat(shots, [{"role": "user", "content": "x"}])
+    await prompts.encode_labels(shots, "x", ["a", "b"])
     assert len(whole) == 5 and not any(whole)
 
 
 async def test_labels_are_not_tokenized_with_a_template_that_is_too_long(prompts: Prompts) -> None:
     shots = Task("shots", "1 2 " * CONTEXT + "{input}", FixedRoute())
     with pytest.raises(InvalidRequest, match="alone are more tokens"):
-        await prompts.of_labels(shots, "x", [str(i) for i in range(50)])
+        await prompts.encode_labels(shots, "x", [str(i) for i in range(50)])
     assert len(prompts.text.sizes) == 1
 
 
 async def test_no_label_is_tokenized_for_who_has_left(prompts: Prompts) -> None:
     labels, asked = [str(i) for i in range(50)], list[None]()
-    await prompts.of_labels(None, "x", labels, left=lambda: len(asked) == 3 or asked.append(None))  # type: ignore[arg-type, func-returns-value]
+    await prompts.encode_labels(None, "x", labels, left=lambda: len(asked) == 3 or asked.append(None))  # type: ignore[arg-type, func-returns-value]
     assert len(prompts.text.sizes) == 1 + 3, "the prompt's own, and three"
 
 
@@ -108,21 +108,21 @@ async def test_what_cannot_wait_together_is_not_tokenized_with_its_labels(prompt
     few = "x" * (USUAL * most // 50 + 1)
     prompts._characters = len(few)
     prompts.text.encode_pieces = lambda pieces: [1] * (3 * CONTEXT)  # type: ignore[method-assign]
-    prompts.room = replace(prompts.room, context=4 * CONTEXT)
+    prompts.limit = replace(prompts.limit, context=4 * CONTEXT)
     with pytest.raises(NoCapacity, match="50 labels, and all of it together is over 12800 tokens"):
-        await prompts.of_labels(None, few, labels)
+        await prompts.encode_labels(None, few, labels)
     with pytest.raises(NoCapacity, match="send fewer labels at a time"):
-        await prompts.of_labels(None, few[:-1], labels)
-    assert len(await prompts.of_labels(None, few[:-1], labels[:20])) == 20
-    assert len(await prompts.of_labels(None, few, labels[:1])) == 1
+        await prompts.encode_labels(None, few[:-1], labels)
+    assert len(await prompts.encode_labels(None, few[:-1], labels[:20])) == 20
+    assert len(await prompts.encode_labels(None, few, labels[:1])) == 1
 
 
 async def test_a_deadline_ends_the_tokenizing_of_labels(prompts: Prompts) -> None:
     labels = [str(i) for i in range(50)]
-    assert len(await prompts.of_labels(None, "x", labels, time.monotonic() + 60)) == 50
+    assert len(await prompts.encode_labels(None, "x", labels, time.monotonic() + 60)) == 50
     del prompts.text.sizes[:]
     with pytest.raises(DeadlineExceeded):
-        await prompts.of_labels(None, "x", labels, time.monotonic() - 1)
+        await prompts.encode_labels(None, "x", labels, time.monotonic() - 1)
     assert len(prompts.text.sizes) == 1, "the prompt's own"
 
 
@@ -132,20 +132,20 @@ async def test_a_prompt_that_leaves_no_place_for_an_answer_is_refused_by_its_tok
     chat: Any = [{"role": "user", "content": "x"}]
     for _ in range(2):
         with pytest.raises(InvalidRequest) as prompt:
-            await prompts.of_input(None, "x")
+            await prompts.encode_input(None, "x")
         with pytest.raises(InvalidRequest) as messages:
-            await prompts.of_chat(None, chat)
+            await prompts.encode_chat(None, chat)
         with pytest.raises(InvalidRequest) as ids:
-            prompts.of_tokens([1] * length)
+            prompts.check_token_ids([1] * length)
         assert [e.value.param for e in (prompt, messages, ids)] == ["prompt", "messages", "prompt"]
         length = 0
     length = CONTEXT - 1
-    assert len(await prompts.of_input(None, "x")) == len(await prompts.of_chat(None, chat)) == CONTEXT - 1
-    last = prompts.room.vocabulary - 1
-    assert prompts.of_tokens([last, 0] * (CONTEXT // 2 - 1)) == [last, 0] * (CONTEXT // 2 - 1)
+    assert len(await prompts.encode_input(None, "x")) == len(await prompts.encode_chat(None, chat)) == CONTEXT - 1
+    last = prompts.limit.vocabulary - 1
+    assert prompts.check_token_ids([last, 0] * (CONTEXT // 2 - 1)) == [last, 0] * (CONTEXT // 2 - 1)
     for wrong in (last + 1, -1):
         with pytest.raises(InvalidRequest, match=f"within 0 to {last}$"):
-            prompts.of_tokens([0, wrong, 0])
+            prompts.check_token_ids([0, wrong, 0])
 
 
 async def test_more_characters_than_any_text_of_the_context_has_are_not_tokenized(prompts: Prompts) -> None:
@@ -154,11 +154,11 @@ async def test_more_characters_than_any_text_of_the_context_has_are_not_tokenize
     prompts.text.encode_pieces = None  # type: ignore[assignment]
     for task in (None, shots):
         with pytest.raises(InvalidRequest, match="at the very most") as prompt:
-            await prompts.of_input(task, text)
+            await prompts.encode_input(task, text)
         with pytest.raises(InvalidRequest, match="at the very most") as labels:
-            await prompts.of_labels(task, text, ["a", "b"])
+            await prompts.encode_labels(task, text, ["a", "b"])
         with pytest.raises(InvalidRequest, match="at the very most") as messages:
-            await prompts.of_chat(task, [{"role": "user", "content": text[i::2]} for i in range(2)])
+            await prompts.encode_chat(task, [{"role": "user", "content": text[i::2]} for i in range(2)])
         assert [e.value.param for e in (prompt, labels, messages)] == ["prompt", "prompt", "messages"]
 
 
@@ -170,9 +170,9 @@ async def test_an_earlier_answer_is_no_beginning_to_look_at(prompts: Prompts) ->
     prompts.text.encode_chat = lambda messages, **_: [1]  # type: ignore[method-assign]
     long = "1 2 " * (CONTEXT * 4)
     said: Any = [{"role": "user", "content": "a"}, {"role": "assistant", "content": long}]
-    assert await prompts.of_chat(None, [*said, {"role": "user", "content": "b"}]) == [1] and not looked
+    assert await prompts.encode_chat(None, [*said, {"role": "user", "content": "b"}]) == [1] and not looked
     with pytest.raises(InvalidRequest, match="alone are more tokens"):
-        await prompts.of_chat(None, [{"role": "system", "content": long}, *said])
+        await prompts.encode_chat(None, [{"role": "system", "content": long}, *said])
 
 
 async def test_a_task_wraps_the_last_of_the_users_words_once(prompts: Prompts) -> None:
@@ -182,23 +182,27 @@ async def test_a_task_wraps_the_last_of_the_users_words_once(prompts: Prompts) -
     user = {"role": "user", "content": "of {input}?", "name": "ada"}
     told: Any = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "yes"}, user]
     wrapped = {**user, "content": "Q: of {input}?!"}
-    await prompts.of_chat(task, [*told, {"role": "assistant", "content": "well"}])
+    await prompts.encode_chat(task, [*told, {"role": "assistant", "content": "well"}])
     system = {"role": "system", "content": "Be brief."}
     assert rendered.pop() == [system, *told[:2], wrapped, {"role": "assistant", "content": "well"}]
     own = {"role": "system", "content": "Be long."}
-    await prompts.of_chat(task, [own, user])
+    await prompts.encode_chat(task, [own, user])
     assert rendered.pop() == [own, wrapped], "a client's own system message stands in the task's place"
     with pytest.raises(InvalidRequest, match="needs a user message"):
-        await prompts.of_chat(task, [own])
+        await prompts.encode_chat(task, [own])
 
 
 async def test_a_raw_template_takes_one_message_of_the_users(prompts: Prompts) -> None:
     task = Task("shots", "Say: {input}", FixedRoute(), "raw")
     user: Any = {"role": "user", "content": "x"}
-    assert await prompts.of_chat(task, [user]) == await prompts.of_input(task, "x") == prompts.text.encode("Say: x")
+    assert (
+        await prompts.encode_chat(task, [user])
+        == await prompts.encode_input(task, "x")
+        == prompts.text.encode("Say: x")
+    )
     for those in ([user, user], [{**user, "role": "assistant"}], [{**user, "role": "system"}, user]):
         with pytest.raises(InvalidRequest, match="no place for a conversation"):
-            await prompts.of_chat(task, those)
+            await prompts.encode_chat(task, those)
 
 
 async def test_labels_are_tokenized_in_the_tasks_format_and_may_fill_the_context(prompts: Prompts) -> None:
@@ -209,18 +213,18 @@ async def test_labels_are_tokenized_in_the_tasks_format_and_may_fill_the_context
     ):
         pieces = text.render_task(task.prompt, task.format, task.system, "it")
         expected = text.encode_continuations(pieces, text.encode_pieces(pieces), ["yes", "no"], task.format)
-        assert await prompts.of_labels(task, "it", ["yes", "no"]) == expected
+        assert await prompts.encode_labels(task, "it", ["yes", "no"]) == expected
     alone = text.encode_pieces(["it "])
-    assert await prompts.of_labels(None, "it ", ["a"]) == text.encode_continuations(["it "], alone, ["a"], "raw")
+    assert await prompts.encode_labels(None, "it ", ["a"]) == text.encode_continuations(["it "], alone, ["a"], "raw")
     text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * CONTEXT, 9)]  # type: ignore[method-assign]
-    assert len(await prompts.of_labels(None, "x", ["a", "b"])) == 2
+    assert len(await prompts.encode_labels(None, "x", ["a", "b"])) == 2
     text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * (CONTEXT + 1), 9)]  # type: ignore[method-assign]
     with pytest.raises(InvalidRequest, match=f"prompt and label have {CONTEXT + 1}"):
-        await prompts.of_labels(None, "x", ["a", "b"])
+        await prompts.encode_labels(None, "x", ["a", "b"])
     text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * 4, 4)]  # type: ignore[method-assign]
     for prompt, why in (("x", "one token together"), ("", "the prompt is empty")):
         with pytest.raises(InvalidRequest, match=why):
-            await prompts.of_labels(None, prompt, ["a", "b"])
+            await prompts.encode_labels(None, prompt, ["a", "b"])
 
 
 async def test_many_messages_and_many_labels_are_work_for_a_thread(prompts: Prompts) -> None:
@@ -233,9 +237,9 @@ async def test_many_messages_and_many_labels_are_work_for_a_thread(prompts: Prom
 
     prompts.text.encode_chat = lambda messages, **_: worked([1])  # type: ignore[method-assign]
     prompts.text.encode_continuations = lambda *_: worked([([1, 1], 1)])  # type: ignore[method-assign]
-    await prompts.of_chat(None, [{"role": "user", "content": "x"}])
-    await prompts.of_labels(None, "x" * 100, ["a"])
+    await prompts.encode_chat(None, [{"role": "user", "content": "x"}])
+    await prompts.encode_labels(None, "x" * 100, ["a"])
     assert [thread is threading.main_thread() for thread in threads] == [True, True]
-    await prompts.of_chat(None, [{"role": "user", "content": "x"}] * 100)
-    await prompts.of_labels(None, "x" * 100, ["a"] * 100)
+    await prompts.encode_chat(None, [{"role": "user", "content": "x"}] * 100)
+    await prompts.encode_labels(None, "x" * 100, ["a"] * 100)
     assert [thread is threading.main_thread() for thread in threads[2:]] == [False, False]

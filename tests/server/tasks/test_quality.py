@@ -51,9 +51,9 @@ def test_subjects_are_versions_weights_and_base() -> None:
 def test_records_outlive_the_process_and_hold_no_text(tmp_path: Path) -> None:
     file, subject = tmp_path / "quality.db", MixKey.of("t", [(A, 1.0)], "base")
     quality = Quality(file)
-    quality.answered(answered("gen-1", subject, "a secret answer"))
-    quality.feedback("t", "gen-1", "", score=None, expected=" a secret answer\n")
-    quality.answered(answered("gen-2", subject))
+    quality.record_answer(answered("gen-1", subject, "a secret answer"))
+    quality.record_feedback("t", "gen-1", "", score=None, expected=" a secret answer\n")
+    quality.record_answer(answered("gen-2", subject))
     quality.close()
     assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
     again = Quality(file)
@@ -76,18 +76,18 @@ def test_means_are_shares_in_one_order_whatever_was_scored_before_and_after_a_re
 ) -> None:
     file, subject, now = tmp_path / "quality.db", MixKey.of("t", [(A, 1.0)], "base"), time.time()
     quality, ids = Quality(file), [f"gen-{i}" for i in range(11)]
-    quality.evaluated(subject, "loss", {"x": 0.5})
+    quality.record_evaluation(subject, "loss", {"x": 0.5})
     for id in ids:
-        quality.answered(answered(id, subject))
+        quality.record_answer(answered(id, subject))
     for hours, scores in ((0, (0.1,)), (1, (1.0,)), (2, (0.1, 0.7, 0.3)), (1, (0.9,)), (3, (0.0,)), (3, (0.1, 1.0))):
         monkeypatch.setattr(module.time, "time", lambda hours=hours: now + hours * module.HOUR)
         for score in scores:
             for id in ids:
-                quality.feedback("t", id, "", score=score, expected=None)
+                quality.record_feedback("t", id, "", score=score, expected=None)
         (told,) = quality.performance("t")
         assert 0 <= told["quality"][0]["low"] <= told["quality"][0]["mean"] <= told["quality"][0]["high"] <= 1
     assert sum(totals.count > 0 for totals in quality.hours(subject, "accuracy", "feedback").values()) == 1
-    quality.evaluated(subject, "accuracy", {"x": 0.5})
+    quality.record_evaluation(subject, "accuracy", {"x": 0.5})
     (told,), means = quality.performance("t"), sorted(map(str, quality.means(["t"])))
     assert [(q["metric"], q["source"]) for q in told["quality"]] == [
         ("accuracy", "evaluation"), ("accuracy", "feedback"), ("loss", "evaluation")]  # fmt: skip
@@ -120,21 +120,21 @@ def test_of_many_versions_the_last_that_answered_are_told(tmp_path: Path, monkey
     quality = Quality(file)
     subjects = [MixKey.of("t", [(Version("a", f"{i}" * 64), 1.0)], "base") for i in range(6)]
     for i, subject in enumerate(subjects):
-        quality.answered(answered(f"gen-{i}", subject, at=now - (10 - i) * module.HOUR))
-        quality.answered(answered(f"other-{i}", MixKey.of("u", [], "base"), at=now))
+        quality.record_answer(answered(f"gen-{i}", subject, at=now - (10 - i) * module.HOUR))
+        quality.record_answer(answered(f"other-{i}", MixKey.of("u", [], "base"), at=now))
     labels = [subject.label for subject in subjects]
 
     def told(of: Quality) -> list[str]:
         return [row["version"] for row in of.performance("t")]
 
     assert told(quality) == labels[3:]
-    quality.answered(answered("again", subjects[1], at=now))
+    quality.record_answer(answered("again", subjects[1], at=now))
     assert told(quality) == [labels[1], *labels[4:]]
-    quality.evaluated(subjects[0], "accuracy", {"x": 1.0})
+    quality.record_evaluation(subjects[0], "accuracy", {"x": 1.0})
     assert told(quality) == [labels[0], labels[1], labels[5]]
     own = [MixKey.of("t", [(Version("a", "5" * 64), 0.5 + i / 8)], "base") for i in range(3)]
     for i, subject in enumerate(own):
-        quality.answered(answered(f"own-{i}", subject, at=now + module.HOUR, routed=False))
+        quality.record_answer(answered(f"own-{i}", subject, at=now + module.HOUR, routed=False))
     assert told(quality) == [labels[0], labels[1], labels[5]], "what clients make up is behind all others"
     assert [mean[0] for mean in quality.means(["t", "gone"])] == [subjects[0]] and not quality.means(["u"])
     quality.close()
@@ -148,7 +148,7 @@ def test_an_answer_that_is_noted_late_makes_no_version_older(tmp_path: Path, mon
     quality, now = Quality(tmp_path / "quality.db"), time.time()
     last, before = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     for n, (subject, hours) in enumerate([(last, 0), (before, 1), (last, 2)]):
-        quality.answered(answered(f"{n}", subject, at=now - hours * module.HOUR))
+        quality.record_answer(answered(f"{n}", subject, at=now - hours * module.HOUR))
         quality.flush()
     assert [told["version"] for told in quality.performance("t")] == [last.label]
     quality.close()
@@ -156,38 +156,38 @@ def test_an_answer_that_is_noted_late_makes_no_version_older(tmp_path: Path, mon
 
 def test_feedback_is_for_a_day(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
-    quality.answered(answered("old", subject, at=time.time() - module.DAY - 1))
+    quality.record_answer(answered("old", subject, at=time.time() - module.DAY - 1))
     with pytest.raises(UnknownName):
-        quality.feedback("t", "old", "", score=1.0, expected=None)
+        quality.record_feedback("t", "old", "", score=1.0, expected=None)
     quality.close()
 
 
 def test_feedback_is_for_the_task_and_the_tenant_of_the_answer(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
-    quality.answered(answered("one", subject, tenant="team"))
-    quality.answered(answered("of another task", MixKey.of("u", [], "base"), tenant="team"))
+    quality.record_answer(answered("one", subject, tenant="team"))
+    quality.record_answer(answered("of another task", MixKey.of("u", [], "base"), tenant="team"))
     for task, id, tenant in (("u", "one", "team"), ("t", "one", "other"), ("t", "of another task", "team")):
         with pytest.raises(UnknownName):
-            quality.feedback(task, id, tenant, score=1.0, expected=None)
-    quality.feedback("t", "one", "team", score=1.0, expected=None)
+            quality.record_feedback(task, id, tenant, score=1.0, expected=None)
+    quality.record_feedback("t", "one", "team", score=1.0, expected=None)
     assert quality.totals(subject, "accuracy", "feedback").count == 1
     quality.close()
 
 
 def test_an_answer_that_failed_is_an_error_and_no_latency(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
-    quality.answered(answered("one", subject, failed=True))
+    quality.record_answer(answered("one", subject, failed=True))
     (told,) = quality.performance("t")
     assert (told["requests"], told["errors"], told["e2e"]["p50"]) == (1, 1, None)
     with pytest.raises(UnknownName):
-        quality.feedback("t", "one", "", score=1.0, expected=None)
+        quality.record_feedback("t", "one", "", score=1.0, expected=None)
     quality.close()
 
 
 def test_answers_are_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.01)
     quality = Quality(tmp_path / "quality.db")
-    quality.answered(answered("one", MixKey.of("t", [], "base")))
+    quality.record_answer(answered("one", MixKey.of("t", [], "base")))
     with closing(sqlite3.connect(tmp_path / "quality.db")) as beside:
         until(lambda: beside.execute("SELECT count(*) FROM answers").fetchone() == (1,))
     quality.close()
@@ -196,7 +196,7 @@ def test_answers_are_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("retention", "kept"), [(90 * module.DAY, 89 * module.DAY), (module.HOUR, 0.9 * module.DAY)])
 def test_rows_stay_until_they_are_old_and_a_day_at_least(tmp_path: Path, retention: float, kept: float) -> None:
     quality, subject = Quality(tmp_path / "quality.db", retention=retention), MixKey.of("t", [], "base")
-    quality.evaluated(subject, "accuracy", {"x": 1.0})
+    quality.record_evaluation(subject, "accuracy", {"x": 1.0})
 
     def rows() -> int:
         (count,) = quality._db.execute("SELECT count(*) FROM scores").fetchone()
@@ -212,10 +212,10 @@ def test_rows_stay_until_they_are_old_and_a_day_at_least(tmp_path: Path, retenti
 def test_an_example_that_is_scored_again_as_it_grows_old_counts_once(tmp_path: Path) -> None:
     """Sums go by whole hours, and what says that they have it with them."""
     quality, subject = Quality(tmp_path / "quality.db", retention=2 * module.DAY), MixKey.of("t", [], "base")
-    quality.evaluated(subject, "accuracy", {"x": 1.0})
+    quality.record_evaluation(subject, "accuracy", {"x": 1.0})
     hour = time.time() // module.HOUR * module.HOUR
     quality._sweep(hour + module.HOUR - 1 + 2 * module.DAY)
-    quality.evaluated(subject, "accuracy", {"x": 0.0})
+    quality.record_evaluation(subject, "accuracy", {"x": 0.0})
     totals = quality.totals(subject, "accuracy", "evaluation")
     assert (totals.count, totals.mean) == (1, 0.0)
     quality.close()
@@ -228,10 +228,10 @@ def count(quality: Quality, table: str) -> int:
 
 def test_answers_stay_for_the_day_of_their_feedback_and_no_longer(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
-    quality.answered(answered("one", subject))
+    quality.record_answer(answered("one", subject))
     quality.flush()
     quality._sweep(time.time() + 0.9 * DAY)
-    quality.feedback("t", "one", "", score=1.0, expected=None)
+    quality.record_feedback("t", "one", "", score=1.0, expected=None)
     quality._sweep(time.time() + DAY + 60)
     assert count(quality, "answers") == 0 and count(quality, "scores") == 1
     quality.close()
@@ -240,22 +240,22 @@ def test_answers_stay_for_the_day_of_their_feedback_and_no_longer(tmp_path: Path
 def test_examples_go_with_their_scores(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
     a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
-    quality.evaluated(a, "accuracy", {"x": 1.0})
+    quality.record_evaluation(a, "accuracy", {"x": 1.0})
     quality._sweep(time.time() + 200 * DAY)
     assert count(quality, "examples") == count(quality, "scores") == 0
     for subject in (b, a):  # it may have the number of the one that is gone
-        quality.evaluated(subject, "accuracy", {"y": 1.0})
+        quality.record_evaluation(subject, "accuracy", {"y": 1.0})
     assert quality.paired(a, b, "accuracy").count == 1
     quality.close()
 
 
 def test_a_version_with_the_number_of_a_mix_that_is_forgotten_is_not_made_up(tmp_path: Path) -> None:
     quality, own = Quality(tmp_path / "quality.db"), MixKey.of("t", [(A, 0.5)], "base")
-    quality.answered(answered("own", own, routed=False))
+    quality.record_answer(answered("own", own, routed=False))
     quality.flush()
     assert quality._made_up == {own}
     quality._sweep(time.time() + 200 * DAY)
-    quality.answered(answered("routed", MixKey.of("t", [(B, 1.0)], "base")))
+    quality.record_answer(answered("routed", MixKey.of("t", [(B, 1.0)], "base")))
     quality.close()
     again = Quality(tmp_path / "quality.db")
     assert len(again.performance("t")) == 1 and not again._made_up
@@ -264,9 +264,9 @@ def test_a_version_with_the_number_of_a_mix_that_is_forgotten_is_not_made_up(tmp
 
 def test_who_has_answers_alone_or_scores_alone_is_known_after_a_sweep(tmp_path: Path) -> None:
     quality, old = Quality(tmp_path / "quality.db", retention=DAY), MixKey.of("t", [], "base")
-    quality.answered(answered("old", old, at=time.time() - 3 * DAY))
-    quality.answered(answered("one", MixKey.of("t", [(A, 1.0)], "base")))
-    quality.evaluated(MixKey.of("t", [(B, 1.0)], "base"), "accuracy", {"x": 1.0})
+    quality.record_answer(answered("old", old, at=time.time() - 3 * DAY))
+    quality.record_answer(answered("one", MixKey.of("t", [(A, 1.0)], "base")))
+    quality.record_evaluation(MixKey.of("t", [(B, 1.0)], "base"), "accuracy", {"x": 1.0})
     quality.flush()
     quality._sweep(time.time())
     told = {version["version"][0]: (version["requests"], version["samples"]) for version in quality.performance("t")}
@@ -277,7 +277,7 @@ def test_who_has_answers_alone_or_scores_alone_is_known_after_a_sweep(tmp_path: 
 def test_traffic_that_was_asked_for_is_forgotten_as_it_grows_old(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db", retention=DAY), MixKey.of("t", [], "base")
     for days in (3, 0, 0):
-        quality.answered(answered(f"{days}", subject, at=time.time() - days * DAY))
+        quality.record_answer(answered(f"{days}", subject, at=time.time() - days * DAY))
     assert [told["requests"] for told in quality.performance("t")] == [3]
     quality._sweep(time.time())
     assert [told["requests"] for told in quality.performance("t")] == [2]
@@ -306,7 +306,7 @@ def test_answers_wait_for_a_disk_in_their_order(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as broken, quality._lock:
         broken.setattr(quality, "_write", full)
         for n in range(6):
-            quality.answered(answered(f"{n}", subject))
+            quality.record_answer(answered(f"{n}", subject))
             with pytest.raises(sqlite3.OperationalError):
                 quality._flush()
         assert [waiting.id for waiting in quality._pending] == ["3", "4", "5"]
@@ -316,14 +316,14 @@ def test_answers_wait_for_a_disk_in_their_order(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("scored", [True, False])
 def test_old_rows_go(tmp_path: Path, scored: bool) -> None:
     quality, subject = Quality(tmp_path / "quality.db", retention=module.DAY), MixKey.of("t", [], "base")
-    quality.answered(answered("one", subject))
+    quality.record_answer(answered("one", subject))
     if scored:
-        quality.feedback("t", "one", "", score=1.0, expected=None)
+        quality.record_feedback("t", "one", "", score=1.0, expected=None)
     quality.flush()
     quality._sweep(time.time() + 3 * module.DAY)
     assert quality.totals(subject, "accuracy", "feedback").count == 0
     assert quality.performance("t") == []
-    quality.answered(answered("two", subject))
+    quality.record_answer(answered("two", subject))
     assert [told["requests"] for told in quality.performance("t")] == [1]
     quality.close()
 
@@ -332,25 +332,25 @@ def test_mixes_that_clients_make_up_are_bounded(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "MOST_MADE_UP", 3)
     quality = Quality(tmp_path / "quality.db")
     for version in range(5):  # what is published again and again is no mix of a client's
-        quality.answered(answered(f"v{version}", MixKey.of("v", [(Version("a", f"{version}" * 64), 1.0)], "base")))
-    quality.answered(answered("mine", MixKey.of("v", [(A, 0.5)], "base"), routed=False))
+        quality.record_answer(answered(f"v{version}", MixKey.of("v", [(Version("a", f"{version}" * 64), 1.0)], "base")))
+    quality.record_answer(answered("mine", MixKey.of("v", [(A, 0.5)], "base"), routed=False))
     assert len(quality.performance("v")) == 6
-    quality.feedback("v", "mine", "", score=1.0, expected=None)
-    made_up = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
-    for n, subject in enumerate([*made_up, made_up[0]]):
-        quality.answered(answered(f"{n}", subject, routed=False))
-    quality.answered(answered("own", MixKey.of("t", [(B, 1.0)], "base")))
-    quality.answered(answered("other", MixKey.of("u", [(A, 0.5)], "base"), routed=False))
+    quality.record_feedback("v", "mine", "", score=1.0, expected=None)
+    custom_mix = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
+    for n, subject in enumerate([*custom_mix, custom_mix[0]]):
+        quality.record_answer(answered(f"{n}", subject, routed=False))
+    quality.record_answer(answered("own", MixKey.of("t", [(B, 1.0)], "base")))
+    quality.record_answer(answered("other", MixKey.of("u", [(A, 0.5)], "base"), routed=False))
     told = {version["version"]: version["requests"] for version in quality.performance("t")}
     assert list(told.values()) == [2, 1, 1, 1] and f"b@{'b' * 12}" in told
     assert len(quality.performance("u")) == 1
     with pytest.raises(UnknownName, match="hours; of mixes that clients choose, the first 3 are kept"):
-        quality.feedback("t", "4", "", score=1.0, expected=None)
+        quality.record_feedback("t", "4", "", score=1.0, expected=None)
     with pytest.raises(UnknownName, match="24 hours$"):
-        quality.feedback("v", "none", "", score=1.0, expected=None)
+        quality.record_feedback("v", "none", "", score=1.0, expected=None)
     quality.close()
     quality = Quality(tmp_path / "quality.db")
-    quality.answered(answered("again", MixKey.of("t", [(A, 2.0)], "base"), routed=False))
+    quality.record_answer(answered("again", MixKey.of("t", [(A, 2.0)], "base"), routed=False))
     assert len(quality.performance("t")) == 4, "after a restart too"
     quality.close()
 
@@ -367,10 +367,10 @@ def test_a_mix_that_waits_for_a_disk_takes_no_place_from_itself(
 
     with monkeypatch.context() as broken, quality._lock:
         broken.setattr(quality, "_write", full)
-        quality.answered(answered("mine", MixKey.of("t", [(A, 0.5)], "base"), routed=False))
+        quality.record_answer(answered("mine", MixKey.of("t", [(A, 0.5)], "base"), routed=False))
         with pytest.raises(sqlite3.OperationalError):
             quality._flush()
-    quality.feedback("t", "mine", "", score=1.0, expected=None)
+    quality.record_feedback("t", "mine", "", score=1.0, expected=None)
     quality.close()
 
 
@@ -379,19 +379,19 @@ def test_what_a_client_tried_before_it_was_routed_is_made_up_no_more(
 ) -> None:
     monkeypatch.setattr(module, "MOST_MADE_UP", 1)
     quality, tried = Quality(tmp_path / "quality.db"), MixKey.of("t", [(B, 1.0)], "base")
-    quality.answered(answered("tried", tried, routed=False))
+    quality.record_answer(answered("tried", tried, routed=False))
     quality.flush()
     with quality._lock:
         (pages,) = quality._db.execute("PRAGMA page_count").fetchone()
         quality._db.execute(f"PRAGMA max_page_count = {pages}")
-    quality.answered(answered("routed", tried))
+    quality.record_answer(answered("routed", tried))
     for n in range(500):
-        quality.answered(answered(f"more-{n}", MixKey.of("u", [], "base")))
+        quality.record_answer(answered(f"more-{n}", MixKey.of("u", [], "base")))
     with pytest.raises(StoreFailed, match="full"):
-        quality.feedback("t", "tried", "", score=1.0, expected=None)
+        quality.record_feedback("t", "tried", "", score=1.0, expected=None)
     with quality._lock:
         quality._db.execute("PRAGMA max_page_count = 1000000")
-    quality.answered(answered("mine", MixKey.of("t", [(A, 0.5)], "base"), routed=False))
+    quality.record_answer(answered("mine", MixKey.of("t", [(A, 0.5)], "base"), routed=False))
     assert len(quality.performance("t")) == 2, "its place is free"
     quality.close()
     quality = Quality(tmp_path / "quality.db")
@@ -406,7 +406,7 @@ def test_traffic_of_many_versions_is_read_when_it_is_asked_for(tmp_path: Path, m
     for round in range(2):
         for n, subject in enumerate(subjects):
             for i in range(n + 1):
-                quality.answered(answered(f"{round} {n} {i}", subject))
+                quality.record_answer(answered(f"{round} {n} {i}", subject))
         told = quality.performance("t")
         assert [version["requests"] for version in told] == [(n + 1) * (round + 1) for n in range(5)]
         assert len(quality._traffic) == 2
@@ -424,7 +424,7 @@ def test_what_is_between_two_that_were_never_evaluated_is_not_kept(
     subjects = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
     assert quality.paired(subjects[0], subjects[1], "accuracy").count == 0 and not quality._paired
     for subject in subjects:
-        quality.evaluated(subject, "accuracy", {"x": 1.0})
+        quality.record_evaluation(subject, "accuracy", {"x": 1.0})
     for one in subjects:
         assert [quality.paired(one, other, "accuracy").count for other in subjects] == [1] * 5
     assert len(quality._paired) == 4
@@ -433,8 +433,8 @@ def test_what_is_between_two_that_were_never_evaluated_is_not_kept(
 
 def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
-    quality.answered(answered("one", subject))
-    quality.feedback("t", "one", "", score=1.0, expected=None)
+    quality.record_answer(answered("one", subject))
+    quality.record_feedback("t", "one", "", score=1.0, expected=None)
     wall, steady = quality._clocks
     for hours, offset in ((1.1, 365 * module.DAY), (2.2, -365 * module.DAY), (3.3, 0.0)):
         quality._sweep_hourly(wall + hours * module.HOUR + offset, steady + hours * module.HOUR)
@@ -448,7 +448,7 @@ def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path, caplog: pytest.LogCa
 def test_a_machine_that_sleeps_within_every_hour_forgets_too(tmp_path: Path) -> None:
     """The monotonic clock stands still meanwhile, so the other one seems to jump each time."""
     quality, subject = Quality(tmp_path / "quality.db", retention=DAY), MixKey.of("t", [], "base")
-    quality.answered(answered("one", subject))
+    quality.record_answer(answered("one", subject))
     quality.flush()
     (wall, steady), kept = quality._clocks, list[bool]()
     with quality._lock:
@@ -471,7 +471,7 @@ def test_a_start_with_a_clock_that_is_ahead_deletes_nothing_within_an_hour(
         monkeypatch.setattr(module.time, "time", lambda: ahead)
         quality = Quality(tmp_path / "quality.db")
         monkeypatch.undo()
-        quality.answered(answered("ahead", subject, at=ahead))
+        quality.record_answer(answered("ahead", subject, at=ahead))
         quality.flush()
         _, steady = quality._clocks
         for at, wall in ((module.FIRST_SWEEP, ahead), (2.0 * module.HOUR, now if mended else ahead)):
@@ -490,7 +490,7 @@ def test_servers_that_run_for_less_than_an_hour_each_forget_too(
         started = now + day * DAY
         monkeypatch.setattr(module.time, "time", lambda started=started: started)
         quality = Quality(tmp_path / "quality.db", retention=2 * DAY)
-        quality.answered(answered(f"of {day}", MixKey.of(f"t{day}", [], "base"), at=started))
+        quality.record_answer(answered(f"of {day}", MixKey.of(f"t{day}", [], "base"), at=started))
         quality.flush()
         _, steady = quality._clocks
         with quality._lock:
@@ -507,12 +507,12 @@ def test_a_clock_that_jumps_ahead_and_back_takes_no_feedback_away(
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     now = time.time()
     monkeypatch.setattr(module.time, "time", lambda: now + 400 * module.DAY)
-    quality.answered(answered("ahead", subject, at=now + 400 * module.DAY))
-    quality.feedback("t", "ahead", "", score=1.0, expected=None)
+    quality.record_answer(answered("ahead", subject, at=now + 400 * module.DAY))
+    quality.record_feedback("t", "ahead", "", score=1.0, expected=None)
     monkeypatch.setattr(module.time, "time", lambda: now)
-    quality.answered(answered("now", subject))
+    quality.record_answer(answered("now", subject))
     for id in ("ahead", "now"):
-        quality.feedback("t", id, "", score=0.0, expected=None)
+        quality.record_feedback("t", id, "", score=0.0, expected=None)
     totals = quality.totals(subject, "accuracy", "feedback")
     assert (totals.count, totals.total) == (2, 0.0)
     quality.close()
@@ -521,7 +521,7 @@ def test_a_clock_that_jumps_ahead_and_back_takes_no_feedback_away(
 def test_of_answers_that_wait_for_a_disk_the_oldest_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_PENDING", 3)
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
-    quality.evaluated(subject, "loss", {"x": 0.5})
+    quality.record_evaluation(subject, "loss", {"x": 0.5})
 
     def full(pending: Any) -> Any:
         raise sqlite3.OperationalError("database or disk is full")
@@ -529,14 +529,14 @@ def test_of_answers_that_wait_for_a_disk_the_oldest_are_let_go(tmp_path: Path, m
     with monkeypatch.context() as broken:
         broken.setattr(quality, "_write", full)
         for n in range(5):
-            quality.answered(answered(f"gen-{n}", subject))
+            quality.record_answer(answered(f"gen-{n}", subject))
         until(lambda: len(quality._pending) == 3)
     for n in range(5):
         if n < 2:
             with pytest.raises(UnknownName):
-                quality.feedback("t", f"gen-{n}", "", score=1.0, expected=None)
+                quality.record_feedback("t", f"gen-{n}", "", score=1.0, expected=None)
         else:
-            quality.feedback("t", f"gen-{n}", "", score=1.0, expected=None)
+            quality.record_feedback("t", f"gen-{n}", "", score=1.0, expected=None)
     quality.close()
 
 
@@ -566,7 +566,7 @@ def test_records_are_not_written_into_a_file_that_was_taken_away(
     """They would be gone with the process, after the caller has heard that they were taken."""
     file, away = tmp_path / "quality.db", tmp_path / "away.db"
     quality, subject = Quality(file), MixKey.of("t", [(A, 1.0)], "base")
-    quality.answered(answered("one", subject))
+    quality.record_answer(answered("one", subject))
     quality.flush()
     file.rename(away)
     for there in (False, True):  # gone, and another in its place, as a backup is put back too early
@@ -574,15 +574,15 @@ def test_records_are_not_written_into_a_file_that_was_taken_away(
             file.write_bytes(away.read_bytes())
         told = "quality.db was taken away or replaced while the server runs; start it again"
         with pytest.raises(StoreFailed, match=told):
-            quality.feedback("t", "one", "", score=1.0, expected=None)
+            quality.record_feedback("t", "one", "", score=1.0, expected=None)
         with pytest.raises(StoreFailed, match=told):
-            quality.lead("t", "accuracy by feedback", subject, "")
+            quality.set_leader("t", "accuracy by feedback", subject, "")
         with pytest.raises(StoreFailed, match=told):
-            quality.evaluated(subject, "accuracy", {"1": 1.0})
-    quality.answered(answered("two", subject))
+            quality.record_evaluation(subject, "accuracy", {"1": 1.0})
+    quality.record_answer(answered("two", subject))
     until(lambda: caplog.text.count("quality records cannot be written: quality.db was taken away") == 1)
     away.replace(file)  # it is the one that was opened
-    quality.feedback("t", "two", "", score=1.0, expected=None)
+    quality.record_feedback("t", "two", "", score=1.0, expected=None)
     quality.close()
     again = Quality(file)
     assert again.totals(subject, "accuracy", "feedback").count == 1 and again.performance("t")[0]["requests"] == 2
@@ -592,27 +592,27 @@ def test_records_are_not_written_into_a_file_that_was_taken_away(
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quality = Quality(tmp_path / "quality.db")
     first, second = MixKey.of("t", [], "base"), MixKey.of("t", [(A, 1.0)], "base")
-    quality.answered(answered("one", first))
+    quality.record_answer(answered("one", first))
     quality.flush()
     with quality._lock:
         (pages,) = quality._db.execute("PRAGMA page_count").fetchone()
         quality._db.execute(f"PRAGMA max_page_count = {pages}")
     for n in range(500):
-        quality.answered(answered(f"more-{n}", second))
+        quality.record_answer(answered(f"more-{n}", second))
     with pytest.raises(StoreFailed, match="cannot be written: .* full"):
-        quality.feedback("t", "one", "", score=1.0, expected=None)
+        quality.record_feedback("t", "one", "", score=1.0, expected=None)
     assert [(told["version"], told["requests"]) for told in quality.performance("t")] == [("base", 1)]
     with pytest.raises(StoreFailed, match="full"):
-        quality.lead("t", "accuracy by feedback", second, "x" * 100_000)
+        quality.set_leader("t", "accuracy by feedback", second, "x" * 100_000)
     third = MixKey.of("t", [(B, 1.0)], "base")
     with pytest.raises(StoreFailed, match="full"):
-        quality.evaluated(third, "accuracy", {f"{i}": 1.0 for i in range(2000)})
+        quality.record_evaluation(third, "accuracy", {f"{i}": 1.0 for i in range(2000)})
     assert quality.totals(third, "accuracy", "evaluation").count == 0
     until(lambda: "cannot be written" in caplog.text)
     with quality._lock:
         quality._db.execute("PRAGMA max_page_count = 1000000")
     for id in ("one", "more-0", "more-499"):
-        quality.feedback("t", id, "", score=1.0, expected=None)
+        quality.record_feedback("t", id, "", score=1.0, expected=None)
     assert {told["version"]: told["requests"] for told in quality.performance("t")} == {"base": 1, second.label: 500}
     quality.close()
     again = Quality(tmp_path / "quality.db")
@@ -628,8 +628,8 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, caplog: pytest.Lo
 
 def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
-    quality.answered(answered("one", subject, " Positive"))
-    quality.feedback("t", "one", "", score=None, expected="positive\n")
+    quality.record_answer(answered("one", subject, " Positive"))
+    quality.record_feedback("t", "one", "", score=None, expected="positive\n")
     assert quality.totals(subject, "accuracy", "feedback").mean == 1.0
     quality.close()
 
@@ -637,8 +637,8 @@ def test_expected_is_compared_as_accuracy_does(tmp_path: Path) -> None:
 def test_an_answer_of_no_words_may_be_what_was_expected(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     for id, text in (("none", " "), ("some", "yes")):
-        quality.answered(answered(id, subject, text))
-        quality.feedback("t", id, "", score=None, expected="")
+        quality.record_answer(answered(id, subject, text))
+        quality.record_feedback("t", id, "", score=None, expected="")
     assert quality.totals(subject, "accuracy", "feedback") == Totals(2, 1.0, 1.0)
     quality.close()
 
@@ -653,8 +653,8 @@ from server.tasks.quality_file import in_memory
 
 quality, subject = Quality(Path(sys.argv[1])), MixKey.of("t", [], "base")
 for n in range(10**6):
-    quality.answered(AnswerRecord(f"gen-{n}", subject, "", "yes"))
-    quality.feedback("t", f"gen-{n}", "", score=1.0, expected=None)
+    quality.record_answer(AnswerRecord(f"gen-{n}", subject, "", "yes"))
+    quality.record_feedback("t", f"gen-{n}", "", score=1.0, expected=None)
     print(n, flush=True)
 """
 
@@ -679,7 +679,7 @@ def test_kill_minus_nine_while_scores_are_written(tmp_path: Path) -> None:
         rows = {id for (id,) in db.execute("SELECT id FROM scores")}
     db.close()
     assert rows >= {module.digest(f"gen-{n}") for n in range(confirmed + 1)} and totals.count == len(rows)
-    quality.feedback("t", f"gen-{confirmed}", "", score=0.0, expected=None)
+    quality.record_feedback("t", f"gen-{confirmed}", "", score=0.0, expected=None)
     assert quality.totals(subject, "accuracy", "feedback").total == len(rows) - 1
     quality.close()
 
@@ -693,7 +693,7 @@ def test_performance_of_600_000_records_reads_their_sums_alone_and_they_are_smal
     quality = Quality(file)
     subjects = [MixKey.of("t", [(Version("a", f"{i:x}" * 64), 1.0)], "base") for i in range(6)]
     for subject in subjects:
-        quality.evaluated(subject, "accuracy", {"x": 1.0})
+        quality.record_evaluation(subject, "accuracy", {"x": 1.0})
     quality.close()
     db, now, count = sqlite3.connect(file), time.time(), 600_000
     keys = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT ?) SELECT randomblob(16), i % 6 + 1"
@@ -748,7 +748,7 @@ def test_percentiles_are_within_five_percent() -> None:
 def test_metrics_and_sources_are_no_more_samples(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     for metric, count in (("accuracy", 3), ("chrf", 5)):
-        quality.evaluated(subject, metric, {str(i): 1.0 for i in range(count)})
+        quality.record_evaluation(subject, metric, {str(i): 1.0 for i in range(count)})
     assert [told["samples"] for told in quality.performance("t")] == [5]
     quality.close()
 
@@ -757,7 +757,7 @@ def test_damage_anywhere_is_set_aside_and_is_no_fault_of_ours_meanwhile(tmp_path
     file, subject = tmp_path / "quality.db", MixKey.of("t", [], "base")
     quality = Quality(file)
     for i in range(3000):
-        quality.answered(answered(f"answer {i}", subject))
+        quality.record_answer(answered(f"answer {i}", subject))
     quality.close()
     content = bytearray(file.read_bytes())
     (where,) = [at for at in range(0, len(content), 4096) if content[at : at + 4096].find(digest("answer 1500")) >= 0]
@@ -776,9 +776,9 @@ def test_damage_while_it_is_used_is_told_as_such(tmp_path: Path, monkeypatch: py
         raise sqlite3.DatabaseError("database disk image is malformed")
 
     monkeypatch.setattr(quality, "_flush", damaged)
-    quality.answered(answered("one", subject))
+    quality.record_answer(answered("one", subject))
     with pytest.raises(StoreFailed, match="malformed.*next start"):
-        quality.feedback("t", "one", "", score=1.0, expected=None)
+        quality.record_feedback("t", "one", "", score=1.0, expected=None)
     assert quality.performance("t") == []
     monkeypatch.undo()
     quality.close()
@@ -819,8 +819,8 @@ def test_a_full_disk_at_the_start_is_read_and_served_on(
 ) -> None:
     file, subject = tmp_path / "quality.db", MixKey.of("t", [], "base")
     quality = Quality(file)
-    quality.evaluated(subject, "accuracy", {"a": 1.0, "b": 0.0})
-    quality.lead("t", "accuracy by evaluation", subject, "better")
+    quality.record_evaluation(subject, "accuracy", {"a": 1.0, "b": 0.0})
+    quality.set_leader("t", "accuracy by evaluation", subject, "better")
     quality.close()
     before, connect = file.read_bytes(), sqlite3.connect
 
@@ -833,7 +833,7 @@ def test_a_full_disk_at_the_start_is_read_and_served_on(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     quality = Quality(file)
     assert "the disk is full" in caplog.text and quality.leader("t", "accuracy by evaluation") is not None
-    quality.evaluated(subject, "accuracy", {"c": 1.0})
+    quality.record_evaluation(subject, "accuracy", {"c": 1.0})
     assert quality.totals(subject, "accuracy", "evaluation").count == 3 and file.read_bytes() == before
     quality.close()
 
@@ -862,7 +862,7 @@ def test_what_a_kill_left_unwritten_is_known_on_a_full_disk_too(
 def test_the_first_sweep_is_soon_after_the_start(tmp_path: Path) -> None:
     """A server that is never up for an hour forgets too."""
     quality, subject = Quality(tmp_path / "quality.db", retention=DAY), MixKey.of("t", [], "base")
-    quality.answered(answered("one", subject))
+    quality.record_answer(answered("one", subject))
     quality.flush()
     with quality._lock:
         quality._clocks, quality._patience = (0.0, 0.0), module.FIRST_SWEEP
@@ -922,7 +922,7 @@ def test_tables_that_are_not_as_they_were_made_are_set_aside(
 
 def test_latencies_are_in_the_columns_of_their_names(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
-    quality.answered(answered("one", MixKey.of("t", [], "base")))
+    quality.record_answer(answered("one", MixKey.of("t", [], "base")))
     quality.flush()
     found = []
     for blob in quality._db.execute("SELECT ttft, tpot, e2e FROM traffic").fetchone():
@@ -938,14 +938,14 @@ def test_of_scores_that_moved_to_another_hour_nothing_is_left(tmp_path: Path, mo
     subject, values = MixKey.of("t", [(A, 1.0)], "base"), {"1": 0.1, "2": 0.7, "3": 0.3}
     for hours in range(3):
         monkeypatch.setattr(module.time, "time", lambda hours=hours: now + hours * module.HOUR)
-        quality.evaluated(subject, "accuracy", values)
+        quality.record_evaluation(subject, "accuracy", values)
         assert count(quality, "hours") == 1
     quality.close()
 
 
 def test_an_evaluation_of_nothing_has_no_mean(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
-    quality.evaluated(subject, "accuracy", {})
+    quality.record_evaluation(subject, "accuracy", {})
     assert quality.means(["t"]) == [] and [told["quality"] for told in quality.performance("t")] == [[]]
     quality.close()
 
@@ -954,9 +954,9 @@ def test_pairs_follow_either_side(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
     a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     for subject in (a, b):
-        quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0})
+        quality.record_evaluation(subject, "accuracy", {"1": 1.0, "2": 1.0})
     assert quality.paired(a, b, "accuracy") == Totals(2, 1.0, 0.5)
-    quality.evaluated(b, "accuracy", {"2": 0.0})
+    quality.record_evaluation(b, "accuracy", {"2": 0.0})
     assert quality.paired(a, b, "accuracy") == Totals(2, 1.5, 1.25)
     quality.close()
 
@@ -964,8 +964,8 @@ def test_pairs_follow_either_side(tmp_path: Path) -> None:
 def test_pairs_have_two_sides(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
     a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
-    quality.evaluated(a, "accuracy", {"1": 1.0, "2": 1.0})
-    quality.evaluated(b, "accuracy", {"1": 1.0, "2": 0.0})
+    quality.record_evaluation(a, "accuracy", {"1": 1.0, "2": 1.0})
+    quality.record_evaluation(b, "accuracy", {"1": 1.0, "2": 0.0})
     for _ in range(2):
         assert quality.paired(a, b, "accuracy") == Totals(2, 1.5, 1.25)
         assert quality.paired(b, a, "accuracy") == Totals(2, 0.5, 0.25)
@@ -979,11 +979,11 @@ def test_pairs_are_of_what_was_asked_with_the_same(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
     a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     for subject in (a, b):
-        quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0}, "old prompt")
+        quality.record_evaluation(subject, "accuracy", {"1": 1.0, "2": 1.0}, "old prompt")
     assert quality.paired(a, b, "accuracy").count == 2
-    quality.evaluated(b, "accuracy", {"1": 0.0, "3": 0.0}, "new prompt")
+    quality.record_evaluation(b, "accuracy", {"1": 0.0, "3": 0.0}, "new prompt")
     assert quality.paired(a, b, "accuracy") == Totals(1, 0.5, 0.25), "the second, of which nothing is known anew"
-    quality.evaluated(a, "accuracy", {"1": 1.0, "2": 1.0, "3": 1.0}, "new prompt")
+    quality.record_evaluation(a, "accuracy", {"1": 1.0, "2": 1.0, "3": 1.0}, "new prompt")
     assert quality.paired(a, b, "accuracy") == Totals(2, 2.0, 2.0)
     assert quality.totals(a, "accuracy", "evaluation") == Totals(3, 3.0, 3.0), "each example counts once"
     quality.close()
@@ -994,15 +994,15 @@ def test_pairs_of_before_prompts_were_kept_apart_say_nothing_of_new_ones(tmp_pat
     quality = Quality(file)
     a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
     for subject in (a, b):
-        quality.evaluated(subject, "accuracy", {"1": 1.0, "2": 1.0})
+        quality.record_evaluation(subject, "accuracy", {"1": 1.0, "2": 1.0})
     quality.close()
     with closing(sqlite3.connect(file)) as db, db:
         db.execute("UPDATE examples SET example = substr(example, 1, 16)")
     quality = Quality(file)
     assert quality.paired(a, b, "accuracy").count == 2
-    quality.evaluated(b, "accuracy", {"1": 0.0}, "prompt")
+    quality.record_evaluation(b, "accuracy", {"1": 0.0}, "prompt")
     assert quality.paired(a, b, "accuracy").count == 1
-    quality.evaluated(a, "accuracy", {"1": 1.0}, "prompt")
+    quality.record_evaluation(a, "accuracy", {"1": 1.0}, "prompt")
     assert quality.paired(a, b, "accuracy") == Totals(2, 1.5, 1.25)
     quality.close()
 
@@ -1010,11 +1010,11 @@ def test_pairs_of_before_prompts_were_kept_apart_say_nothing_of_new_ones(tmp_pat
 def test_an_answer_that_is_scored_again_stays_in_its_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = Quality(tmp_path / "quality.db")
     subject, now = MixKey.of("t", [(A, 1.0)], "base"), time.time()
-    quality.answered(AnswerRecord("one", subject, "", "yes"))
-    quality.feedback("t", "one", "", score=1.0, expected=None)
+    quality.record_answer(AnswerRecord("one", subject, "", "yes"))
+    quality.record_feedback("t", "one", "", score=1.0, expected=None)
     (hour,) = quality.hours(subject, "accuracy", "feedback")
     monkeypatch.setattr("server.tasks.quality.time.time", lambda: now + 2 * 3600)
-    quality.feedback("t", "one", "", score=0.0, expected=None)
+    quality.record_feedback("t", "one", "", score=0.0, expected=None)
     found = {at: totals for at, totals in quality.hours(subject, "accuracy", "feedback").items() if totals.count}
     assert found == {hour: Totals(1, 0.0, 0.0)}
     quality.close()
@@ -1023,10 +1023,10 @@ def test_an_answer_that_is_scored_again_stays_in_its_hour(tmp_path: Path, monkey
 def test_pairs_are_of_one_metric(tmp_path: Path) -> None:
     quality = Quality(tmp_path / "quality.db")
     a, b = (MixKey.of("t", [(version, 1.0)], "base") for version in (A, B))
-    quality.evaluated(a, "accuracy", {"1": 1.0})
-    quality.evaluated(b, "exact_match", {"1": 0.0})
+    quality.record_evaluation(a, "accuracy", {"1": 1.0})
+    quality.record_evaluation(b, "exact_match", {"1": 0.0})
     assert quality.paired(a, b, "accuracy").count == 0
-    quality.evaluated(b, "accuracy", {"1": 1.0})
+    quality.record_evaluation(b, "accuracy", {"1": 1.0})
     assert quality.paired(a, b, "accuracy") == Totals(1, 0.5, 0.25)
     quality.close()
 
@@ -1034,9 +1034,9 @@ def test_pairs_are_of_one_metric(tmp_path: Path) -> None:
 def test_an_example_that_is_evaluated_again_moves_to_that_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = Quality(tmp_path / "quality.db")
     subject, now = MixKey.of("t", [(A, 1.0)], "base"), time.time()
-    quality.evaluated(subject, "accuracy", {"1": 1.0})
+    quality.record_evaluation(subject, "accuracy", {"1": 1.0})
     monkeypatch.setattr("server.tasks.quality.time.time", lambda: now + 2 * 3600)
-    quality.evaluated(subject, "accuracy", {"1": 0.0})
+    quality.record_evaluation(subject, "accuracy", {"1": 0.0})
     found = {at: totals for at, totals in quality.hours(subject, "accuracy", "evaluation").items() if totals.count}
     assert found == {int(now + 7200) // 3600: Totals(1, 0.0, 0.0)}
     quality.close()
@@ -1046,7 +1046,7 @@ def test_traffic_goes_on_to_count_after_it_was_asked_for(tmp_path: Path) -> None
     quality = Quality(tmp_path / "quality.db")
     subject = MixKey.of("t", [(A, 1.0)], "base")
     for count in (1, 2, 3):
-        quality.answered(AnswerRecord(f"{count}", subject, "", "yes", prompt_tokens=5))
+        quality.record_answer(AnswerRecord(f"{count}", subject, "", "yes", prompt_tokens=5))
         (told,) = quality.performance("t")
         assert told["requests"] == count and told["tokens"]["prompt"] == 5 * count
     quality.close()
@@ -1114,7 +1114,7 @@ def test_an_hour_of_a_version_takes_few_bytes(tmp_path: Path) -> None:
     empty = file.stat().st_size
     for subject in subjects:
         for hours in range(500):
-            quality.answered(answered(f"{subject.mix} {hours}", subject, at=now - hours * module.HOUR))
+            quality.record_answer(answered(f"{subject.mix} {hours}", subject, at=now - hours * module.HOUR))
     quality.flush()
     quality._db.execute("DELETE FROM answers")
     quality.close()
@@ -1131,7 +1131,7 @@ def test_a_sweep_goes_through_no_traffic(tmp_path: Path) -> None:
     subjects = [MixKey.of("t", [(A, n / 8)], "base") for n in range(1, 6)]
     for n, subject in enumerate(subjects):
         for hours in range(24 * n, 24 * n + 48):
-            quality.answered(answered(f"{n} {hours}", subject, at=now - hours * module.HOUR))
+            quality.record_answer(answered(f"{n} {hours}", subject, at=now - hours * module.HOUR))
     assert [told["requests"] for told in quality.performance("t")] == [48] * 5
     statements = list[str]()
     quality._db.set_trace_callback(statements.append)
@@ -1155,9 +1155,9 @@ def test_what_a_sweep_leaves_is_what_the_next_start_finds(tmp_path: Path, monkey
         monkeypatch.setattr(module.time, "time", lambda hours=hours: now + hours * module.HOUR)
         for n, subject in enumerate(subjects):
             if dice.random() < 0.3 and hours < 20 * n:
-                quality.answered(answered(f"{n} {hours}", subject, routed=bool(n % 3)))
+                quality.record_answer(answered(f"{n} {hours}", subject, routed=bool(n % 3)))
             if dice.random() < 0.3 and hours < 20 * n:
-                quality.evaluated(subject, "accuracy", {f"{dice.integers(4)}": dice.random()})
+                quality.record_evaluation(subject, "accuracy", {f"{dice.integers(4)}": dice.random()})
         quality.flush()
         for task in ("t", "u"):
             quality.performance(task)

@@ -62,7 +62,7 @@ def test_a_model_is_a_version_then_a_task_then_an_adapter_then_the_base() -> Non
         ("base", None, []),
     ):
         found = told.model(name, None)
-        assert (found.task and found.task.name, list(found.choice), found.made_up) == (task, choice, False), name
+        assert (found.task and found.task.name, list(found.choice), found.custom_mix) == (task, choice, False), name
     named = resolver(base=Task("base", "{input}", FixedRoute(MIX))).model("base", None)
     assert named.task is not None and list(named.choice) == list(MIX)
 
@@ -73,11 +73,11 @@ def test_the_adapters_of_a_request_take_the_place_of_those_of_its_model(own: Any
     told = resolver()
     for name in ("a", "adapter:mood", "a@012345", "base", "mood", "best"):
         found = told.model(name, own)
-        assert (list(found.choice), found.made_up) == (own, True), name
+        assert (list(found.choice), found.custom_mix) == (own, True), name
         assert (found.task is None) == (name not in TASKS or "@" in name)
     for asked, task in ((None, None), ("default", None), ("mood", "mood")):
         by_task = told.task(asked, own)
-        assert (by_task.task and by_task.task.name, list(by_task.choice), by_task.made_up) == (task, own, True)
+        assert (by_task.task and by_task.task.name, list(by_task.choice), by_task.custom_mix) == (task, own, True)
 
 
 def test_models_that_are_not_there_are_no_base() -> None:
@@ -103,7 +103,7 @@ def test_no_task_is_the_default_one_or_the_base() -> None:
         assert own.task is not None and own.task.name == "default" and list(own.choice) == list(MIX)
     with pytest.raises(UnknownName):
         resolver(default=Task("default", "{input}", FixedRoute(MIX))).task("", None)
-    assert list(told.task("best", None).choice) == [("b", 1.0)] and not told.task("best", None).made_up
+    assert list(told.task("best", None).choice) == [("b", 1.0)] and not told.task("best", None).custom_mix
     for name, said in (
         ("a", "a is an adapter: name it in `adapters`"),
         ("c" * 300, "GET /tasks lists them"),

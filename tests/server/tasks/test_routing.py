@@ -249,7 +249,7 @@ TASK = Task("t", "{input}", ROUTE)
 
 
 def score(quality: Quality, names: Names, name: str, values: list[float]) -> None:
-    quality.evaluated(
+    quality.record_evaluation(
         MixKey.of("t", names.resolve([(name, 1.0)]), "base"),
         "accuracy",
         {f"{i}": value for i, value in enumerate(values)},
@@ -259,8 +259,8 @@ def score(quality: Quality, names: Names, name: str, values: list[float]) -> Non
 def thumbs(quality: Quality, names: Names, name: str, values: list[float]) -> None:
     subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
     for i, value in enumerate(values):
-        quality.answered(AnswerRecord(f"{subject.label} {i}", subject, "", "yes"))
-        quality.feedback("t", f"{subject.label} {i}", "", score=value, expected=None)
+        quality.record_answer(AnswerRecord(f"{subject.label} {i}", subject, "", "yes"))
+        quality.record_feedback("t", f"{subject.label} {i}", "", score=value, expected=None)
 
 
 def test_rounds_of_candidates_of_before_are_forgotten(tmp_path: Path) -> None:
@@ -442,10 +442,10 @@ def test_scores_that_come_at_night_are_compared_within_the_hours_of_the_answers(
         for name in who:
             for i in range(300):
                 subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
-                quality.answered(AnswerRecord(f"{name} {hour} {i}", subject, "", "yes", at=time.time()))
+                quality.record_answer(AnswerRecord(f"{name} {hour} {i}", subject, "", "yes", at=time.time()))
                 asked.append((f"{name} {hour} {i}", value))
     for id, value in asked:
-        quality.feedback("t", id, "", score=value, expected=None)
+        quality.record_feedback("t", id, "", score=value, expected=None)
     decision = router.review(task, route)
     assert decision.leader is None and "a 0.500 of 600, b 1.000 of 300" in decision.reason
     quality.close()
@@ -491,7 +491,7 @@ def test_evaluations_are_compared_on_the_same_examples(tmp_path: Path) -> None:
         name: MixKey.of("t", names.resolve([(name, 1.0)]), "base") for name in "ab"}  # fmt: skip
 
     def asked(name: str, kind: str, right: int) -> None:
-        quality.evaluated(subject[name], "accuracy", {f"{kind} {i}": float(i < right) for i in range(300)})
+        quality.record_evaluation(subject[name], "accuracy", {f"{kind} {i}": float(i < right) for i in range(300)})
 
     asked("a", "easy", 270)
     asked("b", "hard", 180)
@@ -540,8 +540,8 @@ def test_scores_again_do_not_move_beside_others(tmp_path: Path, monkeypatch: pyt
             subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
             for i in range(300):
                 id = f"{name} {value} {i}"
-                quality.answered(AnswerRecord(id, subject, "", "yes"))
-                quality.feedback("t", id, "", score=value - 0.5 * (i % 2), expected=None)
+                quality.record_answer(AnswerRecord(id, subject, "", "yes"))
+                quality.record_feedback("t", id, "", score=value - 0.5 * (i % 2), expected=None)
     decision = router.review(task, route)
     assert decision.leader is None and "a 0.500 of 600, b 0.500 of 600" in decision.reason
     quality.close()
@@ -604,7 +604,7 @@ def test_a_decision_keeps_its_reason_until_it_is_forgotten_with_the_turns(tmp_pa
     told = router.describe(task, route)
     assert (told["leader"], told["decided"]) == ("b", decided) and "b 1.000 of 200" in told["reason"]
     assert Counter(router.pick(task, route) for _ in range(2 * EXPLORED)) == {"a": 2, "b": 2 * EXPLORED - 2}
-    router.forget("t")
+    router.forget_task("t")
     assert Counter(router.pick(task, route) for _ in range(2 * ROUNDS)) == {"a": ROUNDS, "b": ROUNDS}
     quality.close()
 
@@ -631,7 +631,7 @@ def test_a_decision_is_for_the_metric_and_source_that_made_it(tmp_path: Path) ->
     picks = Counter(router.pick(task, by_feedback) for _ in range(2 * ROUNDS))
     assert picks == {"a": ROUNDS, "b": ROUNDS}, "nothing is known of thumbs"
     assert router.describe(task, by_feedback)["leader"] is None
-    router.forget("t")
+    router.forget_task("t")
     picks = Counter(router.pick(task, by_evaluation) for _ in range(2 * ROUNDS))
     assert picks == {"a": ROUNDS, "b": ROUNDS}, "the task is gone, and its leader"
     quality.close()
@@ -641,11 +641,11 @@ def test_the_same_examples_twice_prove_nothing_more(tmp_path: Path) -> None:
     quality, subject = Quality(tmp_path / "quality.db"), MixKey.of("t", [], "base")
     values = {f"{i}": float(i % 3 > 0) for i in range(60)}
     for _ in range(5):
-        quality.evaluated(subject, "accuracy", values)
-    quality.evaluated(subject, "exact_match", values)
+        quality.record_evaluation(subject, "accuracy", values)
+    quality.record_evaluation(subject, "exact_match", values)
     totals = quality.totals(subject, "accuracy", "evaluation")
     assert (totals.count, totals.total) == (60, 40.0)
-    quality.evaluated(subject, "accuracy", {"0": 1.0, "new": 1.0})
+    quality.record_evaluation(subject, "accuracy", {"0": 1.0, "new": 1.0})
     quality.close()
     again = Quality(tmp_path / "quality.db")
     assert again.totals(subject, "accuracy", "evaluation") == Totals(61, 42.0, 42.0)
@@ -790,7 +790,7 @@ def test_a_route_by_loss_leads_to_the_least(tmp_path: Path) -> None:
     route = BestRoute(("a", "b"), metric="loss", source="evaluation", min_samples=50)
     for name, value in (("a", 0.9), ("b", 0.1)):
         subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
-        quality.evaluated(subject, "loss", {f"{i}": value for i in range(100)})
+        quality.record_evaluation(subject, "loss", {f"{i}": value for i in range(100)})
     assert BestRouter(quality, names, "base").review(Task("t", "{input}", route), route).leader == "b"
     quality.close()
 
@@ -799,7 +799,7 @@ def test_of_a_task_that_is_gone_nothing_is_kept(tmp_path: Path) -> None:
     _, route, task, quality, router = judged(tmp_path)
     router.pick(task, route)
     router.review(task, route)
-    router.forget("t")
+    router.forget_task("t")
     assert not router._turns and not router._leaders and not router._behind
     quality.close()
 
@@ -823,7 +823,7 @@ def test_who_shares_examples_with_one_of_two_has_to_share_them_with_both(tmp_pat
 
     def asked(name: str, kind: str, value: float) -> None:
         subject = MixKey.of("t", names.resolve([(name, 1.0)]), "base")
-        quality.evaluated(subject, "accuracy", {f"{kind} {i}": value for i in range(100)})
+        quality.record_evaluation(subject, "accuracy", {f"{kind} {i}": value for i in range(100)})
 
     for name, kind, value in (("a", "x", 1.0), ("a", "y", 1.0), ("b", "x", 0.0), ("c", "y", 0.0)):
         asked(name, kind, value)
@@ -837,9 +837,9 @@ def test_who_shares_examples_with_one_of_two_has_to_share_them_with_both(tmp_pat
 
 def test_who_looks_at_a_task_has_its_leader_written_down(tmp_path: Path) -> None:
     names, route, task, quality, router = judged(tmp_path)
-    router.look(None)
+    router.review_task(None)
     assert quality.leader("t", "accuracy by feedback") is None
-    router.look(task)
+    router.review_task(task)
     leader = MixKey.of("t", names.resolve([("b", 1.0)]), "base")
     known = quality.leader("t", "accuracy by feedback")
     assert known is not None and known[0] == leader

@@ -149,7 +149,7 @@ def test_a_task_file_that_was_of_no_use_may_be_replaced_by_another_such(tmp_path
     """There is nothing to lose."""
     tasks = opened(tmp_path, Folders(x={"prompt": "nothing"}))
     assert tasks.faults("x")
-    tasks.check_file("x", {"prompt": "nothing either"})
+    tasks.check_task_file("x", {"prompt": "nothing either"})
 
 
 def test_what_an_adapter_brought_is_deleted_for_the_version_that_brought_it(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_thousand_adapters_with_tasks_are_listed_at_once(tmp_path: Path) -> No
     names = [f"a{i}" for i in range(1000)]
     tasks = opened(tmp_path, Folders(**dict.fromkeys(names, BROUGHT)))
     began = time.thread_time()
-    assert [tasks.using(name) for name in names] == [[name] for name in names]
+    assert [tasks.routing_to(name) for name in names] == [[name] for name in names]
     assert time.thread_time() - began < 0.5, "every list of adapters, /stats and each scrape ask for all of them"
 
 
