@@ -201,6 +201,11 @@ class Settings(BaseModel):
 
     # Adapters
     state_dir: Place = Field(Path("data"), description="all that the server writes; its cache/ may be deleted")
+    database_url: str | None = Field(
+        None,
+        description="SQL database of names, tasks, quality and jobs, such as postgresql://user@host/name; "
+        "by default SQLite in the state directory",
+    )
     adapter_dir: AutoPlace = Field(
         None, description="watched directory of PEFT folders, never written: auto is adapters/ in the state directory"
     )

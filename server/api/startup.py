@@ -24,6 +24,7 @@ from adapters.weights import Version
 from server.api.errors import answer
 from server.api.state import BaseInfo, Services
 from server.api.watchdog import Watchdog
+from server.database import Database, database_url
 from server.engine.backends import make_runner
 from server.engine.backends.protocol import Runner
 from server.engine.engine import Engine
@@ -137,6 +138,7 @@ def build(
     """Everything that stands on a base that has been loaded, from `source`: without it, nothing can be trained."""
     text = ModelTokenizer(base.vocabulary)
     notices = _Notices(metrics)
+    database = Database(database_url(settings.database_url, settings.state_dir))
     store = AdapterStore(settings.state_dir / "store", size=base.sizes())
     shutil.rmtree(settings.state_dir / "uploads", ignore_errors=True)  # what a killed process left: the store is ours
     registry = Registry(
@@ -203,6 +205,7 @@ def build(
     watchdog.start()
     jobs.start()
     closing: list[Callable[[float], object]] = [
+        lambda drain: database.close(),
         lambda drain: parts.grammars.close(),
         lambda drain: prompts.close(),
         lambda drain: quality.close(),

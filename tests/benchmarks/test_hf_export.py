@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import hf_export
 from benchmarks.hf_export import export_base
 from server.errors import BadSetting
 from server.model.config import RopeScaling, from_hf
@@ -43,7 +44,7 @@ def test_peers_are_told_all_of_the_model(tiny_base: Base, tmp_path: Path) -> Non
 
 def test_the_same_base_is_written_once(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = export_base(tiny_base, tmp_path)
-    monkeypatch.setattr(export_base, "save_file", lambda *_, **__: pytest.fail("it was written again"))
+    monkeypatch.setattr(hf_export, "save_file", lambda *_, **__: pytest.fail("it was written again"))
     assert export_base(tiny_base, tmp_path) == folder
 
 
@@ -52,7 +53,7 @@ def test_one_that_breaks_off_leaves_nothing(tiny_base: Base, tmp_path: Path, mon
         raise OSError("no space left")
 
     with monkeypatch.context() as broken:
-        broken.setattr(export_base, "save_file", full)
+        broken.setattr(hf_export, "save_file", full)
         with pytest.raises(OSError, match="no space"):
             export_base(tiny_base, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.compare import SCRIPTS
 
-PEERS = Path(__file__).resolve().parents[3] / "server" / "bench" / "peers"
+PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 
 MISTRALRS = """
 import json, os

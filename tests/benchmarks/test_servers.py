@@ -124,7 +124,7 @@ def test_without_adapters_nothing_has_to_be_converted(
     def serving(*_: Any) -> Iterator[servers.Wave]:
         yield lambda: {"whole": 1.0}
 
-    monkeypatch.setattr(servers, "InProcess", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(servers, "LocalEngine", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
     for name in ("our_server", "llama_server"):
         monkeypatch.setattr(servers, name, serving)
@@ -308,7 +308,7 @@ def test_our_engine_in_process_is_as_large_as_our_server(
         made.append((base, adapters, how))
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(servers, "InProcess", inside)
+    monkeypatch.setattr(servers, "LocalEngine", inside)
     monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
     monkeypatch.setattr(servers, "our_server", serving)
     served = Served(tiny_base, [tmp_path / "s0"], 40, 8, 2, 3)
@@ -323,7 +323,7 @@ def fall_over() -> Any:
 @pytest.fixture
 def quick_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our engine in process answers without one."""
-    monkeypatch.setattr(servers, "InProcess", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(servers, "LocalEngine", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(servers, "in_process", lambda *_: lambda: {"whole": 2.0})
 
 

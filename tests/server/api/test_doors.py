@@ -606,7 +606,7 @@ def test_a_server_that_loads_says_so_and_one_that_failed_tells_no_path(
         gate.wait(10)
         raise BadModel("there is no model at /a/path/of/ours")
 
-    real = server.app.assemble
+    real = server.app.load_and_build
     monkeypatch.setattr(server.app, "load_and_build", slow)
     live = start(ready=False)
     assert live.http.get("/health/live").status_code == 200

@@ -53,7 +53,7 @@ def house(
     """`house(**settings)`: a server that can train."""
     monkeypatch.setattr(
         server.app,
-        "assemble",
+        "load_and_build",
         lambda settings, metrics, mailbox, find: build(settings, folder_base, metrics, mailbox, tiny_folder),
     )
     return lambda **settings: start(quantization="none", **settings)
