@@ -119,11 +119,7 @@ def test_arrows_point_down() -> None:
         here = part(name)
         for target, line in imports(name, path):
             there = part(target)
-            if (
-                not target.startswith("server.")
-                or here == there
-                or there in LEAVES - UPWARD
-            ):
+            if not target.startswith("server.") or here == there or there in LEAVES - UPWARD:
                 continue
             allowed = (
                 here in OBSERVERS
