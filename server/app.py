@@ -1,7 +1,4 @@
-"""`create_app`: the server as an ASGI application, from its settings.
-
-Owns the order of loading and of leaving. What is loaded answers in `api`; how it is built is each part's own.
-"""
+"""Creates the ASGI application: middleware, routes, loading at startup and draining at shutdown."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from server.api import (
     tasks,
     vllm,
 )
-from server.api.startup import Find, RunningServer, load_and_build
+from server.api.startup import Find, load_and_build
 from server.api.state import ServerState
 from server.settings import Settings
 from server.sources import resolve_model
@@ -38,8 +35,8 @@ from server.tasks.delivery import EventLoopDelivery
 
 log = logging.getLogger(__name__)
 
-LEAVING = 5.0
-"""Seconds that jobs get to stop at a checkpoint, however long the requests took."""
+MIN_CLOSE_SECONDS = 5.0
+"""Jobs get this long to reach a checkpoint, even if the requests used up `--drain`."""
 DESCRIPTION = "Many LoRA adapters, and weighted mixes of them, on one resident 4-bit base."
 
 
@@ -48,21 +45,25 @@ def create_app(
     on_failure: Callable[[Exception], None] = lambda error: None,
     find: Find = resolve_model,
 ) -> FastAPI:
-    """The application. It answers /health/live at once, and everything else when its model has been loaded.
+    """Create the application. It answers /health/live at once and the other routes once the model is loaded.
 
-    `on_failure` hears of a model or a setting that cannot be served; the application then stays unready. `find` brings
-    the base, from wherever it is, on the thread that loads it. Raises BadSetting for keys that cannot be read.
+    Args:
+        on_failure: called with the error if the model cannot be loaded. The application then stays unready.
+        find: finds or downloads the base model, on the thread that loads it.
+
+    Raises:
+        BadSetting: a key file cannot be read.
     """
-    runtime = ServerState(settings)
-    runtime.metrics.snapshot = lambda: monitoring.snapshot(runtime)
+    state = ServerState(settings)
+    state.metrics.snapshot = lambda: monitoring.snapshot(state)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(runtime, on_failure, find))
+        loading = asyncio.create_task(_load(state, on_failure, find))
         try:
             yield
         finally:
-            await _leave(runtime, loading)
+            await _shut_down(state, loading)
 
     app = FastAPI(
         title="loramux",
@@ -75,9 +76,12 @@ def create_app(
         redirect_slashes=False,
         middleware=[
             Middleware(
-                middleware.RequestBoundary, unread=runtime.unread, closes=runtime.closes, access_log=settings.access_log
+                middleware.RequestBoundary,
+                on_refused=state.count_refused,
+                is_draining=state.is_draining,
+                access_log=settings.access_log,
             ),
-            Middleware(auth.AuthMiddleware, keys=runtime.keys, hosts=auth.known_hosts(settings)),
+            Middleware(auth.AuthMiddleware, keys=state.keys, hosts=auth.known_hosts(settings)),
             Middleware(
                 middleware.BodyLimit,
                 max_body=settings.max_body,
@@ -86,8 +90,8 @@ def create_app(
             ),
         ],
     )
-    app.state.runtime = runtime
-    errors.install(app, runtime.unread)
+    app.state.server = state
+    errors.install(app, state.count_refused)
     openapi.install(app)
     page.install(app)
     for part in (generate, openai, vllm, adapters, tasks, files, fine_tuning, jobs, monitoring, openapi, page):
@@ -95,33 +99,34 @@ def create_app(
     return app
 
 
-async def _load(runtime: ServerState, on_failure: Callable[[Exception], None], find: Find) -> None:
-    """Build all parts on a thread, then open the doors."""
-    mailbox = EventLoopDelivery(asyncio.get_running_loop())
+async def _load(state: ServerState, on_failure: Callable[[Exception], None], find: Find) -> None:
+    """Load the model on a thread, then accept requests."""
+    delivery = EventLoopDelivery(asyncio.get_running_loop())
     try:
-        house: RunningServer = await asyncio.to_thread(load_and_build, runtime.settings, runtime.metrics, mailbox, find)
+        running = await asyncio.to_thread(load_and_build, state.settings, state.metrics, delivery, find)
     except asyncio.CancelledError:
         raise
-    except BaseException as failure:  # a panic of a library is no Exception, and the start would hang
+    except BaseException as failure:  # a panic in a Rust library is not an Exception
         error = failure if isinstance(failure, Exception) else RuntimeError(str(failure))
         log.error("the server cannot start: %s", error, exc_info=not hasattr(error, "message"))
-        runtime.state = "failed"
+        state.state = "failed"
         on_failure(error)
         return
-    runtime.house, runtime.loaded = house, house.parts
-    if runtime.state == "loading":  # it may have been told to leave by now
-        runtime.state = "ready"
-    log.info("ready: %s", house.parts.model.name)
+    state.running = running
+    if state.state == "loading":  # it may be draining by now
+        state.state = "ready"
+    log.info("ready: %s", running.services.model.name)
 
 
-async def _leave(runtime: ServerState, loading: asyncio.Task[None]) -> None:
-    """Let what runs finish, for what is left of the time that the settings give it, then stop."""
+async def _shut_down(state: ServerState, loading: asyncio.Task[None]) -> None:
+    """Let running work finish within what is left of `--drain`, then stop everything."""
     await asyncio.gather(loading, return_exceptions=True)
-    runtime.drain()
-    if runtime.house is not None:
-        left = max(runtime.settings.drain - runtime.draining_for, min(runtime.settings.drain, LEAVING))
-        await asyncio.to_thread(runtime.house.close, left)
-        await asyncio.sleep(0)  # the last deliveries reach their readers
+    state.drain()
+    if state.running is not None:
+        drain = state.settings.drain
+        seconds = max(drain - state.draining_seconds, min(drain, MIN_CLOSE_SECONDS))
+        await asyncio.to_thread(state.running.close, seconds)
+        await asyncio.sleep(0)  # lets the last deliveries reach their readers
 
 
 def _version() -> str:

@@ -55,13 +55,13 @@ class RequestBoundary:
     def __init__(
         self,
         app: ASGIApp,
-        unread: Callable[[str, str, int], None],
-        closes: Callable[[], bool],
+        on_refused: Callable[[str, str, int], None],
+        is_draining: Callable[[], bool],
         access_log: bool = False,
     ) -> None:
         self.app = app
-        self.unread = unread
-        self.closes = closes
+        self.on_refused = on_refused
+        self.is_draining = is_draining
         self.access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +89,7 @@ class RequestBoundary:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), header]
-                last = self.closes() or _withholds(scope)
+                last = self.is_draining() or _withholds(scope)
                 if last and _CLOSE not in message["headers"]:
                     message["headers"].append(_CLOSE)
             await send(message)
@@ -99,7 +99,7 @@ class RequestBoundary:
         except ClientDisconnect:
             log.info("request %s: its client left before it could be answered", request_id, extra=named_so)
         except asyncio.CancelledError:
-            if self.closes() and not status:
+            if self.is_draining() and not status:
                 late = answer(NotReady(SHUTTING_DOWN, retry_after=2.0))
                 await refuse(late, scope, receive, named, more=False)
             raise
@@ -110,7 +110,7 @@ class RequestBoundary:
             await refuse(answer(error, request_id, openai=is_openai(scope["path"])), scope, receive, named, more=False)
         finally:
             if status in ALWAYS:
-                self.unread(scope["method"], scope["path"], status)
+                self.on_refused(scope["method"], scope["path"], status)
             if self.access_log:
                 took = (time.monotonic() - start) * 1000
                 asked = {"method": scope["method"], "path": scope["path"]}

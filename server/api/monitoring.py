@@ -93,7 +93,7 @@ def _adapters(parts: Services) -> dict[str, int]:
 
 def snapshot(runtime: ServerState) -> Snapshot:
     """What a scrape sees. Before the model is loaded, the process alone."""
-    parts = runtime.loaded
+    parts = runtime.services
     if parts is None:
         return Snapshot(memory={"process": process_bytes()}, max_slots=runtime.settings.max_slots)
     engine = parts.engine.stats()

@@ -1,7 +1,4 @@
-"""What the routes work with: the parts of a running server, and whether they are all there yet.
-
-`ServerState` exists from the first moment; `Services` when everything has been loaded.
-"""
+"""Server state for the routes: the services, and whether they are loading, ready, draining or failed."""
 
 from __future__ import annotations
 
@@ -31,19 +28,19 @@ from server.tasks.resolve import Resolver
 from server.tasks.routing import BestRouter
 from server.tasks.task_store import TaskStore
 
-GENERATING = frozenset({"/generate", "/classify", "/v1/completions", "/v1/chat/completions"})
-"""The routes whose requests are counted."""
+GENERATION_ROUTES = frozenset({"/generate", "/classify", "/v1/completions", "/v1/chat/completions"})
+"""Routes whose requests are counted in `loramux_requests_total`."""
 
-
-class Closing(Protocol):
-    """What has to be taken down at the end; what runs gets `drain` seconds."""
-
-    def close(self, drain: float) -> None: ...
+NOT_READY = {
+    "loading": "the server is loading its model; try again in a moment",
+    "draining": SHUTTING_DOWN,
+    "failed": "the server could not start; see its log",
+}
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """The base, as far as the routes need to know it."""
+    """What the routes need to know about the base model."""
 
     name: str
     id: str
@@ -53,7 +50,7 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class Services:
-    """All that answers requests."""
+    """Everything that answers requests. Created by `startup.build`."""
 
     model: BaseInfo
     engine: Engine
@@ -70,83 +67,85 @@ class Services:
     files: FileStore
     jobs: JobRunner
     training: TrainingContext
-    """What requests for training are checked against."""
+
+
+class Running(Protocol):
+    """The loaded server: see `startup.RunningServer`."""
+
+    @property
+    def services(self) -> Services: ...
+
+    def close(self, drain: float) -> None: ...
 
 
 class ServerState:
-    """A server's state: "loading", then "ready", at the end "draining"; "failed" if it could not be loaded."""
+    """State of the server process: "loading", "ready", "draining" or "failed". Exists before the model is loaded."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.keys = Keys(settings)
         self.state = "loading"
-        self.loaded: Services | None = None
-        self.house: Closing | None = None
+        self.running: Running | None = None
         self._draining_since: float | None = None
 
+    @property
+    def services(self) -> Services | None:
+        """The services, or None while they are loading."""
+        return None if self.running is None else self.running.services
+
+    def require_services(self) -> Services:
+        """The services. Raises NotServing while loading or draining."""
+        if self.state != "ready" or self.running is None:
+            raise NotServing(NOT_READY.get(self.state, self.state), retry_after=2.0)
+        return self.running.services
+
     def drain(self) -> None:
-        """Take no new requests from here on; those that run go on."""
+        """Refuse new requests from now on. Running requests continue."""
         self.state = "draining"
         self._draining_since = self._draining_since or time.monotonic()
 
-    @property
-    def draining_for(self) -> float:
-        """Seconds since `drain`; 0 before it."""
-        return 0.0 if self._draining_since is None else max(1e-9, time.monotonic() - self._draining_since)
-
-    def closes(self) -> bool:
-        """Whether it drains."""
+    def is_draining(self) -> bool:
         return self._draining_since is not None
 
-    def cut_short(self) -> None:
-        """End what clients still wait for: each answer says so itself. On the event loop's thread."""
-        if self.loaded is not None:
-            self.loaded.inference.abort_client_requests()
+    @property
+    def draining_seconds(self) -> float:
+        """Seconds since the first call of `drain`; 0 before it."""
+        return 0.0 if self._draining_since is None else max(1e-9, time.monotonic() - self._draining_since)
 
-    def parts(self) -> Services:
-        """The parts. Raises NotServing while loading or draining."""
-        if self.state != "ready" or self.loaded is None:
-            why = {
-                "loading": "the server is loading its model; try again in a moment",
-                "draining": SHUTTING_DOWN,
-                "failed": "the server could not start; its log says why",
-            }
-            raise NotServing(why.get(self.state, self.state), retry_after=2.0)
-        return self.loaded
+    def abort_requests(self) -> None:
+        """Cancel the requests that still run; each gets an error. Call it on the event loop's thread."""
+        if self.running is not None:
+            self.running.services.inference.abort_client_requests()
 
-    def unread(self, method: str, path: str, status: int) -> None:
-        """Count a request that is refused before a route sees it: nothing of it was resolved."""
-        if method == "POST" and path in GENERATING:
+    def count_refused(self, method: str, path: str, status: int) -> None:
+        """Count a generation request that was refused before its route read it."""
+        if method == "POST" and path in GENERATION_ROUTES:
             self.metrics.record(RequestRecord(None, (), str(status), known=False))
 
     def caller(self, request: Request, deadline_ms: int | None) -> Caller:
-        """Who asks, and until when: the request's deadline within the server's."""
+        """The tenant and the deadline of a request: its own, but at most the server's."""
         seconds = self.settings.deadline
         if deadline_ms is not None:
             seconds = min(seconds, deadline_ms / 1000)
         return Caller(tenant=request.state.tenant, deadline=time.monotonic() + seconds)
 
 
-async def runtime(request: Request) -> ServerState:
-    """The server's runtime, as a dependency."""
-    found: ServerState = request.app.state.runtime
-    return found
+async def _state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
 
 
-async def parts(request: Request) -> Services:
-    """The server's parts, as a dependency. Raises NotServing."""
-    found: ServerState = request.app.state.runtime
-    return found.parts()
+async def _services(request: Request) -> Services:
+    state: ServerState = request.app.state.server
+    return state.require_services()
 
 
-StateDep = Annotated[ServerState, Depends(runtime)]
-ServicesDep = Annotated[Services, Depends(parts)]
+async def _no_query(_: Annotated[NoQuery, Query()]) -> None:
+    """Refuses any query parameter."""
 
 
-async def without_query(_: Annotated[NoQuery, Query()]) -> None:
-    """That a route's query is empty, as a dependency of it."""
-
-
-NO_QUERY = [Depends(without_query)]
-"""`dependencies=` of our own routes that have no query: one that is ignored would be answered by something else."""
+StateDep = Annotated[ServerState, Depends(_state)]
+ServicesDep = Annotated[Services, Depends(_services)]
+NO_QUERY = [Depends(_no_query)]
+"""`dependencies=` of routes without query parameters. Ignoring one could do something else than the client meant."""

@@ -102,7 +102,7 @@ async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress,
     from server.tasks.evaluation import evaluate as measure
 
     async with opened(settings, base) as house:
-        parts = house.parts
+        parts = house.services
         choices: dict[str, list[tuple[str, float]] | None] = {c: choice_of(house, c) for c in asked.candidates}
         name = _task(parts, asked.task)
         for label, choice in (choices or {f"{name}, as it is": None}).items():

@@ -81,7 +81,7 @@ async def _answer(
     from server.tasks.sampling import OWN_DEFAULTS, build
 
     async with opened(settings, base) as house:
-        parts = house.parts
+        parts = house.services
         choice = None if adapters is None else [weighted(house, text) for text in adapters]
         target = target_of(house, task, choice)
         ids = await parts.prompts.encode_input(target.task, prompt)

@@ -76,9 +76,9 @@ async def opened(settings: Settings, base: Base) -> AsyncIterator[RunningServer]
 def target_of(house: RunningServer, task: str | None, choice: Choice | None) -> Target:
     """What a task means here, or the choice instead of its mix. Raises UnknownName with the tasks that there are."""
     try:
-        return house.parts.resolver.task(task, choice)
+        return house.services.resolver.task(task, choice)
     except UnknownName as error:
-        known = ", ".join(known.name for known in house.parts.tasks.all()) or "none is"
+        known = ", ".join(known.name for known in house.services.tasks.all()) or "none is"
         raise UnknownName(
             f"there is no task {str(task)[:64]!r} ({known} here); give the folder of the adapter that brings it", "task"
         ) from error
@@ -108,7 +108,7 @@ def weighted(house: RunningServer, text: str) -> tuple[str, float]:
         check_weight(weight)
     except ValueError:
         raise InvalidRequest(f"the weight of {name!r} must be a number, not {weight_text!r}", "adapter") from None
-    registry = house.parts.registry
+    registry = house.services.registry
     known, folder = registry.names(), given_path(Path(name))
     if name not in known and folder.is_dir():
         own = folder.resolve().name

@@ -235,7 +235,7 @@ def _scorer(
     from server.jobs.rank_trials import learned_too
     from server.tasks.evaluation import check_references, evaluate, pairs
 
-    parts, name = house.parts, plan.recipe.name
+    parts, name = house.services, plan.recipe.name
     parts.tasks.put(name, plan.recipe.task)
     room = parts.prompts.limit.context
     judging = answerable(found.judges, found.encode, room)

@@ -88,7 +88,7 @@ def serve(settings: Settings) -> None:
 
     app = create_app(settings, failed, find)
     spool_in(settings.state_dir)
-    runtime = app.state.runtime
+    runtime = app.state.server
     server = _server(settings, app, runtime)
     with _sigterm_and_sigint(runtime, settings.drain):
         server.run(sockets=[listener])
@@ -159,9 +159,9 @@ def _server(settings: Settings, app: Any, runtime: ServerState) -> uvicorn.Serve
 
         async def on_tick(self, counter: int) -> bool:
             """Called ten times a second."""
-            draining = runtime.draining_for
+            draining = runtime.draining_seconds
             if draining and draining >= settings.drain:
-                runtime.cut_short()
+                runtime.abort_requests()
                 self.should_exit = True
             elif draining:
                 run = self.server_state.tasks
@@ -209,9 +209,9 @@ def _sigterm_and_sigint(runtime: ServerState, drain: float) -> Iterator[None]:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if 0 < runtime.draining_for < SAME_SIGNAL:
+        if 0 < runtime.draining_seconds < SAME_SIGNAL:
             return
-        if runtime.draining_for:
+        if runtime.draining_seconds:
             log.critical("stopped at once by a second signal")
             logs.flush()
             os._exit(128 + number)

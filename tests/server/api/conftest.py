@@ -1,4 +1,4 @@
-"""A real server over the tiny base, on a free port, with adapters and a task; and a runner that can be slowed."""
+"""A real server over the tiny base on a free port, with adapters and a task."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from adapters.directory_watcher import DirectoryWatcher
 from adapters.peft_format import save
 from adapters.weights import LoraWeights
 from server.api import startup
-from server.api.startup import RunningServer, build
-from server.api.state import ServerState
+from server.api.startup import build
+from server.api.state import ServerState, Services
 from server.app import create_app
 from server.cli.uvicorn_protocol import Protocol
 from server.model.loader import Base
@@ -40,31 +40,31 @@ TASK = {
 
 
 class Live:
-    """A running server: `http` is a client of it, `runtime` its inside."""
+    """A running server. `http` is a client for it; `services` are its parts."""
 
-    def __init__(self, runtime: ServerState, port: int) -> None:
-        self.runtime = runtime
-        self.app: Any = None
+    def __init__(self, app: Any, port: int) -> None:
+        self.app = app
+        self.state: ServerState = app.state.server
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=30)
         self.delay = 0.0
         self.stop: Callable[[], None] = lambda: None
 
     @property
-    def house(self) -> RunningServer:
-        assert isinstance(self.runtime.house, RunningServer)
-        return self.runtime.house
+    def services(self) -> Services:
+        assert self.state.services is not None, "the server is not loaded"
+        return self.state.services
 
     def generate(self, prompt: str = "hello there", task: str | None = None, **fields: Any) -> httpx.Response:
         query = {} if task is None else {"task": task}
         return self.http.post("/generate", params=query, json={"prompt": prompt, **fields})
 
     def stats(self) -> dict[str, Any]:
-        return self.house.parts.engine.stats()
+        return self.services.engine.stats()
 
     def slow_down(self, seconds: float) -> None:
-        """Let each step take so much longer."""
-        runner: Any = self.house.parts.runner
+        """Make every step take this much longer."""
+        runner: Any = self.services.runner
         run = runner.run
 
         def slow(batch: Any) -> Any:
@@ -80,18 +80,15 @@ class Live:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             stats = self.stats()
-            leases = self.house.parts.registry.memory()["leases"]
-            if not (stats["running"] or stats["waiting"] or leases or self.house.parts.inference.live):
+            leases = self.services.registry.memory()["leases"]
+            if not (stats["running"] or stats["waiting"] or leases or self.services.inference.live):
                 return True
             time.sleep(0.01)
         return False
 
 
 class Uvicorn(uvicorn.Server):
-    """uvicorn's own looks ten times a second whether it is to end, and waits for a tenth at its end whatever there is.
-
-    With a server a test that is most of the time of many. This one ends as soon as it can once it is told to.
-    """
+    """A uvicorn server that stops at once. The original polls every 0.1 s, which dominates short tests."""
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
@@ -110,7 +107,7 @@ class Uvicorn(uvicorn.Server):
 
 @contextmanager
 def serving(app: Any) -> Iterator[int]:
-    """`app` on a free port, by uvicorn, on a thread."""
+    """Serve `app` with uvicorn on a thread and a free port; yields the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -124,7 +121,7 @@ def serving(app: Any) -> Iterator[int]:
     finally:
         server.should_exit = True
         thread.join(SECONDS)
-        assert not thread.is_alive(), "the server does not end"
+        assert not thread.is_alive(), "the server does not stop"
 
 
 def wait_ready(client: httpx.Client) -> None:
@@ -132,19 +129,19 @@ def wait_ready(client: httpx.Client) -> None:
         if client.get("/health/ready").status_code == 200:
             return
         time.sleep(0.005)
-    raise AssertionError("the server does not get ready")
+    raise AssertionError("the server does not become ready")
 
 
 @pytest.fixture
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server's watch looks ten times a second, at folders that have been still, and are gone, after some tenths."""
+    """The directory watcher polls ten times a second and waits tenths of a second for folders to settle."""
     monkeypatch.setattr("adapters.directory_watcher.GONE_SECONDS", 0.3)
     monkeypatch.setattr(startup, "DirectoryWatcher", partial(DirectoryWatcher, interval=0.1, still=0.2))
 
 
 @pytest.fixture
 def idle_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server's watch looks once, at the start: what a test puts out of memory it would take in again."""
+    """The directory watcher polls once at startup. Later polls would reload adapters that a test has evicted."""
     monkeypatch.setattr(startup, "DirectoryWatcher", partial(DirectoryWatcher, interval=3600.0))
 
 
@@ -173,12 +170,8 @@ def write_adapter(tiny_adapter: Callable[..., LoraWeights], adapter_dir: Path) -
 
 @pytest.fixture
 def start(tmp_path: Path, adapter_dir: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """`start(**settings)`: a live server over the tiny base. Everything is taken down at the end."""
-    monkeypatch.setattr(
-        server.app,
-        "load_and_build",
-        lambda settings, metrics, mailbox, find: build(settings, tiny_base, metrics, mailbox),
-    )
+    """`start(**settings)`: starts a server over the tiny base. All servers are stopped at the end."""
+    monkeypatch.setattr(server.app, "load_and_build", lambda settings, *given: build(settings, tiny_base, *given[:2]))
     running: list[Live] = []
 
     def begin(ready: bool = True, **given: Any) -> Live:
@@ -196,8 +189,7 @@ def start(tmp_path: Path, adapter_dir: Path, tiny_base: Base, monkeypatch: pytes
         )
         app = create_app(settings)
         context = serving(app)
-        live = Live(app.state.runtime, context.__enter__())
-        live.app = app
+        live = Live(app, context.__enter__())
         running.append(live)
 
         def stop() -> None:
@@ -219,19 +211,19 @@ def start(tmp_path: Path, adapter_dir: Path, tiny_base: Base, monkeypatch: pytes
 
 @pytest.fixture
 def live(start: Start, write_adapter: Callable[..., Path]) -> Live:
-    """A server with the adapters a, b and mood, of which mood brings a task."""
+    """A server with the adapters a, b and mood; mood has a task.json."""
     write_adapter("a", 1)
     write_adapter("b", 2, rank=3)
     write_adapter("mood", 3, task=TASK)
     live = start()
     for name in ("a", "b", "mood"):
-        if name not in live.house.parts.registry.names():
+        if name not in live.services.registry.names():
             answer = live.http.post("/adapters", json={"name": name, "source": name})
             assert answer.status_code in (200, 201), answer.text
     return live
 
 
 def events(response: httpx.Response) -> list[Any]:
-    """The data of server-sent events, parsed; the closing mark as it is."""
+    """The parsed data of server-sent events; `[DONE]` stays a string."""
     found = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     return [data if data == "[DONE]" else json.loads(data) for data in found]

@@ -152,7 +152,7 @@ def test_a_name_or_a_version_that_will_not_do_is_told_before_a_source_is_asked(l
     def opened(source: str) -> Any:
         raise AssertionError(f"{source} was asked")
 
-    monkeypatch.setattr(live.house.parts.sources, "open", opened)
+    monkeypatch.setattr(live.services.sources, "open", opened)
     for name in ("base", "none", "tiny"):
         refused = live.http.post("/adapters", json={"name": name, "source": "far"})
         assert refused.status_code == 400 and "reserved" in refused.json()["error"]["message"]
@@ -174,7 +174,7 @@ def test_uploads(live: Any, write_adapter: Callable[..., Path]) -> None:
     extra = upload(folder, name="x")
     extra["files"]["evil.py"] = ("evil.py", b"import os")
     assert live.http.post("/adapters", **extra).status_code == 422
-    assert not list((live.runtime.settings.state_dir / "uploads").iterdir()), "nothing is left behind"
+    assert not list((live.state.settings.state_dir / "uploads").iterdir()), "nothing is left behind"
 
 
 def test_an_upload_under_a_name_in_use_replaces_nothing(live: Any, write_adapter: Callable[..., Path]) -> None:
@@ -224,7 +224,7 @@ def test_so_it_does_not_from_a_source(live: Any, write_adapter: Callable[..., Pa
 def test_what_was_published_is_told_though_it_is_deleted_at_once(
     live: Any, write_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = live.house.parts.registry
+    registry = live.services.registry
 
     def deleting(change: Any) -> Any:
         async def changed(name: str, *rest: Any, **options: Any) -> Any:
@@ -338,7 +338,7 @@ def test_what_overtakes_a_put_that_expects_a_version_is_not_put_over(
     live: Any, write_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """It had that version still when the request came."""
-    registry, folder = live.house.parts.registry, write_adapter("late", 5)
+    registry, folder = live.services.registry, write_adapter("late", 5)
     first = live.http.get("/adapters/a").json()["version"]
     assert live.http.put("/adapters/a", json={"source": "b"}).status_code == 200
     body: dict[str, Any] = {
@@ -377,7 +377,7 @@ def test_a_sum_holds_none_of_its_parts(live: Any) -> None:
 
 def test_compose_of_a_damaged_version_is_no_sum_and_publishing_it_again_repairs_it(live: Any) -> None:
     version = live.http.get("/adapters/a").json()["version"]
-    files = live.house.parts.training.store.path(live.house.parts.registry.current("a").digest)
+    files = live.services.training.store.path(live.services.registry.current("a").digest)
     whole = {name: (files / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
     tensors = whole["adapter_model.safetensors"]
     for damaged in (tensors[:-1] + bytes([tensors[-1] ^ 1]), tensors[:200]):
@@ -461,7 +461,7 @@ def test_a_source_that_cannot_be_read_is_the_clients_and_a_full_disk_is_not(
     def opened(source: str) -> Any:
         raise OSError(number, os.strerror(number), "/secret/path")
 
-    monkeypatch.setattr(live.house.parts.sources, "open", opened)
+    monkeypatch.setattr(live.services.sources, "open", opened)
     refused = live.http.post("/adapters", json={"name": "n", "source": "a"})
     assert refused.status_code == status and os.strerror(number) in refused.json()["error"]["message"]
     assert "secret" not in refused.text
@@ -514,13 +514,13 @@ def test_a_full_disk_is_507_and_nothing_changes(
 
 
 def test_an_upload_that_has_no_place_is_507(live: Any, adapter_dir: Path) -> None:
-    (live.runtime.settings.state_dir / "uploads").write_text("no folder")
+    (live.state.settings.state_dir / "uploads").write_text("no folder")
     for answer in (
         live.http.post("/adapters", **upload(adapter_dir / "a", name="sent")),
         live.http.post("/adapters/compose", json={"name": "sent", "from": [{"name": "a"}]}),
     ):
         assert answer.status_code == 507 and "the disk refuses an upload" in answer.json()["error"]["message"]
-        assert str(live.runtime.settings.state_dir) not in answer.text
+        assert str(live.state.settings.state_dir) not in answer.text
     assert live.http.get("/adapters/sent").status_code == 404
 
 

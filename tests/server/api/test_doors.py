@@ -335,7 +335,7 @@ def test_what_nobody_expected_is_a_500_that_tells_only_its_id(live: Any, monkeyp
     def broken(*_: Any) -> Any:
         raise ValueError("a secret path /somewhere and a value 0x7f00")
 
-    monkeypatch.setattr(live.house.parts.resolver, "task", broken)
+    monkeypatch.setattr(live.services.resolver, "task", broken)
     answer = live.generate("x")
     assert answer.status_code == 500
     error = error_of(answer)
@@ -417,7 +417,7 @@ def test_who_asks_before_it_sends_its_body_hears_so_too_of_a_route_that_does_not
     """Its connection is closed then, which a drain does as well: what comes next would be read as that body."""
     live = start()
     if draining:
-        live.runtime.drain()
+        live.state.drain()
     with dial(live) as connection:
         connection.sendall(
             b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 100\r\n"
@@ -435,7 +435,7 @@ def test_who_sends_an_upload_that_no_route_reads_hears_so(start: Any, draining: 
     """Though its connection is closed then: it has sent all of it, and is not reset."""
     live = start()
     if draining:
-        live.runtime.drain()
+        live.state.drain()
     with dial(live) as connection:
         connection.sendall(
             b"POST /adapters HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 16777216\r\n"
@@ -568,7 +568,7 @@ def test_a_body_that_trickles_in_is_not_waited_for(start: Any, path: str, kind: 
         assert (answer.status, told["code"], answer.headers["connection"]) == (408, "body_too_slow", "close")
         with contextlib.suppress(ConnectionResetError):  # it was closed with a byte of ours on its way
             assert connection.recv(1) == b""
-    assert not list((live.runtime.settings.state_dir / "uploads").glob("*"))
+    assert not list((live.state.settings.state_dir / "uploads").glob("*"))
     assert live.generate("x", max_tokens=1).status_code == 200
 
 

@@ -23,13 +23,13 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 def stored(live: Any, name: str) -> Path:
     """The folder of an adapter's version in the store."""
-    registry = live.house.parts.registry
-    return Path(live.house.parts.training.store.path(registry.resolve([(name, 1.0)])[0][0].digest))
+    registry = live.services.registry
+    return Path(live.services.training.store.path(registry.resolve([(name, 1.0)])[0][0].digest))
 
 
 def evict(live: Any, name: str) -> None:
     """Take an adapter out of slots and RAM, so that the next request has to read it."""
-    parts = live.house.parts
+    parts = live.services
     digest = parts.registry.resolve([(name, 1.0)])[0][0].digest
     parts.engine.forget(digest)
 
@@ -52,7 +52,7 @@ def test_an_answer_whose_record_fails_is_given_all_the_same(
     def failing(generation: Any) -> None:
         raise RuntimeError("no record today")
 
-    monkeypatch.setattr(live.house.parts.inference, "on_ended", failing)
+    monkeypatch.setattr(live.services.inference, "on_ended", failing)
     assert live.generate(max_tokens=2).status_code == 200
     assert live.idle() and "no record today" in caplog.text
 
@@ -125,7 +125,7 @@ def test_an_adapter_whose_numbers_overflow_is_named(live: Any, write_adapter: An
 def test_files_of_the_users_folder_that_are_harmed_while_served(live: Any, write_adapter: Any) -> None:
     folder = write_adapter("a", 1)
     first = text_of(live, "a")
-    registry = live.house.parts.registry
+    registry = live.services.registry
 
     whole = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(whole[: len(whole) // 2])
@@ -167,7 +167,7 @@ def test_a_clock_that_jumps_ends_nothing(
     assert late.status_code == 504, "and a deadline is one still"
     live.slow_down(0.0)
     write_adapter("late", 5)
-    until(lambda: "late" in live.house.parts.registry.names(), "the watch waits for a clock")
+    until(lambda: "late" in live.services.registry.names(), "the watch waits for a clock")
     assert live.http.put("/adapters/a", json={"source": "b"}).status_code == 200
     offset[0] = 0.0
     versions = live.http.get("/adapters/a").json()["versions"]

@@ -54,7 +54,7 @@ def house(
     monkeypatch.setattr(
         server.app,
         "load_and_build",
-        lambda settings, metrics, mailbox, find: build(settings, folder_base, metrics, mailbox, tiny_folder),
+        lambda settings, *given: build(settings, folder_base, *given[:2], tiny_folder),
     )
     return lambda **settings: start(quantization="none", **settings)
 
@@ -149,8 +149,8 @@ def test_a_job_from_upload_to_served_model(live: Any, client: openai.OpenAI) -> 
     assert chat.usage.completion_tokens >= 1
     adapter = live.http.get("/adapters/mood").json()
     assert adapter["ranks"] == [2] and "3 steps of 4" in adapter["card"]
-    assert job.id not in live.house.parts.registry.names(), "the name that it was measured under is gone"
-    folder = live.runtime.settings.state_dir / "jobs" / job.id
+    assert job.id not in live.services.registry.names(), "the name that it was measured under is gone"
+    folder = live.state.settings.state_dir / "jobs" / job.id
     assert (folder / "stderr.log").read_text() == "", "the process has ended without a word"
 
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=5))  # follows the pages
@@ -281,7 +281,7 @@ def steps_of(client: openai.OpenAI, id: str, limit: int = 1000) -> list[tuple[in
 
 def record_of(live: Any, id: str) -> dict[str, Any]:
     """What is on the disk of a job."""
-    record: dict[str, Any] = json.loads((live.runtime.settings.state_dir / "jobs" / id / "job.json").read_text())
+    record: dict[str, Any] = json.loads((live.state.settings.state_dir / "jobs" / id / "job.json").read_text())
     return record
 
 
@@ -314,14 +314,14 @@ def test_pausing_killing_and_restarting_change_no_bit(
 
     past(client, job.id, 5)
     pid = child_of(job.id)
-    assert live.house.parts.engine._scheduler.lending, "a process that trains gets processors between steps"
+    assert live.services.engine._scheduler.lending, "a process that trains gets processors between steps"
     assert os.sched_getscheduler(pid) == os.SCHED_IDLE
     assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
     client.fine_tuning.jobs.pause(job.id)
     assert until(client, job.id, "paused").status == "paused"
     kept = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].step_number
     assert kept == live.http.get(f"/jobs/{job.id}").json()["step"], "it can go on from there"
-    assert not live.house.parts.engine._scheduler.lending
+    assert not live.services.engine._scheduler.lending
     time.sleep(0.3)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
     gate.name(25)
@@ -463,7 +463,7 @@ def test_a_trained_job_goes_on_without_its_files(
         patch.setattr(Publisher, "publish", full)
         job = until(client, create(client, suffix="late", seed=2).id)
     assert job.status == "failed" and "no space left" in job.error.message
-    folder = live.runtime.settings.state_dir / "jobs" / job.id
+    folder = live.state.settings.state_dir / "jobs" / job.id
     assert WorkerSpec.read(folder).created_at == record_of(live, job.id)["created_at"], "what a template is told"
     client.files.delete(job.training_file)
     client.fine_tuning.jobs.resume(job.id)
@@ -544,7 +544,7 @@ def test_uploads_are_checked_and_bounded(house: Callable[..., Any]) -> None:
     assert large.status_code == 413 and large.json()["error"]["code"] == "body_too_large"
     named = http.post("/v1/files", files={"file": ("../../x.jsonl", b"{}")}, data={"purpose": "fine-tune"}).json()
     assert named["filename"] == "x.jsonl"
-    assert [p.name for p in (live.runtime.settings.state_dir / "files").iterdir()] == [named["id"]]
+    assert [p.name for p in (live.state.settings.state_dir / "files").iterdir()] == [named["id"]]
     assert http.get("/v1/files/..%2f..").status_code == 404 and http.delete("/v1/files/file-x").status_code == 404
 
 
@@ -585,7 +585,7 @@ def test_evaluating_candidates_of_a_task(
             refused = live.http.post("/tasks/mood/evaluate", json=large)
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, field), refused.text
     with monkeypatch.context() as few:
-        few.setattr(live.house.parts.engine._slots, "count", 1)
+        few.setattr(live.services.engine._slots, "count", 1)
         refused = live.http.post("/tasks/mood/evaluate", json={"data": LINES, "candidates": mixes})
         assert (refused.status_code, refused.json()["error"]["param"]) == (507, "candidates"), refused.text
 
@@ -641,9 +641,9 @@ def test_a_drain_that_runs_out_ends_clients_answers_and_no_job(live: Any) -> Non
     waiting.until(lambda: live.stats()["running"])
     with ThreadPoolExecutor(1) as clients:
         asked = clients.submit(live.generate, "x", max_tokens=100, ignore_eos=True)
-        inference = live.house.parts.inference
+        inference = live.services.inference
         waiting.until(lambda: any(generation.caller.client for generation in inference.live))
-        inference._mailbox.loop.call_soon_threadsafe(live.runtime.cut_short)
+        inference._mailbox.loop.call_soon_threadsafe(live.state.abort_requests)
         assert asked.result(30).json()["finish_reason"] == "cancelled"
     live.slow_down(0.0)
     job = finished(live, id)
@@ -748,7 +748,7 @@ def test_a_full_disk_is_no_room(live: Any, client: openai.OpenAI, monkeypatch: p
 
     file = upload(client)
     until(client, create(client, training_file=file, suffix="first").id)
-    jobs = live.runtime.settings.state_dir / "jobs"
+    jobs = live.state.settings.state_dir / "jobs"
     before = sorted(jobs.iterdir())
     monkeypatch.setattr(shutil, "copyfile", full)
     body = {"model": "tiny", "training_file": file, "lora": {"init_from": "first", "rslora": False}}
@@ -763,7 +763,7 @@ def known(live: Any, **fields: Any) -> Job:
         "training_file": "file-x", "validation_file": None, "suffix": None, "seed": 0, "metadata": None,
         "hyperparameters": {"n_epochs": 1.0}, "lora": {"init_from": None},
     }  # fmt: skip
-    records = live.house.parts.jobs.records
+    records = live.services.jobs.records
     job: Job = records.prepare("training", "mine", request, "ftjob", {})
     vars(job).update({"status": "cancelled", **fields})
     records.enter(job)
@@ -786,7 +786,7 @@ def entered(live: Any, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         asked.append(job)
         return job
 
-    monkeypatch.setattr(live.house.parts.jobs, "enter", enter)
+    monkeypatch.setattr(live.services.jobs, "enter", enter)
     return asked
 
 
@@ -796,7 +796,7 @@ def test_a_file_is_not_deleted_while_a_job_is_made_of_it(
     """Both would succeed, and the job would fail."""
     live.http.put("/tasks/mood", json={"prompt": "{input}", "labels": ["good", "bad"]}).raise_for_status()
     learned, judged, scored = (upload(client) for _ in range(3))
-    jobs, deleted = live.house.parts.jobs, list[httpx.Response]()
+    jobs, deleted = live.services.jobs, list[httpx.Response]()
 
     def enter(job: Job) -> Job:
         files = [id for id in (job.request["training_file"], job.request.get("validation_file")) if id is not None]
@@ -836,7 +836,7 @@ def test_files_are_listed_by_pages(live: Any, client: openai.OpenAI) -> None:
 
 def test_a_file_that_is_gone_from_the_disk_is_told_as_that(live: Any, client: openai.OpenAI) -> None:
     id = upload(client)
-    live.house.parts.files.path(id).unlink()
+    live.services.files.path(id).unlink()
     answer = live.http.get(f"/v1/files/{id}/content")
     assert answer.status_code == 404 and "upload it again" in answer.json()["error"]["message"]
 
@@ -881,7 +881,7 @@ def test_the_last_jobs_and_messages_are_shown(live: Any, monkeypatch: pytest.Mon
     _, second, third = (known(live, created_at=float(i)) for i in range(3))
     assert [job["id"] for job in live.http.get("/jobs").json()["jobs"]] == [third.id, second.id]
     for message in ("one", "two", "three"):
-        live.house.parts.jobs.records.note(third, message)
+        live.services.jobs.records.note(third, message)
     shown = live.http.get(f"/jobs/{third.id}").json()
     assert [said["message"] for said in shown["messages"]] == ["two", "three"]
     assert live.http.get(f"/jobs/{second.id}").json()["messages"] == [], "a disk may have refused them"
@@ -923,7 +923,7 @@ def test_hyperparameters_are_those_of_the_method_if_it_has_any(
 
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
 def test_what_a_job_left_behind_is_no_data(live: Any, client: openai.OpenAI, entered: list[Job], field: str) -> None:
-    left = live.house.parts.files.add(lambda path: path.write_bytes(jsonl(LINES)), "x.csv", "fine-tune-results")
+    left = live.services.files.add(lambda path: path.write_bytes(jsonl(LINES)), "x.csv", "fine-tune-results")
     with pytest.raises(openai.BadRequestError, match="with the purpose fine-tune") as refused:
         create(client, **{field: left.id})
     assert refused.value.param == field and not entered
@@ -954,7 +954,7 @@ def test_an_evaluation_is_by_default_of_what_the_task_routes_to_and_by_its_metri
     assert of_mix["candidates"] == [[("a", 0.5), ("b", 0.25)]] and of_mix["samples"] == len(LINES)
     assert of_best["candidates"] == [[("a", 1.0)], [("b", 1.0)]] and of_best["metric"] == "rougeL"
     for gone, status in (("a", 202), ("b", 404)):
-        live.house.parts.registry.retire_now(gone)
+        live.services.registry.retire_now(gone)
         assert live.http.post("/tasks/best/evaluate", json={"data": LINES}).status_code == status
         assert live.http.post("/tasks/mixed/evaluate", json={"data": LINES}).status_code == 404
     assert len(entered) == 3 and entered[2].request["candidates"] == [[("b", 1.0)]], "the route serves that one"
@@ -970,7 +970,7 @@ def test_training_jobs_are_listed_newest_first_by_pages_and_no_others(live: Any)
 
 
 def test_a_jobs_events_are_listed_newest_first_and_its_checkpoints_are_named(live: Any) -> None:
-    job, records = known(live, started_at=5.5, finished_at=9.5), live.house.parts.jobs.records
+    job, records = known(live, started_at=5.5, finished_at=9.5), live.services.jobs.records
     shown = live.http.get(f"/v1/fine_tuning/jobs/{job.id}").json()
     assert (shown["started_at"], shown["finished_at"], shown["estimated_finish"]) == (5, 9, None)
     records.note(job, "one")

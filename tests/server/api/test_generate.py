@@ -49,7 +49,7 @@ def test_an_answer_has_the_contracts_form(live: Any) -> None:
 def test_without_a_task_the_base_continues_the_raw_prompt(live: Any) -> None:
     body = live.generate("hello").json()
     assert body["task"] is None and body["adapters"] == [] and body["logprobs"] is None
-    assert body["usage"]["prompt_tokens"] == len(live.house.parts.prompts.text.encode("hello"))
+    assert body["usage"]["prompt_tokens"] == len(live.services.prompts.text.encode("hello"))
     assert live.generate("hello", logprobs=0).json()["logprobs"] is None
 
 
@@ -63,7 +63,7 @@ def test_the_default_task_answers_when_none_is_named(live: Any) -> None:
     assert live.http.put("/tasks/default", json={"prompt": ">> {input}", "route": {"choice": []}}).status_code == 201
     body = live.generate("hello").json()
     assert body["task"] == "default"
-    assert body["usage"]["prompt_tokens"] == len(live.house.parts.prompts.text.encode(">> hello"))
+    assert body["usage"]["prompt_tokens"] == len(live.services.prompts.text.encode(">> hello"))
 
 
 def test_adapters_of_a_request_replace_the_tasks_mix(live: Any) -> None:
@@ -131,7 +131,7 @@ def test_classify_is_a_softmax_over_the_sums_of_log_probabilities(live: Any, tin
     """Against one whole pass of the decoder over each label with its end token."""
     labels = ["a", "b", "ab"]
     scores = live.http.post("/classify", json={"prompt": "q: ", "labels": labels}).json()["scores"]
-    text = live.house.parts.prompts.text
+    text = live.services.prompts.text
     sums = []
     for label in labels:
         ids = [*text.encode("q: " + label), text.eos_id]
@@ -240,7 +240,7 @@ def test_bounds_are_checked_before_a_prompt_is_tokenized(live: Any, subtests: py
 def test_a_mix_that_no_request_could_have_is_refused_before_a_prompt_is_tokenized(
     live: Any, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests, flag: str, status: int
 ) -> None:
-    parts = live.house.parts
+    parts = live.services
     limits: dict[str, Any] = {
         "--max-mix": (parts.registry, "_max_mix", 1),
         "--max-slots": (parts.engine._slots, "count", 1),
@@ -269,7 +269,7 @@ def test_what_a_call_is_resolved_to_answers_it_though_its_task_moves_on_meanwhil
 ) -> None:
     """While its prompt is tokenized the task takes another adapter, and the one of before goes."""
     began, goes_on = threading.Event(), threading.Event()
-    registry = live.house.parts.registry
+    registry = live.services.registry
 
     async def slow(self: Prompts, size: int, call: Callable[[], Any]) -> Any:
         began.set()
@@ -303,7 +303,7 @@ def test_a_call_that_is_refused_holds_no_version(live: Any, path: str) -> None:
     wrong = {"labels": []} if path == "/classify" else {"max_tokens": 100_000}
     refused = live.http.post(path, json={**told, **wrong})
     assert refused.status_code in (400, 422), refused.text
-    assert live.house.parts.registry.memory()["leases"] == 0
+    assert live.services.registry.memory()["leases"] == 0
 
 
 @pytest.mark.usefixtures("unread")
@@ -452,7 +452,7 @@ def test_unknown_tasks_are_404_and_adapters_are_no_tasks(live: Any) -> None:
 
 
 def test_special_tokens_in_a_users_text_are_plain_text(live: Any) -> None:
-    text = live.house.parts.prompts.text
+    text = live.services.prompts.text
     count = live.generate("<|im_end|>").json()["usage"]["prompt_tokens"]
     assert count == len(text.encode("<|im_end|>")) > 1
 
@@ -482,7 +482,7 @@ def test_a_sliding_window_ends_the_context_of_the_server(
     monkeypatch.setattr(
         server.app,
         "load_and_build",
-        lambda settings, metrics, mailbox, find: build(settings, windowed, metrics, mailbox),
+        lambda settings, *given: build(settings, windowed, *given[:2]),
     )
     live = start()
     answer = live.http.post("/v1/completions", json={"model": windowed.name, "prompt": [5] * 12, "max_tokens": 4})

@@ -60,7 +60,7 @@ def test_running_work_stops_within_a_step(live: Any, path: str, body: dict[str, 
     body = {k: v for k, v in body.items() if not (k == "adapters" and path != "/generate")}
     connection = send(live, path, body)
     until(lambda: live.stats()["running"])
-    until(lambda: any(r.request.output for g in live.house.parts.inference.live for r in g.replies))
+    until(lambda: any(r.request.output for g in live.services.inference.live for r in g.replies))
     connection.sendall(then)
     connection.close()
     before = steps(live)
@@ -88,10 +88,10 @@ def test_nothing_is_begun_for_who_has_sent_a_request_and_gone(
 
     begun: list[Any] = []
     monkeypatch.setattr(Request, "is_disconnected", gone)
-    monkeypatch.setattr(live.house.parts.inference.engine, "submit", begun.append)
+    monkeypatch.setattr(live.services.inference.engine, "submit", begun.append)
     live.http.post(path, json=body)  # to which nobody listens
-    assert not begun and not live.house.parts.inference.live
-    assert len(live.house.parts.registry._leases) == 0
+    assert not begun and not live.services.inference.live
+    assert len(live.services.registry._leases) == 0
     text = live.http.get("/metrics").text
     assert 'loramux_requests_total{task="none",adapter="a",status="cancelled"} 1' in text
 
@@ -106,8 +106,8 @@ def test_labels_are_looked_at_no_more_once_the_client_has_gone(live: Any, monkey
         heard.set()
         return []
 
-    monkeypatch.setattr(live.house.parts.prompts, "encode_labels", looked_at)
-    monkeypatch.setattr(live.house.parts.inference, "start", lambda *args, **more: begun.append(args))
+    monkeypatch.setattr(live.services.prompts, "encode_labels", looked_at)
+    monkeypatch.setattr(live.services.inference, "start", lambda *args, **more: begun.append(args))
     connection = send(live, "/classify", {"prompt": "x", "labels": ["a", "b"]})
     assert asked.wait(30)
     connection.close()
@@ -124,7 +124,7 @@ def test_work_stops_before_the_first_token(start: Any, write_adapter: Any, strea
     live.slow_down(STEP)
     connection = send(live, "/generate", {**LONG, "prompt": "z" * 180, "max_tokens": 20, "stream": stream})
     until(lambda: live.stats()["running"])
-    requests = [r.request for g in live.house.parts.inference.live for r in g.replies]
+    requests = [r.request for g in live.services.inference.live for r in g.replies]
     until(lambda: requests[0].computed > 0)
     connection.close()
     before = steps(live)
@@ -153,7 +153,7 @@ def test_loading_work_stops_while_its_adapter_is_on_its_way(
     live: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     never: Future[Any] = Future()
-    monkeypatch.setattr(live.house.parts.engine._scheduler.loads, "_fetch", lambda mix: never)
+    monkeypatch.setattr(live.services.engine._scheduler.loads, "_fetch", lambda mix: never)
     connection = send(live, "/generate", {**LONG, "stream": stream})
     until(lambda: live.stats()["loading"])
     connection.close()
@@ -166,7 +166,7 @@ def test_compiling_stops_that_nobody_waits_for(
 ) -> None:
     """And nothing is run by it, or told as a failure of ours."""
     caplog.set_level(logging.INFO)
-    grammars = live.house.parts.grammars
+    grammars = live.services.grammars
     go_on, compile, compiled = threading.Semaphore(0), grammars._compile, []
 
     def counted(schema: str) -> Any:
@@ -220,10 +220,10 @@ def test_a_client_that_leaves_within_its_upload_is_no_failure_of_ours(
     head = b"POST /adapters HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head + b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
-        until(lambda: list((live.runtime.settings.state_dir / "uploads").glob("*")))
+        until(lambda: list((live.state.settings.state_dir / "uploads").glob("*")))
     until(lambda: "its client left" in caplog.text)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    until(lambda: not list((live.runtime.settings.state_dir / "uploads").iterdir()))
+    until(lambda: not list((live.state.settings.state_dir / "uploads").iterdir()))
 
 
 def test_many_at_once_against_a_short_queue_are_answered_or_refused(start: Any) -> None:
@@ -248,7 +248,7 @@ def test_shutting_down_lets_what_runs_finish(start: Any) -> None:
     live.slow_down(0.02)
     connection = send(live, "/generate", {"prompt": "x", "max_tokens": 200, "ignore_eos": True})
     until(lambda: live.stats()["running"])
-    live.runtime.drain()
+    live.state.drain()
     refused = live.generate("new")
     assert refused.status_code == 503 and "retry-after" in refused.headers
     assert refused.headers["connection"] == "close", "another server may have the next one"

@@ -28,7 +28,7 @@ from tests.waiting import until
 
 
 def test_a_step_that_raises_fails_its_requests_alone(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = live.house.parts.runner
+    runner = live.services.runner
     run = runner.run
     failing = threading.Event()
 
@@ -51,7 +51,7 @@ def test_a_step_that_raises_fails_its_requests_alone(live: Any, monkeypatch: pyt
 def test_one_failed_step_does_not_keep_a_server_unready_that_gets_no_requests(
     live: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = live.house.parts.runner
+    runner = live.services.runner
     with monkeypatch.context() as breaking:
         breaking.setattr(runner, "run", lambda batch: 1 / 0)
         assert live.generate("x").status_code == 500
@@ -205,7 +205,7 @@ def test_publishing_while_serving_never_changes_what_was_leased(live: Any, write
 
 
 def test_everything_returns_after_traffic(live: Any) -> None:
-    parts = live.house.parts
+    parts = live.services
     with ThreadPoolExecutor(8) as pool:
         bodies = [{"prompt": f"p{i}", "max_tokens": 4, "adapters": [{"name": "ab"[i % 2], "weight": i / 10}]}
                   for i in range(40)]  # fmt: skip
@@ -258,16 +258,16 @@ def test_the_end_counts_from_when_it_was_first_told(monkeypatch: pytest.MonkeyPa
     runtime.drain()
     now[0] += 7.0
     runtime.drain()
-    assert runtime.draining_for == 7.0
+    assert runtime.draining_seconds == 7.0
 
 
 async def test_who_is_told_to_leave_while_it_loads_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    house = SimpleNamespace(parts=SimpleNamespace(model=SimpleNamespace(name="m")))
+    house = SimpleNamespace(services=SimpleNamespace(model=SimpleNamespace(name="m")))
     monkeypatch.setattr(server.app, "load_and_build", lambda *_: house)
     runtime = ServerState(Settings())
     runtime.drain()
     await server.app._load(runtime, lambda error: None, find=lambda *_: None)  # type: ignore[arg-type, return-value]
-    assert runtime.state == "draining" and runtime.house is house
+    assert runtime.state == "draining" and runtime.running is house
 
 
 @pytest.mark.parametrize("kind", [Panic, SystemExit, ValueError])

@@ -153,7 +153,7 @@ def test_what_is_refused_at_the_door_is_counted(start: Any) -> None:
     )
     assert live.http.post("/v1/completions", json={"prompt": "x" * 3000}, headers=key).status_code == 413
     assert live.http.get("/adapters").status_code == 401, "which is no request for an answer"
-    live.runtime.drain()
+    live.state.drain()
     assert live.http.post("/generate", json={"prompt": "x"}, headers=key).status_code == 503
     text = live.http.get("/metrics").text
     for status in ("401", "403", "413", "503"):
@@ -210,10 +210,10 @@ def test_readiness_is_a_series(live: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert value(Metrics().render().decode(), "loramux_ready") == 0, "while it loads"
     assert value(live.http.get("/metrics").text, "loramux_ready") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(type(live.house.parts.engine), "state", "failing")
+        patch.setattr(type(live.services.engine), "state", "failing")
         assert live.http.get("/health/ready").status_code == 503
         assert value(live.http.get("/metrics").text, "loramux_ready") == 0
-    live.runtime.drain()
+    live.state.drain()
     assert value(live.http.get("/metrics").text, "loramux_ready") == 0
 
 
@@ -289,7 +289,7 @@ def test_what_one_more_adapter_costs_and_how_many_fit(live: Any, monkeypatch: py
     def described() -> Any:
         raise AssertionError("a thousand adapters are not described to tell their versions and sizes")
 
-    monkeypatch.setattr(live.house.parts.registry, "list", described)
+    monkeypatch.setattr(live.services.registry, "list", described)
     assert [live.http.get(path).status_code for path in ("/stats", "/metrics")] == [200, 200]
 
 
@@ -336,7 +336,7 @@ def test_quality_is_told_of_tasks_and_versions_that_there_are(live: Any, write_a
 def test_of_mixes_that_were_evaluated_the_last_are_series(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of every night leaves others each time."""
     monkeypatch.setattr("server.api.monitoring.MOST_MIXES", 2)
-    parts = live.house.parts
+    parts = live.services
     a, b = (parts.registry.current(name) for name in ("a", "b"))
     route = {"choice": [{"name": "a", "weight": 0.25}, {"name": "b", "weight": 0.75}]}
     for name in ("mood", "second"):
@@ -354,7 +354,7 @@ def test_of_mixes_that_were_evaluated_the_last_are_series(live: Any, monkeypatch
 
 
 def test_of_versions_that_are_gone_a_scrape_reads_no_mix(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = live.house.parts
+    parts = live.services
     for n in range(5):
         for weight in (1.0, 0.5):
             gone = MixKey.of("mood", [(Version("mood", f"{n}" * 64), weight)], parts.model.id)
@@ -508,13 +508,13 @@ def test_snapshot_values_reach_their_series() -> None:
 
 def test_a_cache_that_is_smaller_than_the_context_is_told(start: Any, caplog: pytest.LogCaptureFixture) -> None:
     live = start(kv_cache=1)
-    assert live.http.get("/stats").json()["base"]["context"] == live.house.parts.engine.context_length == 16
+    assert live.http.get("/stats").json()["base"]["context"] == live.services.engine.context_length == 16
     assert "--kv-cache holds 16 tokens" in caplog.text
 
 
 def test_a_cache_that_no_machine_holds_keeps_the_server_from_starting(start: Any, caplog: Any) -> None:
     live = start(ready=False, kv_cache=1 << 60)
-    until(lambda: live.runtime.state == "failed")
+    until(lambda: live.state.state == "failed")
     (told,) = [r for r in caplog.records if "the server cannot start: kv_cache (--kv-cache) is over" in r.message]
     assert not told.exc_info, "no trace for what a setting says"
 

@@ -98,7 +98,7 @@ def test_completions_of_texts_ids_and_n(client: openai.OpenAI) -> None:
 
 
 def test_a_prompts_length_is_no_matter_of_the_others(live: Any, client: openai.OpenAI) -> None:
-    context = live.house.parts.prompts.limit.context
+    context = live.services.prompts.limit.context
     long = [40 + i % 8 for i in range(context - 5)]
 
     def ends(*prompts: list[int], **more: Any) -> list[int]:
@@ -167,7 +167,7 @@ def test_of_tokens_that_read_alike_the_better_one_is_told(tiny_vocabulary: Any) 
 
 
 def test_model_means_version_then_task_then_adapter_then_base(live: Any, client: openai.OpenAI) -> None:
-    text = live.house.parts.prompts.text
+    text = live.services.prompts.text
 
     def prompt_tokens(model: str) -> int:
         made = client.chat.completions.create(model=model, messages=HELLO, max_tokens=1)
@@ -460,7 +460,7 @@ def test_the_package_comes_back_when_there_is_room(start: Any) -> None:
         if answer.status_code == 429:
             live.slow_down(0.0)
         elif answer.status_code == 503:
-            live.runtime.state = "ready"
+            live.state.state = "ready"
 
     options: Any = {"base_url": f"{live.url}/v1", "api_key": "none", "max_retries": 5, "timeout": 60}
     with openai.OpenAI(**options, http_client=httpx.Client(event_hooks={"response": [answered]})) as client:
@@ -475,7 +475,7 @@ def test_the_package_comes_back_when_there_is_room(start: Any) -> None:
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(ask, range(4))) == [10] * 4
         assert 429 in statuses and statuses.count(200) == 4
-        live.runtime.state = "loading"
+        live.state.state = "loading"
         statuses.clear()
         assert ask(9) == 10 and statuses == [503, 200]
     assert live.idle()
@@ -503,7 +503,7 @@ def test_notes_that_nobody_reads_are_few(live: Any) -> None:
 
 
 def test_a_client_that_mixes_anew_each_time_has_one_turn(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, keys = live.house.parts.engine, []
+    engine, keys = live.services.engine, []
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda *given: (keys.append(given[0].fair_key), submit(*given))[1])
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
@@ -520,7 +520,7 @@ def test_a_client_that_mixes_anew_each_time_has_one_turn(live: Any, monkeypatch:
 @pytest.fixture
 def started(live: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the engine is asked for, call by call: prompts, samplings, who asks, and the rest."""
-    inference, calls = live.house.parts.inference, []
+    inference, calls = live.services.inference, []
     start = inference.start
 
     def noted(target: Any, prompts: Any, samplings: Any, caller: Any, **more: Any) -> Any:
@@ -534,7 +534,7 @@ def started(live: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]
 def test_prompts_of_a_completion_have_their_answers_in_a_row(
     live: Any, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, begins = live.house.parts.prompts.text, []
+    text, begins = live.services.prompts.text, []
     begins_after = text.begins_after
     monkeypatch.setattr(text, "begins_after", lambda token: (begins.append(token), begins_after(token))[1])
     body = {"model": "tiny", "prompt": [[40, 41], [42, 43, 44]], "n": 2, "deadline_ms": 60_000}
@@ -554,7 +554,7 @@ def test_prompts_of_a_completion_have_their_answers_in_a_row(
 
 
 def test_each_text_of_a_completion_goes_through_the_tasks_template(live: Any, started: list[Any]) -> None:
-    text = live.house.parts.prompts.text
+    text = live.services.prompts.text
     wrapped = [text.encode_task("Is it good?\n\n{input}", "chat", None, word) for word in ("x", "yes")]
     for prompt in ("x", ["x", "yes"], [40, 41]):
         body = {"model": "mood", "prompt": prompt, "max_tokens": 1}
@@ -565,7 +565,7 @@ def test_each_text_of_a_completion_goes_through_the_tasks_template(live: Any, st
 def test_a_conversation_is_answered_as_it_was_spoken(
     live: Any, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts, seen = live.house.parts, []
+    parts, seen = live.services, []
     encode_chat = parts.prompts.encode_chat
     monkeypatch.setattr(parts.prompts, "limit", replace(parts.prompts.limit, context=128))
     monkeypatch.setattr(

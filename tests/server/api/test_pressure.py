@@ -107,7 +107,7 @@ def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
     live = start(adapter_ram=1 << 20, max_batch=4)
     register(live, "warm", "cold")
     assert live.generate("x", adapters=[{"name": "warm"}]).status_code == 200
-    parts = live.house.parts
+    parts = live.services
     digest = live.http.get("/adapters/cold").json()["version"].partition("@")[2]
     ram, release = parts.registry._ram, threading.Event()
     for full in list(ram.resident()):
@@ -173,7 +173,7 @@ def test_limits_of_a_key_and_of_a_task(start: Any, monkeypatch: Any) -> None:
         return answer
 
     assert ask(one).status_code == 200 and ask(two, "/generate?task=own").status_code == 200
-    monkeypatch.setattr(live.house.parts.prompts, "encode_input", None)
+    monkeypatch.setattr(live.services.prompts, "encode_input", None)
     refused = {
         "this key": [ask(one), ask(one, "/v1/completions", model="tiny")],
         "the task 'own'": [ask(boss, "/generate?task=own"), ask(boss, "/v1/completions", model="own")],
@@ -214,7 +214,7 @@ def test_an_evaluation_takes_nobodys_place_under_the_limit_of_its_task(
     assert live.http.get(f"/jobs/{job}").json()["status"] == "running"
     live.slow_down(0.0)
     until(lambda: live.http.get(f"/jobs/{job}").json()["status"] == "succeeded", every=0.02)
-    assert live.house.parts.inference.admission._tasks == {}
+    assert live.services.inference.admission._tasks == {}
 
 
 def test_what_a_client_asks_goes_before_an_evaluation_that_came_first(

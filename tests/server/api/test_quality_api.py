@@ -66,7 +66,7 @@ def test_feedback_that_waits_for_the_disk_holds_up_no_long_prompt_and_no_scrape(
         waiting.append(id)
         assert disk.wait(SECONDS)
 
-    monkeypatch.setattr(live.house.parts.quality, "record_feedback", feedback)
+    monkeypatch.setattr(live.services.quality, "record_feedback", feedback)
     most = min(32, (os.cpu_count() or 1) + 4)
     with ThreadPoolExecutor(most) as clients:
         scored = [clients.submit(send, live, "mood", id=str(i), score=1) for i in range(most)]
@@ -121,7 +121,7 @@ def test_a_best_route_is_looked_at_when_the_task_or_a_version_has_changed(
     live: Any, write_adapter: Callable[..., Path]
 ) -> None:
     """By scores that are there already nobody has to ask who leads: it took turns until a score came, or a look."""
-    parts = live.house.parts
+    parts = live.services
     first = {name: parts.registry.current(name) for name in "ab"}
     for name, value in (("a", 0.0), ("b", 1.0)):
         subject = MixKey.of("contest", [(first[name], 1.0)], parts.model.id)

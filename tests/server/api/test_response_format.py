@@ -139,7 +139,7 @@ def test_what_is_no_format_is_400(live: Any, client: openai.OpenAI, subtests: py
 
 async def test_schemas_that_are_slow_to_compile_delay_nobody_else(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than the event loop's pool has threads, whose other users go on; each ends by its own deadline."""
-    release, grammars = threading.Event(), live.house.parts.grammars
+    release, grammars = threading.Event(), live.services.grammars
     compile = grammars._compile
     monkeypatch.setattr(grammars, "_compile", lambda schema: release.wait(60) and compile(schema))
     body: dict[str, Any] = {"model": "a", "messages": HELLO, "max_tokens": 2, "response_format": FORMAT}

@@ -49,7 +49,7 @@ def test_tasks_outlive_the_server(start: Any, tmp_path: Any) -> None:
     assert first.http.put("/tasks/own", json=BODY).status_code == 201
     from server.tasks.task_store import TaskStore
 
-    again = TaskStore(tmp_path / "state" / "tasks.json", first.house.parts.registry)
+    again = TaskStore(tmp_path / "state" / "tasks.json", first.services.registry)
     assert again.get("own").prompt == BODY["prompt"]
 
 
@@ -59,7 +59,7 @@ def test_one_damaged_task_does_not_take_the_others_with_it(start: Any, tmp_path:
         assert first.http.put(f"/tasks/{name}", json=BODY).status_code == 201
     from server.tasks.task_store import TaskStore
 
-    file, registry = tmp_path / "state" / "tasks.json", first.house.parts.registry
+    file, registry = tmp_path / "state" / "tasks.json", first.services.registry
     stored = json.loads(file.read_text())
     stored["tasks"]["bad"]["prompt"] = "no place for what is asked"
     damaged = json.dumps(stored)
@@ -77,7 +77,7 @@ def test_one_damaged_task_does_not_take_the_others_with_it(start: Any, tmp_path:
 
 def test_special_characters_of_a_template_are_literal(live: Any) -> None:
     live.http.put("/tasks/braces", json={"prompt": "{{x}} %s \\1 {input} {other}", "route": {"choice": []}})
-    text = live.house.parts.prompts.text
+    text = live.services.prompts.text
     answer = live.generate("{input}{input}", task="braces").json()
     assert answer["usage"]["prompt_tokens"] == len(text.encode("{{x}} %s \\1 {input}{input} {other}"))
 
@@ -340,7 +340,7 @@ def test_a_task_that_goes_with_its_folder_is_forgotten(start: Any, write_adapter
     live = start()
     until(lambda: live.http.get("/tasks/contest").status_code == 200, every=0.02)
     assert live.generate("x", task="contest").status_code == 200
-    router = live.house.parts.router
+    router = live.services.router
     assert "contest" in router._turns
     shutil.rmtree(adapter_dir / "rival")
     until(lambda: live.http.get("/tasks/contest").status_code == 404, every=0.02)
@@ -349,7 +349,7 @@ def test_a_task_that_goes_with_its_folder_is_forgotten(start: Any, write_adapter
 
 def test_a_task_that_has_the_name_of_the_base_waits_for_another(live: Any, tmp_path: Path, caplog: Any) -> None:
     def opened(base: str) -> TaskStore:
-        return TaskStore(tmp_path / "tasks.json", live.house.parts.registry, reserved=(base,))
+        return TaskStore(tmp_path / "tasks.json", live.services.registry, reserved=(base,))
 
     opened("one").put("two", {"prompt": "Say: {input}"})
     under_way = opened("two")
@@ -377,7 +377,7 @@ def test_a_version_that_a_task_names_is_kept(live: Any, write_adapter: Any) -> N
 
 @pytest.mark.parametrize("deleted_first", [True, False])
 def test_a_task_and_the_deletion_of_its_adapter_come_together(live: Any, deleted_first: bool) -> None:
-    registry, waits, go_on = live.house.parts.registry, threading.Event(), threading.Event()
+    registry, waits, go_on = live.services.registry, threading.Event(), threading.Event()
     statuses: dict[str, int] = {}
     route = {"choice": [{"name": "a"}]}
     calls = {
@@ -398,12 +398,12 @@ def test_a_task_and_the_deletion_of_its_adapter_come_together(live: Any, deleted
     for thread in asking:
         thread.join(10)
     assert statuses == ({"delete": 202, "put": 404} if deleted_first else {"delete": 409, "put": 201})
-    assert ("own" in live.house.parts.tasks.routing_to("a")) == ("a" in registry.names())
+    assert ("own" in live.services.tasks.routing_to("a")) == ("a" in registry.names())
 
 
 def test_a_model_is_found_without_a_list_of_all(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes longer the more adapters there are, on the thread that answers everybody."""
-    registry = live.house.parts.registry
+    registry = live.services.registry
     for model in ("a", "tiny"):  # the second time: what is counted for the first time has its names looked up
         for patch in ({}, {"names": None}):
             with monkeypatch.context() as patched:
@@ -421,7 +421,7 @@ def test_a_task_that_is_gone_is_told_so_whatever_the_disk_says_to_its_records(
         raise StoreFailed("the quality records cannot be written: database is locked")
 
     assert live.http.put("/tasks/own", json=BODY).status_code == 201
-    monkeypatch.setattr(live.house.parts.router, "forget", refused)
+    monkeypatch.setattr(live.services.router, "forget", refused)
     assert live.http.delete("/tasks/own").status_code == 200
     assert live.http.get("/tasks/own").status_code == 404
     assert "is not written: the quality records" in caplog.text

@@ -118,12 +118,12 @@ def test_a_signal_ends_what_only_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = ServerState(Settings())
     with _sigterm_and_sigint(runtime, 30.0), pytest.raises(SystemExit) as ended:
         signal.raise_signal(signal.SIGTERM)
-    assert ended.value.code == 0 and not runtime.draining_for and ended_children == [1]
+    assert ended.value.code == 0 and not runtime.draining_seconds and ended_children == [1]
     runtime.state = "ready"
     with _sigterm_and_sigint(runtime, 30.0):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # make passes on what its whole group has been sent
-        assert runtime.draining_for
+        assert runtime.draining_seconds
         time.sleep(SAME_SIGNAL)
         with pytest.raises(SystemExit) as ended:
             signal.raise_signal(signal.SIGTERM)
@@ -175,7 +175,7 @@ def test_a_drain_ends_when_its_time_is_over() -> None:
         server = _server(runtime.settings, lambda *_: None, runtime)
         server.server_state.connections.add(Written(1))  # type: ignore[arg-type]
         runtime.drain()
-        until(lambda: runtime.draining_for > 0.01)
+        until(lambda: runtime.draining_seconds > 0.01)
         assert await server.on_tick(1)
 
     asyncio.run(drained())
@@ -207,7 +207,7 @@ def test_a_server_ends_though_a_client_does_not_read(
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body", "body": bytes(16 << 20)})
 
-    server = _server(runtime.settings, RequestBoundary(app, runtime.unread, runtime.closes), runtime)
+    server = _server(runtime.settings, RequestBoundary(app, runtime.count_refused, runtime.is_draining), runtime)
 
     def run() -> None:
         server.run(sockets=[listener])

@@ -57,9 +57,9 @@ async def parts(tmp_path: Path, tiny_base: Base, tiny_adapter: Callable[..., Lor
         folder = tmp_path / "made" / name
         folder.mkdir(parents=True)
         save(tiny_adapter(seed), folder)
-        house.parts.registry.publish_now(name, folder, source="file")
-    house.parts.tasks.put("say", {**TASK, "route": {"choice": [{"name": "a"}, {"name": "b", "weight": -0.5}]}})
-    yield house.parts
+        house.services.registry.publish_now(name, folder, source="file")
+    house.services.tasks.put("say", {**TASK, "route": {"choice": [{"name": "a"}, {"name": "b", "weight": -0.5}]}})
+    yield house.services
     await asyncio.to_thread(house.close, 0.0)
 
 
