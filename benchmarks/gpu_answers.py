@@ -19,12 +19,12 @@ import torch
 from server.engine.backends.cuda.runner import CudaRunner, gpu_memory
 from server.engine.backends.torch.runner import TorchRunner
 from server.engine.batch import Batch
-from server.engine.tokenizer import ModelTokenizer
 from server.kernels.cuda import Cuda
 from server.kernels.reference import Reference
 from server.kernels.threads import processors
 from server.kernels.weight import STORED, Weight
 from server.model.loader import Base, load_base
+from server.model.tokenizer import ModelTokenizer
 
 BLOCK = 16
 SUBJECTS = ("rain", "a bridge", "the sea", "bread", "a violin", "gravity", "ants", "glass", "the moon", "a market")

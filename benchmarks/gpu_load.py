@@ -16,7 +16,7 @@ from server.engine.adapter_slots import SlotRoom
 from server.engine.backends.cuda.runner import SLOTS
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling
-from server.engine.tokenizer import ModelTokenizer
+from server.model.tokenizer import ModelTokenizer
 
 RESIDENT = 64
 """Adapters that the cliff has room for: twice a batch, and few enough that asking for several times as many takes less

@@ -20,9 +20,9 @@ from benchmarks.roofline import Cost, decode_cost
 from server.engine.backends import make_runner
 from server.engine.overlap import engine_on
 from server.engine.request import Delivery, Request, Sampling
-from server.engine.tokenizer import ModelTokenizer
 from server.kernels.threads import apart
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 
 CONTEXT = 2048
 BLOCK = 16

@@ -23,9 +23,9 @@ import torch
 from server.engine.backends import make_runner
 from server.engine.backends.protocol import Runner
 from server.engine.batch import Batch
-from server.engine.tokenizer import ModelTokenizer
 from server.kernels import choose
 from server.model.loader import load_base
+from server.model.tokenizer import ModelTokenizer
 
 BLOCK = 16
 STATE = Path(__file__).resolve().parents[1] / "data"

@@ -23,7 +23,7 @@ from server.engine.batch import Batch, Logits
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
 from server.engine.sampler import DeviceSampler
-from server.engine.tokenizer import ModelTokenizer
+from server.model.tokenizer import ModelTokenizer
 from server.model.vocabulary import Vocabulary
 
 

@@ -26,11 +26,11 @@ import torch
 from adapters import data, memory
 from adapters.data import Example
 from adapters.training import Event, TrainingConfig, train, train_dense
-from server.engine.tokenizer import ModelTokenizer
 from server.jobs.encoding import Template, encoder
 from server.jobs.trainable_model import TrainableModel
 from server.kernels import choose
 from server.model.loader import Base, load_base
+from server.model.tokenizer import ModelTokenizer
 from server.settings import keep_few_kernels
 
 WARM = 2

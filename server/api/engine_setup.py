@@ -14,11 +14,11 @@ from server.engine.backends import make_runner
 from server.engine.backends.protocol import Runner
 from server.engine.engine import Engine
 from server.engine.overlap import engine_on
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import BadSetting
 from server.kernels.cpu.crash_report import crash_report
 from server.kernels.threads import processors
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from server.api.error_responses import Responses, errors
 from server.api.state import Services, ServicesDep, StateDep
 from server.api.stream import EventStream, check_complete, finished, listening, still_there
 from server.engine.request import Delivery, Sampling, TokenLogprob
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import SHUTTING_DOWN, InvalidRequest, NotReady
+from server.model.tokenizer import ModelTokenizer
 from server.tasks import sampling
 from server.tasks.definitions import check_labels
 from server.tasks.inference import Caller, Generation, Inference, timings

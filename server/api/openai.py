@@ -74,7 +74,7 @@ async def completions(
             layers = _layers(parts, target, body, sampling.COMPLETION_DEFAULTS)
             prompts = await _prompts(parts, target, body)
         text = parts.prompts.text
-        begins = [text.begins_after(prompt[-1]) for prompt in prompts for _ in range(body.n or 1)]
+        begins = [text.is_added_token(prompt[-1]) for prompt in prompts for _ in range(body.n or 1)]
         shape = CompletionShape(new_id("cmpl"), _now(), body.model, text, begins)
         return await _answer(parts, request, body, caller, target, prompts, layers, shape)
 

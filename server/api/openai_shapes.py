@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from server.api.generate import finite
 from server.api.stream import cut_short
 from server.engine.request import Delivery, TokenLogprob
-from server.engine.tokenizer import Detokenizer, ModelTokenizer
+from server.model.tokenizer import Detokenizer, ModelTokenizer
 from server.tasks.inference import Generation, Reply
 
 
@@ -43,7 +43,7 @@ def usage(generation: Generation) -> dict[str, Any]:
 
 class CompletionShape:
     """`text_completion`, whole and in chunks of the same form. `begins` says of each answer whether its text is one of
-    its own: `ModelTokenizer.begins_after` of its prompt's last token.
+    its own: `ModelTokenizer.is_added_token` of its prompt's last token.
     """
 
     def __init__(self, id: str, created: int, model: str, text: ModelTokenizer, begins: Sequence[bool]) -> None:
@@ -81,7 +81,7 @@ class CompletionShape:
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Each with its place in the text: a character of several tokens begins where all of them do."""
-        reader, at = self._read.get(index) or (Detokenizer(self._text, begins=self._begins[index]), 0)
+        reader, at = self._read.get(index) or (Detokenizer(self._text, new_segment=self._begins[index]), 0)
         offsets = []
         for t in tokens:
             offsets.append(at)

@@ -23,10 +23,10 @@ from server.api.state import BaseInfo, Services
 from server.api.watchdog import Watchdog
 from server.database import Database, database_url
 from server.engine.grammar import Grammars
-from server.engine.tokenizer import ModelTokenizer
 from server.kernels import choose
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
+from server.model.tokenizer import ModelTokenizer
 from server.settings import Settings, keep_transfers_in
 from server.sources import Resolved, Sources, resolve_model
 from server.sources.catalogue import names_of

@@ -175,10 +175,10 @@ def _kernels(settings: Settings, report: Report) -> None:
 
 
 def _base(settings: Settings, report: Report) -> None:
-    from server.engine.tokenizer import ModelTokenizer
     from server.model.checkpoint import open_checkpoint
     from server.model.loader import check_vocabulary
     from server.model.quantization import Quantization, check_group
+    from server.model.tokenizer import ModelTokenizer
     from server.sources import hub
     from server.sources.models import locate, no_folder
 

@@ -28,8 +28,8 @@ from server.engine.sampler import SampledToken, Sampler
 from server.engine.scheduler import Scheduler, SchedulerConfig
 from server.engine.step_plan import StepPlan
 from server.engine.step_stats import StepStats
-from server.engine.tokenizer import Detokenizer, ModelTokenizer
 from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotFinite, NotReady
+from server.model.tokenizer import Detokenizer, ModelTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +146,8 @@ class Engine:
         self._check(request)
         seed = request.sampling.seed
         request.seed = secrets.randbits(63) if seed is None else seed
-        begins = self._text.begins_after(request.prompt[-1])
-        request.reader = Detokenizer(self._text, request.sampling.stop, begins=begins)
+        new_segment = self._text.is_added_token(request.prompt[-1])
+        request.reader = Detokenizer(self._text, request.sampling.stop, new_segment=new_segment)
         if not self._inbox.waiting:
             self._scheduler.begin(request)
         try:

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from server.engine.json_schema import PARAM, prepared
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import EngineFailed, InvalidRequest, QueueFull, ServerError, UnsupportedParameter
+from server.model.tokenizer import ModelTokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -283,7 +283,7 @@ class _Vocabulary:
         self.special_token_ids = sorted({*text.vocabulary.special.values(), *text.vocabulary.eos_ids})
 
     def __call__(self, text: str) -> list[int]:
-        return self._text.encode(text, bos=False, begins=False)
+        return self._text.encode(text, add_bos=False, prefix_space=False)
 
 
 def _reason(message: str) -> str:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from adapters.weights import BASE_MIX, LoraWeights, Mix
 
 if TYPE_CHECKING:
-    from server.engine.tokenizer import Detokenizer
+    from server.model.tokenizer import Detokenizer
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Training records as tokens, rendered by the same functions that render a request (`engine.text`).
+"""Training records as tokens, rendered by the same functions that render a request (`server.model.tokenizer`).
 
 Owns which tokens of a record are learned: an answer and the token that ends it, never what was asked.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from adapters.data import Chat, Completion, Encode, Pair, Record
 from adapters.errors import InvalidData
-from server.engine.tokenizer import INPUT, Format, ModelTokenizer
 from server.errors import InvalidRequest
+from server.model.tokenizer import INPUT, Format, ModelTokenizer
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def _chat(text: ModelTokenizer, record: Chat, longest: int) -> tuple[list[int], 
         if message["role"] != "assistant" or message.get("weight", 1) != 1:
             continue
         prompt = text.encode_chat(messages[:i])
-        begins = not prompt or text.spaced_after(prompt[-1])
-        whole = [*prompt, *text.encode(message["content"], bos=False, begins=begins), text.end_of_turn]
+        prefix_space = not prompt or text.adds_space_after(prompt[-1])
+        whole = [*prompt, *text.encode(message["content"], add_bos=False, prefix_space=prefix_space), text.end_of_turn]
         if prompt[: len(ids)] != ids:
             raise InvalidData(
                 f"{record.place}: what is before message {i + 1} has other tokens in the chat template than message "

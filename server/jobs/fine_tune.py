@@ -23,7 +23,6 @@ from adapters.errors import AdapterError, InvalidData, StoreFailed, TrainingStop
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.backends.cuda.memory import lacks_memory
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import too_little_memory
 from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
@@ -44,6 +43,7 @@ from server.jobs.worker_messages import (
 )
 from server.kernels.recompress import recompress
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 from server.tasks.scores import too_long
 
 MOST_HELD_OUT = 200

@@ -34,7 +34,6 @@ from adapters.errors import (
 from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
 from adapters.registry import Registry
 from adapters.weights import Version
-from server.engine.tokenizer import INPUT
 from server.errors import InvalidRequest, NotReady, UnknownName
 from server.jobs.errors import JobError
 from server.jobs.file_store import FileStore
@@ -42,6 +41,7 @@ from server.jobs.job_store import CURVES, TRAINING_ID, JobStore
 from server.jobs.runner import ActiveJob
 from server.jobs.worker_messages import CANDIDATE, EVALUATED, JUDGED, RESULT, WorkerSpec
 from server.metrics import OTHER
+from server.model.tokenizer import INPUT
 from server.tasks.definitions import FixedRoute, Task, parse
 from server.tasks.evaluation import (
     LOSS,

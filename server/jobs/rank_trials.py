@@ -16,12 +16,12 @@ from adapters.data import Encode, Record, Tokens
 from adapters.errors import AdapterError, Diverged, InvalidData
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
-from server.engine.tokenizer import ModelTokenizer
 from server.jobs.encoding import Template, encoder
 from server.jobs.fine_tune import answerable, held_out
 from server.jobs.recipe import HELD_OUT, Recipe, place
 from server.jobs.trainable_model import TrainableModel
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)

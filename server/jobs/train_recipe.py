@@ -24,15 +24,15 @@ from adapters.data import Tokens
 from adapters.errors import AdapterError
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights, LowRank
-from server.engine.chat_template import as_of
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import BadSetting
 from server.jobs.encoding import Template, encoder
 from server.jobs.gpu_share import at, device_of
 from server.jobs.recipe import Recipe, place
 from server.jobs.trainable_model import TrainableModel, loss_of
 from server.kernels.recompress import recompress
+from server.model.chat_template import template_time
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 
 CHECKPOINTS, FINISHED, LOCKS = ".checkpoints", ".finished", ".locks"
 """Folders within the output: of runs that go on, of what is known of those that are over, and of a file for each name
@@ -60,7 +60,7 @@ def run(
     with _alone(output, recipe.name):
         folder, resumed = output / recipe.name, output / CHECKPOINTS / recipe.name
         moment = _begun(resumed)
-        with as_of(moment):
+        with template_time(moment):
             examples, held = prepare(recipe, base, data_dir)
         key = _key(recipe, base, data_dir)  # now: the files may be others when hours of training are over
         _write(resumed / BEGUN, repr(moment))

@@ -103,16 +103,16 @@ def run(folder: Path, tell: Any, stop: threading.Event) -> None:
     import torch
 
     from adapters.errors import AdapterError, TrainingStopped
-    from server.engine.chat_template import as_of
     from server.errors import ServerError
     from server.jobs.errors import JobError, refused
     from server.jobs.fine_tune import fine_tune
     from server.jobs.worker_messages import FAILED, STOPPED, WorkerSpec
+    from server.model.chat_template import template_time
 
     spec = WorkerSpec.read(folder)
     torch.set_num_threads(spec.threads)
     try:
-        with as_of(spec.created_at):
+        with template_time(spec.created_at):
             fine_tune(spec, _base(spec), folder, tell, stop.is_set)
     except TrainingStopped as error:
         tell({"kind": STOPPED, "message": error.message})

@@ -2,7 +2,7 @@
 
 Owns how byte-level BPE is rebuilt from what a GGUF file says, and which files of a Hugging Face folder say what.
 SentencePiece's kind is rebuilt in sentencepiece.py. Needs the `tokenizers` library alone. Does not know how prompts
-are made of it (engine/text.py).
+are made of it (model/tokenizer.py).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from adapters.weights import MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS, RESERVED, Choice, check_weight, is_nonzero
-from server.engine.tokenizer import INPUT, Format
 from server.errors import InvalidRequest
+from server.model.tokenizer import INPUT, Format
 from server.tasks.sampling import check_defaults
 
 MAX_PROMPT = 100_000

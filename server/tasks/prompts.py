@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from server.engine.tokenizer import INPUT, LONG, ModelTokenizer
 from server.errors import DeadlineExceeded, InvalidRequest, NoCapacity
+from server.model.tokenizer import FAST_ENCODE_CHARS, INPUT, ModelTokenizer
 from server.tasks.definitions import Task
 from server.tasks.sampling import ContextLimit
 
@@ -107,7 +107,7 @@ class Prompts:
         whole = "".join(piece for piece in pieces if isinstance(piece, str))
         await self._check_beginning(whole, self.limit.context)
         self._check_together(len(whole), len(labels), USUAL * self._most_tokens)
-        ids = await self._off(len(whole), lambda: text.encode_pieces(pieces))
+        ids = await self._off(len(whole), lambda: text.encode_segments(pieces))
         self._check_together(len(ids) - SEAM, len(labels), self._most_tokens)
 
         def in_time() -> Iterator[str]:
@@ -136,20 +136,24 @@ class Prompts:
         """Whether a text, by itself, is more than so many tokens."""
         if len(text) > tokens * self._longest_token:
             return True
-        return len(await self._off(len(text), lambda: self.text.encode(text, bos=False))) > tokens
+        return len(await self._off(len(text), lambda: self.text.encode(text, add_bos=False))) > tokens
 
     async def _check_beginning(self, text: str, over: int, param: str = "prompt") -> None:
         """Of a text of more than `over` characters: raises InvalidRequest if a beginning of it has too many tokens."""
         if len(text) <= over:
             return
         some = text[: USUAL * self.limit.context]
-        if len(await self._off(len(some), lambda: self.text.encode(some, bos=False))) > self.limit.context + SEAM:
+        if len(await self._off(len(some), lambda: self.text.encode(some, add_bos=False))) > self.limit.context + SEAM:
             why = f"has {len(text)} characters, of which the first {len(some)} alone are more tokens"
             raise self.limit.exceeded(f"; {param} {why}: shorten it", param)
 
     async def _off(self, size: int, call: Callable[[], T]) -> T:
         """What `call` answers; on a thread where it would hold the event loop up."""
-        return call() if size <= LONG else await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return (
+            call()
+            if size <= FAST_ENCODE_CHARS
+            else await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        )
 
     def _check_together(self, size: int, count: int, most: int) -> None:
         """Raises NoCapacity for a prompt of this size, in tokens or characters, that `count` labels follow each, if all

@@ -14,8 +14,8 @@ from adapters.peft_format import read_folder
 from adapters.weights import LoraWeights
 from server.engine.backends import make_runner
 from server.engine.batch import Batch
-from server.engine.tokenizer import ModelTokenizer
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 from tests.e2e.conftest import Live, sentences
 from tests.e2e.oracle import Oracle, config_of, write_peft
 

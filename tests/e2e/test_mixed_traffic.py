@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.tokenizer import ModelTokenizer
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 from tests.e2e.conftest import Live, sentences
 from tests.e2e.oracle import Oracle
 

@@ -15,7 +15,7 @@ import pytest
 
 from server.api.openai_shapes import CompletionShape
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
-from server.engine.tokenizer import ModelTokenizer
+from server.model.tokenizer import ModelTokenizer
 from server.tasks.inference import Generation, Reply
 
 
@@ -535,8 +535,8 @@ def test_prompts_of_a_completion_have_their_answers_in_a_row(
     live: Any, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, begins = live.services.prompts.text, []
-    begins_after = text.begins_after
-    monkeypatch.setattr(text, "begins_after", lambda token: (begins.append(token), begins_after(token))[1])
+    is_added_token = text.is_added_token
+    monkeypatch.setattr(text, "is_added_token", lambda token: (begins.append(token), is_added_token(token))[1])
     body = {"model": "tiny", "prompt": [[40, 41], [42, 43, 44]], "n": 2, "deadline_ms": 60_000}
     before = int(time.time())
     told = live.http.post("/v1/completions", json={**body, "max_tokens": 1}).json()

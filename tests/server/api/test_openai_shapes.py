@@ -11,8 +11,8 @@ import pytest
 from adapters.strict_json import once
 from server.api.openai_shapes import ChatShape, CompletionShape, V1Events
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import ServerError
+from server.model.tokenizer import ModelTokenizer
 from server.model.vocabulary import from_gguf
 from server.tasks.inference import Generation, Reply
 
@@ -67,7 +67,7 @@ def test_each_completion_has_its_own_text_and_log_probabilities(text: ModelToken
 
 def test_a_first_space_is_the_tokenizers_where_an_answer_is_a_text_of_its_own(spm_metadata: dict[str, Any]) -> None:
     text = ModelTokenizer(from_gguf(spm_metadata))
-    other = text.encode("other", bos=False)
+    other = text.encode("other", add_bos=False)
     generation = answered(text, "", "", logprobs=1)
     for reply in generation.replies:
         reply.logprobs = [TokenLogprob(id, -1.0) for id in other * 2]

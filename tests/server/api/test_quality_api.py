@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.tokenizer import LONG
+from server.model.tokenizer import FAST_ENCODE_CHARS
 from server.tasks.mix_key import MixKey
 from server.tasks.prompts import MESSAGE
 from tests.waiting import SECONDS, until
@@ -60,7 +60,7 @@ def test_feedback_that_waits_for_the_disk_holds_up_no_long_prompt_and_no_scrape(
 ) -> None:
     """Though as much of it waits as the event loop has threads."""
     waiting, disk = list[str](), threading.Event()
-    messages = [{"role": "user", "content": "x"}] * (1 + LONG // MESSAGE)
+    messages = [{"role": "user", "content": "x"}] * (1 + FAST_ENCODE_CHARS // MESSAGE)
 
     def feedback(task: str, id: str, *asked: Any, **more: Any) -> None:
         waiting.append(id)

@@ -27,7 +27,7 @@ from server.engine.engine import Engine
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling, State
 from server.engine.sampler import DeviceSampler
-from server.engine.tokenizer import ModelTokenizer
+from server.model.tokenizer import ModelTokenizer
 from server.model.vocabulary import Vocabulary
 from tests.waiting import SECONDS
 

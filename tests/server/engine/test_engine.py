@@ -22,8 +22,8 @@ from server.engine.engine import LONGEST_REST
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
 from server.engine.step_stats import StepStats
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
+from server.model.tokenizer import ModelTokenizer
 from server.model.vocabulary import from_gguf
 from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS, until
@@ -52,7 +52,7 @@ def test_one_request(bench: Any, tools: Any) -> None:
 def test_an_answer_keeps_its_first_space_where_it_goes_on_from_words(tools: Any, spm_metadata: dict[str, Any]) -> None:
     text = ModelTokenizer(from_gguf(spm_metadata))
     b = tools.Bench(text)
-    [other] = text.encode("other", bos=False)
+    [other] = text.encode("other", add_bos=False)
     b.runner.before = lambda batch: 100 * torch.eye(text.size)[other]
     heard = [b.submit(prompt, max_tokens=2) for prompt in (text.encode("the"), text.encode(""))]
     b.settle()

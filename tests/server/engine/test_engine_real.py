@@ -15,9 +15,9 @@ import pytest
 
 from server.engine.backends import make_runner
 from server.engine.overlap import engine_on
-from server.engine.tokenizer import ModelTokenizer
 from server.kernels import choose, cpu
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(cpu.unavailable() is not None, reason="no native kernels"))
 

@@ -22,8 +22,8 @@ from adapters.weights import LowRank, with_digest
 from server.engine.backends.torch.runner import TorchRunner
 from server.engine.engine import Engine
 from server.engine.request import Delivery, Request, Sampling
-from server.engine.tokenizer import ModelTokenizer
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 from tests.waiting import until
 
 COUNT = 6

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from server.engine.grammar import Grammar, Grammars
 from server.engine.request import Delivery, Request, Sampling
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import EngineFailed, InvalidRequest, QueueFull
+from server.model.tokenizer import ModelTokenizer
 from server.model.vocabulary import Vocabulary, from_gguf
 from tests.server.engine.conftest import Panic
 from tests.waiting import until
@@ -99,7 +99,7 @@ def test_special_tokens_are_never_part_of_it_and_the_end_only_when_it_is_whole(t
 )
 def test_no_room_is_lost_on_spaces_and_empty_lines(tiny_text: ModelTokenizer, space: str, may: bool) -> None:
     [grammar] = Grammars(tiny_text, tiny_text.size).ask(POINT, 1).result()
-    for token in tiny_text.encode("{" + space + '"', bos=False, begins=False):
+    for token in tiny_text.encode("{" + space + '"', add_bos=False, prefix_space=False):
         if token not in allowed(grammar, tiny_text.size):
             assert not may
             return

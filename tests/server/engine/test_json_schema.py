@@ -12,8 +12,8 @@ import pytest
 
 from server.engine.grammar import Grammar, Grammars
 from server.engine.json_schema import prepared
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import InvalidRequest, UnsupportedParameter
+from server.model.tokenizer import ModelTokenizer
 from server.model.vocabulary import Vocabulary
 
 
@@ -35,7 +35,7 @@ def takes(grammars: Grammars, text: ModelTokenizer, schema: dict[str, Any], answ
 
 def lets_through(grammar: Grammar, text: ModelTokenizer, answer: Any) -> bool:
     """The same of a grammar at its beginning."""
-    for token in [*text.encode(json.dumps(answer), bos=False, begins=False), min(text.vocabulary.eos_ids)]:
+    for token in [*text.encode(json.dumps(answer), add_bos=False, prefix_space=False), min(text.vocabulary.eos_ids)]:
         if not np.unpackbits(grammar.mask(), bitorder="little")[token]:
             return False
         grammar.accept(token)

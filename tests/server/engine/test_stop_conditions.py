@@ -9,7 +9,7 @@ import pytest
 from server.engine.request import Request, Sampling
 from server.engine.sampler import SampledToken
 from server.engine.stop_conditions import accept
-from server.engine.tokenizer import Detokenizer, ModelTokenizer
+from server.model.tokenizer import Detokenizer, ModelTokenizer
 
 
 def answered(text: ModelTokenizer, tokens: list[int], **sampling: Any) -> tuple[str, str | None, int]:

@@ -27,9 +27,6 @@ from adapters.errors import InvalidAdapter, TrainingStopped
 from adapters.peft_format import read_folder, save
 from adapters.training import Event, TrainingConfig
 from adapters.weights import LoraWeights, LowRank, with_digest
-from server.engine import chat_template
-from server.engine.chat_template import as_of
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import InvalidRequest
 from server.jobs import fine_tune as fine_tune_module
 from server.jobs import worker
@@ -41,6 +38,9 @@ from server.jobs.trainable_model import TrainableModel, loss_of
 from server.jobs.worker import Words
 from server.jobs.worker_messages import BaseSource, WorkerSpec
 from server.jobs.worker_process import last_words
+from server.model import chat_template
+from server.model.chat_template import template_time
+from server.model.tokenizer import ModelTokenizer
 from server.tasks.evaluation import Score, pairs
 
 CONFIG = TrainingConfig(
@@ -105,7 +105,7 @@ def test_a_run_over_a_template_with_the_date_goes_on_on_another_day(spec, tiny_b
     monkeypatch.setattr(worker, "_base", lambda spec: base)
     created = datetime(2030, 5, 4, 12, tzinfo=UTC).timestamp()
     replace(spec, created_at=created, held_out=0.2).write(tmp_path)
-    with as_of(created):
+    with template_time(created):
         assert "04 May 2030" in ModelTokenizer(base.vocabulary).decode(prepare(spec, base).learned.examples[0].ids)
     assert run_child(tmp_path, stop_at=2)[-1]["kind"] == "stopped"
 

@@ -12,12 +12,12 @@ import torch
 from adapters import data, peft_format
 from adapters.errors import BaseMismatch, InvalidData
 from adapters.weights import LowRank, with_digest
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import BadSetting, ServerError
 from server.jobs import train_recipe as run_module
 from server.jobs.recipe import read_recipe
 from server.jobs.train_recipe import card, finished, prepare, run
 from server.kernels import cpu_info
+from server.model.tokenizer import ModelTokenizer
 from server.tasks.definitions import FixedRoute, parse
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

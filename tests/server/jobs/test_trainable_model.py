@@ -12,13 +12,13 @@ from adapters import layers, training
 from adapters.data import Chat, Completion, Example, Pair, Tokens
 from adapters.errors import InvalidData
 from adapters.layers import LoraSpec
-from server.engine.tokenizer import ModelTokenizer
 from server.jobs import prefix_attention, trainable_model
 from server.jobs.encoding import Template, encoder
 from server.jobs.prefix_attention import PrefixAttention, alike
 from server.jobs.trainable_model import TrainableModel, few_odd_rows, filling, shared_prefix
 from server.kernels import cpu_info
 from server.model.attention import Context, PackedAttention
+from server.model.tokenizer import ModelTokenizer
 from server.model.vocabulary import from_gguf
 
 

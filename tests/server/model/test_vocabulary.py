@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import BadModel
+from server.model.tokenizer import ModelTokenizer
 from server.model.vocabulary import PRE_TOKENIZERS, Vocabulary, from_folder, from_gguf, write_folder
 
 TEXTS = [

@@ -22,12 +22,12 @@ from adapters.weights import LoraWeights
 from server.api.startup import build
 from server.api.state import Services
 from server.engine.request import Delivery
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import InvalidRequest, QueueFull
 from server.jobs.encoding import Template, encoder
 from server.jobs.trainable_model import TrainableModel
 from server.metrics import Metrics
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 from server.settings import Settings
 from server.tasks import scores
 from server.tasks.definitions import BestRoute, Task

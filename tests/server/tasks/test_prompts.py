@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from server.engine.tokenizer import ModelTokenizer
 from server.errors import DeadlineExceeded, InvalidRequest, NoCapacity
 from server.model.loader import Base
+from server.model.tokenizer import ModelTokenizer
 from server.tasks.definitions import FixedRoute, Task
 from server.tasks.prompts import SEAM, USUAL, Prompts
 from server.tasks.sampling import ContextLimit
@@ -28,10 +28,10 @@ class Counting(ModelTokenizer):
         super().__init__(vocabulary)
         del self.sizes[:]
 
-    def encode_pieces(self, pieces: Any) -> list[int]:
+    def encode_segments(self, pieces: Any) -> list[int]:
         pieces = list(pieces)
         self.sizes.append(sum(len(piece) for piece in pieces if isinstance(piece, str)))
-        return super().encode_pieces(pieces)
+        return super().encode_segments(pieces)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ async def test_of_a_text_far_too_long_a_beginning_is_looked_at(prompts: Prompts)
 
 async def test_a_beginning_says_nothing_of_what_may_fit(prompts: Prompts) -> None:
     few = "x" * (USUAL * CONTEXT) + " "
-    prompts.text.encode_pieces = lambda pieces: [1] * (CONTEXT + SEAM if len(pieces[0]) < len(few) else CONTEXT - 1)  # type: ignore[method-assign]
+    prompts.text.encode_segments = lambda pieces: [1] * (CONTEXT + SEAM if len(pieces[0]) < len(few) else CONTEXT - 1)  # type: ignore[method-assign]
     assert len(await prompts.encode_input(None, few)) == CONTEXT - 1
 
 
@@ -80,7 +80,7 @@ async def test_a_long_template_is_tokenized_on_a_thread(prompts: Prompts, format
             whole.append(threading.current_thread() is threading.main_thread())
         return [1] * 20
 
-    prompts.text.encode_pieces = encode  # type: ignore[method-assign]
+    prompts.text.encode_segments = encode  # type: ignore[method-assign]
     await prompts.encode_input(shots, "x")
     await prompts.encode_chat(shots, [{"role": "user", "content": "x"}])
     await prompts.encode_labels(shots, "x", ["a", "b"])
@@ -107,7 +107,7 @@ async def test_what_cannot_wait_together_is_not_tokenized_with_its_labels(prompt
     labels = [str(i) for i in range(50)]
     few = "x" * (USUAL * most // 50 + 1)
     prompts._characters = len(few)
-    prompts.text.encode_pieces = lambda pieces: [1] * (3 * CONTEXT)  # type: ignore[method-assign]
+    prompts.text.encode_segments = lambda pieces: [1] * (3 * CONTEXT)  # type: ignore[method-assign]
     prompts.limit = replace(prompts.limit, context=4 * CONTEXT)
     with pytest.raises(NoCapacity, match="50 labels, and all of it together is over 12800 tokens"):
         await prompts.encode_labels(None, few, labels)
@@ -128,7 +128,7 @@ async def test_a_deadline_ends_the_tokenizing_of_labels(prompts: Prompts) -> Non
 
 async def test_a_prompt_that_leaves_no_place_for_an_answer_is_refused_by_its_tokens(prompts: Prompts) -> None:
     length = CONTEXT
-    prompts.text.encode_pieces = lambda pieces: [1] * length  # type: ignore[method-assign]
+    prompts.text.encode_segments = lambda pieces: [1] * length  # type: ignore[method-assign]
     chat: Any = [{"role": "user", "content": "x"}]
     for _ in range(2):
         with pytest.raises(InvalidRequest) as prompt:
@@ -151,7 +151,7 @@ async def test_a_prompt_that_leaves_no_place_for_an_answer_is_refused_by_its_tok
 async def test_more_characters_than_any_text_of_the_context_has_are_not_tokenized(prompts: Prompts) -> None:
     shots = Task("shots", "{input}", FixedRoute())
     text = "x" * (CONTEXT * 100 + 1)
-    prompts.text.encode_pieces = None  # type: ignore[assignment]
+    prompts.text.encode_segments = None  # type: ignore[assignment]
     for task in (None, shots):
         with pytest.raises(InvalidRequest, match="at the very most") as prompt:
             await prompts.encode_input(task, text)
@@ -212,9 +212,9 @@ async def test_labels_are_tokenized_in_the_tasks_format_and_may_fill_the_context
         Task("mood", "Is {input} good?", FixedRoute()),
     ):
         pieces = text.render_task(task.prompt, task.format, task.system, "it")
-        expected = text.encode_continuations(pieces, text.encode_pieces(pieces), ["yes", "no"], task.format)
+        expected = text.encode_continuations(pieces, text.encode_segments(pieces), ["yes", "no"], task.format)
         assert await prompts.encode_labels(task, "it", ["yes", "no"]) == expected
-    alone = text.encode_pieces(["it "])
+    alone = text.encode_segments(["it "])
     assert await prompts.encode_labels(None, "it ", ["a"]) == text.encode_continuations(["it "], alone, ["a"], "raw")
     text.encode_continuations = lambda *_: [([1] * 4, 2), ([1] * CONTEXT, 9)]  # type: ignore[method-assign]
     assert len(await prompts.encode_labels(None, "x", ["a", "b"])) == 2

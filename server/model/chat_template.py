@@ -84,7 +84,7 @@ _moment: ContextVar[float | None] = ContextVar("_moment", default=None)
 
 
 @contextlib.contextmanager
-def as_of(moment: float | None) -> Iterator[None]:
+def template_time(moment: float | None) -> Iterator[None]:
     """Within it templates that ask for the time are told `moment`, seconds since the epoch, in UTC; None is the present
     where the server is.
 

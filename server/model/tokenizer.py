@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
 
-from server.engine.chat_template import ChatTemplate
 from server.errors import BadModel, InvalidRequest
+from server.model.chat_template import ChatTemplate
 from server.model.sentencepiece import SPACE
 from server.model.vocabulary import Vocabulary
 
@@ -36,7 +36,7 @@ Piece = str | int
 Format = Literal["raw", "chat"]
 
 INPUT = "{input}"
-LONG = 4096
+FAST_ENCODE_CHARS = 4096
 """Characters up to which a text takes no time worth speaking of to tokenize."""
 PIECE = 1 << 16
 """Characters that are searched at once for special tokens, for up to some tens of milliseconds."""
@@ -73,9 +73,9 @@ class ModelTokenizer:
         self._template = self._chat_template(vocabulary) if vocabulary.chat_template else None
         self._bytes = _byte_reader(self._tokenizer)
         self._cache: dict[int, bytes] = {}
-        self.whole = _Whole(self)
+        self.standalone_text = _Whole(self)
         """What an id shows amid a text, None if that depends on others or if it ends the text that it is in."""
-        self._prefixes = b"".join(map(self.token_bytes, self.encode_pieces(["a"]))) == b" a"
+        self._prefixes = b"".join(map(self.token_bytes, self.encode_segments(["a"]))) == b" a"
         self._prefixes_once = self._prefixes and _has_scheme_first(self._tokenizer)
 
     def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate:
@@ -85,22 +85,22 @@ class ModelTokenizer:
 
     # -- to ids
 
-    def encode(self, text: str, *, bos: bool = True, begins: bool = True) -> list[int]:
-        """Ids of plain text. The beginning-of-text token comes first if the vocabulary asks for one and `bos`.
+    def encode(self, text: str, *, add_bos: bool = True, prefix_space: bool = True) -> list[int]:
+        """Ids of plain text. The beginning-of-text token comes first if the vocabulary asks for one and `add_bos`.
 
-        Without `begins` (and `bos`) it goes on amid a text, and the tokenizer puts no space before it.
+        Without `prefix_space` (and `add_bos`) it goes on amid a text, and the tokenizer puts no space before it.
         """
-        if not (bos or begins) and self._prefixes:
+        if not (add_bos or prefix_space) and self._prefixes:
             return _ids(self._unprefixed, text)
-        return self.encode_pieces(self._raw(text) if bos else [text])
+        return self.encode_segments(self._raw(text) if add_bos else [text])
 
     def encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation. Raises InvalidRequest if there is no template or it refuses the messages."""
-        return self.encode_pieces(self.chat_pieces(messages, generation_prompt=generation_prompt))
+        return self.encode_segments(self.chat_segments(messages, generation_prompt=generation_prompt))
 
     def encode_task(self, prompt: str, format: Format, system: str | None, input: str) -> list[int]:
         """Ids of a task's prompt. See `render_task`."""
-        return self.encode_pieces(self.render_task(prompt, format, system, input))
+        return self.encode_segments(self.render_task(prompt, format, system, input))
 
     def encode_example(
         self, prompt: str, format: Format, system: str | None, input: str, output: str
@@ -111,11 +111,11 @@ class ModelTokenizer:
         token with the line before it: nobody can end a template otherwise, as they can a prompt of their own.
         """
         pieces = self.render_task(prompt, format, system, input)
-        asked = self.encode_pieces(pieces)
+        asked = self.encode_segments(pieces)
         [(ids, scored)] = self.encode_continuations(pieces, asked, [output], format)
         if format == "chat" and ids[: len(asked)] != asked:
-            begins = not asked or self.spaced_after(asked[-1])
-            ids = [*asked, *self.encode(output, bos=False, begins=begins), self.end_of_turn]
+            prefix_space = not asked or self.adds_space_after(asked[-1])
+            ids = [*asked, *self.encode(output, add_bos=False, prefix_space=prefix_space), self.end_of_turn]
             scored = len(ids) - len(asked)
         return ids, scored
 
@@ -131,11 +131,11 @@ class ModelTokenizer:
         end = [self.end_of_turn if format == "chat" else self.eos_id]
         if format == "chat" and self._prefixes_once:
             answers = map(_Amid, answers)
-        whole = [self.encode_pieces(_extended(pieces, answer)) for answer in answers]
+        whole = [self.encode_segments(_extended(pieces, answer)) for answer in answers]
         shared = min((_common_prefix(prompt, ids) for ids in whole), default=0)
         return [(ids + end, len(ids) + 1 - shared) for ids in whole]
 
-    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+    def encode_segments(self, pieces: Iterable[Piece]) -> list[int]:
         """Ids of a rendered prompt."""
         ids: list[int] = []
         for piece in pieces:
@@ -158,9 +158,9 @@ class ModelTokenizer:
         if format == "raw":
             return self._raw(text)
         messages = [{"role": "system", "content": system}] if system is not None else []
-        return self.chat_pieces([*messages, {"role": "user", "content": text}])
+        return self.chat_segments([*messages, {"role": "user", "content": text}])
 
-    def chat_pieces(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[Piece]:
+    def chat_segments(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[Piece]:
         """A conversation by the template. Special tokens within the messages stay plain text. Raises InvalidRequest.
 
         Special tokens in a message (and the beginning of one at its end) are broken by a mark before the template
@@ -181,7 +181,7 @@ class ModelTokenizer:
         if self._template is None:
             return self.eos_id
         try:
-            pieces = self.chat_pieces(
+            pieces = self.chat_segments(
                 [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}],
                 generation_prompt=False,
             )
@@ -217,11 +217,11 @@ class ModelTokenizer:
     def _breaker(self, mark: str) -> _Breaker:
         return _Breaker(self._places, mark)
 
-    def begins_after(self, token: int) -> bool:
+    def is_added_token(self, token: int) -> bool:
         """Whether what comes after `token` is a text of its own, whose first space is none that anybody sees."""
         return token in self._added
 
-    def spaced_after(self, token: int) -> bool:
+    def adds_space_after(self, token: int) -> bool:
         """Whether the tokenizer puts its space before a text that comes after `token` in one that has begun."""
         return token in self._added and not self._prefixes_once
 
@@ -251,7 +251,7 @@ class ModelTokenizer:
         """The decode of that one id; bytes that are no whole character are shown as U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
-    def without_prefix(self, beginning: bytes) -> bytes:
+    def strip_prefix_space(self, beginning: bytes) -> bytes:
         """The first bytes of a text without the space that the tokenizer put there, if it is of that kind."""
         return beginning.removeprefix(b" ") if self._prefixes else beginning
 
@@ -266,14 +266,14 @@ class ModelTokenizer:
 
 
 class _Whole(dict[int, str | None]):
-    """`ModelTokenizer.whole`, worked out when it is first asked for: nearly every token is looked up in every step."""
+    """`ModelTokenizer.standalone_text`, computed on first use: nearly every step looks up every token."""
 
     def __init__(self, text: ModelTokenizer) -> None:
         self._text = text
 
     def __missing__(self, token: int) -> str | None:
         shown = None
-        if not self._text.begins_after(token):
+        if not self._text.is_added_token(token):
             with contextlib.suppress(UnicodeDecodeError):
                 shown = self._text.token_bytes(token).decode()
         self[token] = shown
@@ -283,26 +283,26 @@ class _Whole(dict[int, str | None]):
 class Detokenizer:
     """The text of one request, token by token: never half a character, never the start of a stop string.
 
-    `begins` is what `ModelTokenizer.begins_after` says of the token before the first: a text that goes on
+    `new_segment` is what `ModelTokenizer.is_added_token` says of the token before the first: a text that goes on
     keeps its space.
     """
 
-    def __init__(self, text: ModelTokenizer, stop: tuple[str, ...] = (), *, begins: bool = True) -> None:
+    def __init__(self, text: ModelTokenizer, stop: tuple[str, ...] = (), *, new_segment: bool = True) -> None:
         self.stopped = False
         """A stop string was found: what it begins with and all after it is hidden."""
         self._text = text
         self._stop = stop
-        self._begins = begins
+        self._new_segment = new_segment
         self._held = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._amid = not begins
+        self._amid = not new_segment
         """Whether whole characters came before, and not the beginning of a text."""
 
     def add(self, token: int, *, search: bool = True) -> str:
         """The text that `token` makes visible. Without `search`, stop strings are not looked for in it."""
         if self.stopped:
             return ""
-        new = self._text.whole[token] if self._amid else None
+        new = self._text.standalone_text[token] if self._amid else None
         if new is None:
             new = self._decode(token)
         if not self._stop:
@@ -314,12 +314,14 @@ class Detokenizer:
 
     def _decode(self, token: int) -> str:
         """What the id shows after those before it, whatever it is."""
-        begins, self._begins = self._begins, self._text.spaced_after(token)
+        new_segment, self._new_segment = self._new_segment, self._text.adds_space_after(token)
         new = ""
         if not self._text.is_special(token):
             spelled = self._text.token_bytes(token)
-            new = self._decoder.decode(self._text.without_prefix(spelled) if begins and not self._begins else spelled)
-        self._amid = not self._begins and not self._decoder.getstate()[0]
+            new = self._decoder.decode(
+                self._text.strip_prefix_space(spelled) if new_segment and not self._new_segment else spelled
+            )
+        self._amid = not self._new_segment and not self._decoder.getstate()[0]
         return new
 
     def rest(self) -> str:
@@ -418,7 +420,7 @@ def _extended(pieces: Sequence[Piece], answer: str) -> list[Piece]:
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of plain text. `encode` would keep the interpreter to itself, for seconds if there is enough of it."""
-    if len(text) <= LONG:
+    if len(text) <= FAST_ENCODE_CHARS:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     else:
         ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
