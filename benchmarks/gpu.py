@@ -63,7 +63,7 @@ from server.engine.backends.cuda.runner import CudaRunner, gpu_memory
 from server.engine.batch import Batch, SlotWeights
 from server.kernels.cuda import Cuda, unavailable
 from server.kernels.cuda.launch import options
-from server.kernels.lora import SITES
+from server.kernels.lora import TARGET_MODULES
 from server.model.config import ModelConfig, from_hf
 
 BLOCK = 16
@@ -78,7 +78,7 @@ HUNG_SECONDS = 595
 """Whoever has not ended by then waits for a device that answers no more."""
 REASON = 800
 """Characters of a failure's reason that the table has, from its end; the JSON has them all."""
-FOUR = str(Kind(16, SITES[:4]))
+FOUR = str(Kind(16, TARGET_MODULES[:4]))
 """The adapters that S-LoRA has."""
 CLAIMS: dict[str, dict[str, Any]] = {
     "memory": {"base resident, bytes": "<= 4.7e9"},
@@ -129,7 +129,7 @@ class Bench:
         self.shape = TINY if check else QWEN_7B
         self.config: ModelConfig = from_hf(self.shape)
         self.backend = backend
-        self.kinds = (Kind(4), Kind(2, SITES[:4])) if check else (Kind(16), Kind(16, SITES[:4]))
+        self.kinds = (Kind(4), Kind(2, TARGET_MODULES[:4])) if check else (Kind(16), Kind(16, TARGET_MODULES[:4]))
         """The adapters that are claimed about: on all linears, and on those alone that S-LoRA's change."""
         self.rows = 2 if check else 32
         self.context = 20 if check else 256
@@ -242,10 +242,10 @@ class Bench:
     def mixed_step_seconds(self, seconds: Callable[[int, tuple[SlotWeights, ...]], float], kind: Kind) -> float:
         """A step of `rows` sequences, each on an adapter of its own."""
         for slot, weights in enumerate(self.adapters(kind)):
-            self.runner.place(slot, weights)
+            self.runner.load_adapter(slot, weights)
         taken = seconds(self.rows, tuple(((slot, 1.0),) for slot in range(self.rows)))
         for slot in range(self.rows):
-            self.runner.clear(slot)
+            self.runner.unload_adapter(slot)
         return taken
 
     def step_bytes(self, sequences: int, adapters: float, kind: Kind) -> int:
@@ -326,8 +326,8 @@ def placing(bench: Bench) -> None:
     weights, n = bench.adapters(bench.kinds[0])[0], bench.rows
 
     def place() -> None:
-        bench.runner.clear(n)
-        bench.runner.place(n, weights)
+        bench.runner.unload_adapter(n)
+        bench.runner.load_adapter(n, weights)
 
     seconds = bench.seconds(place, 20)
     rate = weights.nbytes / seconds / 1e9
@@ -335,7 +335,7 @@ def placing(bench: Bench) -> None:
     bench.tell("the same, GB/s", round(rate, 1))
     alone = bench.running_seconds(n, ((),) * n)
     beside = bench.running_seconds(n, ((),) * n, place)
-    bench.runner.clear(n)
+    bench.runner.unload_adapter(n)
     seen = (beside - alone) / seconds
     bench.tell("a copy before each step: of its time, seen in the steps'", round(seen, 3), "<= 0.2", seen <= 0.2,
                milliseconds_alone=alone * 1e3, milliseconds_beside=beside * 1e3)  # fmt: skip

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from adapters.weights import LoraWeights, LowRank
 from server.kernels.cuda import Cuda, packing
-from server.kernels.lora import SITES
+from server.kernels.lora import TARGET_MODULES
 from server.kernels.packed_format import stored_parts
 from server.kernels.threads import processors
 from server.kernels.weight import STORED, Weight
@@ -43,10 +43,10 @@ class Kind:
     """What adapters a row of the table is about: their rank, and the names of the linears that they change."""
 
     rank: int
-    linears: tuple[str, ...] = SITES
+    linears: tuple[str, ...] = TARGET_MODULES
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {'all linears' if self.linears == SITES else ', '.join(self.linears)}"
+        return f"rank {self.rank} on {'all linears' if self.linears == TARGET_MODULES else ', '.join(self.linears)}"
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each linear that is changed, by its path."""

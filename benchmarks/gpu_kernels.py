@@ -59,7 +59,7 @@ def _tell_others(bench: Any, cold: torch.Tensor) -> None:
     runner, model, n = bench.runner, bench.runner._model, bench.rows
     kind = bench.kinds[0]
     for slot, weights in enumerate(bench.adapters(kind)):
-        runner.place(slot, weights)
+        runner.load_adapter(slot, weights)
     runner._pool.ready(range(n))
     try:
         batch = bench.batch(n, tuple(((slot, 1.0),) for slot in range(n)))
@@ -71,7 +71,7 @@ def _tell_others(bench: Any, cold: torch.Tensor) -> None:
                        microseconds=seconds * 1e6)  # fmt: skip
     finally:
         for slot in range(n):
-            runner.clear(slot)
+            runner.unload_adapter(slot)
 
 
 Call = tuple[str, Callable[[], None], int]

@@ -15,7 +15,7 @@ from server.engine.backends.cuda.device_model import QKV
 from server.engine.batch import Batch
 from server.kernels.cuda import attention, epilogue, lora, matmul, packing
 from server.kernels.cuda.matmul import Matrix, Tiling
-from server.kernels.lora import SITES, SlotWeights
+from server.kernels.lora import TARGET_MODULES, SlotWeights
 
 BOUND = 0.005
 """The most that a relative error may be. Rounding one side of a product to bf16 makes 0.0017 of it, and weights of
@@ -64,7 +64,7 @@ def _updates(bench: Any, counts: tuple[int, ...], repeats: int) -> list[str]:
     """The same of updates, and of steps on the same adapters what has other bits."""
     alone = tuple(((slot, WEIGHT),) for slot in range(bench.rows))
     for slot, each in enumerate(bench.adapters(bench.kinds[0])):
-        bench.runner.place(slot, each)
+        bench.runner.load_adapter(slot, each)
     bench.runner._pool.ready(range(bench.rows))
     found, other = {}, []
     try:
@@ -81,7 +81,7 @@ def _updates(bench: Any, counts: tuple[int, ...], repeats: int) -> list[str]:
             other += [f"step of {n} rows" for same in _steps(bench, n, alone, repeats) if not same]
     finally:
         for slot in range(bench.rows):
-            bench.runner.clear(slot)
+            bench.runner.unload_adapter(slot)
     _tell(bench, f"adapters' updates at {_listed(counts)} rows against plain ones: worst relative error", found)
     return other
 
@@ -155,7 +155,9 @@ def _update(bench: Any, batch: Batch, slots: list[int]) -> tuple[Callable[[], to
     exact = torch.zeros(len(slots), matrix.rows, device=bench.device)
     for slot in set(slots):
         rows = [i for i, each in enumerate(slots) if each == slot]
-        updates = [bench.adapters(bench.kinds[0])[slot].modules[f"model.layers.0.self_attn.{q}"] for q in SITES[:3]]
+        updates = [
+            bench.adapters(bench.kinds[0])[slot].modules[f"model.layers.0.self_attn.{q}"] for q in TARGET_MODULES[:3]
+        ]
         parts = [
             WEIGHT * update.scale * (x[rows].float() @ _plain(update).to(x.device).t())
             @ update.B.to(x.device).float().t()

@@ -39,10 +39,10 @@ class PreparedRunner:
     def allocate(self, blocks: int, block_size: int) -> None:
         pass
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         pass
 
-    def clear(self, slot: int) -> None:
+    def unload_adapter(self, slot: int) -> None:
         pass
 
     def run(self, batch: Batch) -> Logits:

@@ -94,7 +94,7 @@ def measure(
     for batch in prompt_batches(widest, base.config.vocab_size):
         runner.run(batch).wait()  # memory that nobody has written is a page of zeros for all, and quick to read
     for slot, weights in enumerate(slots):
-        runner.place(slot, weights)
+        runner.load_adapter(slot, weights)
     batches = [decode_batch(shape, base.config.vocab_size) for shape in shapes]
     times: list[list[float]] = [[] for _ in shapes]
     for turn in range(repeats + 3):

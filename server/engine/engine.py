@@ -93,7 +93,7 @@ class Engine:
         self._block_size = block_size
         self._wake = threading.Event()
         self._inbox = RequestInbox(max_queue, max_queue_tokens, self._wake.set)
-        self._slots = AdapterSlots(max_slots, runner.place, runner.clear, room)
+        self._slots = AdapterSlots(max_slots, runner.load_adapter, runner.unload_adapter, room)
         self._scheduler = Scheduler(
             KVCache(blocks, block_size, prefix_share if prefix_cache else 0.0),
             self._slots,

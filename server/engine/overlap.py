@@ -39,7 +39,7 @@ class DeviceRunner(Runner, Protocol):
     """A runner that computes while others go on. `run` takes a token below 0 for the one that was last drawn in row
     -1 - token."""
 
-    def linger(self) -> None:
+    def wait_until_nearly_done(self) -> None:
         """Wait until the next step has to be planned, so that the device need not wait for it: the later that is, the
         more of what arrives meanwhile is in it."""
 
@@ -67,7 +67,7 @@ class OverlappedEngine(Engine):
         """Launch a step and land the one before; False if there was neither."""
         now = self._record.begin()
         if self._flight is not None:
-            self._record.land(self._flight.plan, self._device.linger)
+            self._record.land(self._flight.plan, self._device.wait_until_nearly_done)
             now = time.monotonic()
         self._drain()
         if not self._scheduler.keeps_all:

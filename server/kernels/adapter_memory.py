@@ -12,7 +12,7 @@ import torch
 
 from adapters.weights import LoraWeights, LowRank, all_finite
 from server.kernels import huge_pages
-from server.kernels.lora import SITES, TOGETHER
+from server.kernels.lora import TARGET_MODULES, TOGETHER
 from server.kernels.reference import check_finite
 
 LINE = 32
@@ -57,6 +57,12 @@ def walk(paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         pieces = path.split(".")
         layer = next((int(piece) for piece in pieces if piece.isdigit()), -1)
         name = pieces[-1]
-        return layer, group.get(name, len(TOGETHER)), part, SITES.index(name) if name in SITES else len(SITES), path
+        return (
+            layer,
+            group.get(name, len(TOGETHER)),
+            part,
+            TARGET_MODULES.index(name) if name in TARGET_MODULES else len(TARGET_MODULES),
+            path,
+        )
 
     return tuple(sorted(((path, part) for path in paths for part in ("A", "B")), key=key))

@@ -21,7 +21,7 @@ SlotWeights = tuple[tuple[int, float], ...]
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears of a layer that read the same input."""
-SITES = tuple(name for names in TOGETHER for name in names)
+TARGET_MODULES = tuple(name for names in TOGETHER for name in names)
 """All of them, in the order of a step."""
 
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
@@ -172,11 +172,11 @@ class SlotTable:
         self._slots: list[LoraWeights | None] = [None] * slots
         self._active: SideBySide | None = None
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         """Put prepared weights into a slot. Raises IndexError for a slot that does not exist."""
         self._slots[slot] = weights
 
-    def clear(self, slot: int) -> None:
+    def unload_adapter(self, slot: int) -> None:
         """Empty a slot and drop whatever copy holds its adapter."""
         gone = self._slots[slot]
         self._slots[slot] = None

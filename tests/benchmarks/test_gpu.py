@@ -24,7 +24,7 @@ import triton
 from benchmarks import gpu, gpu_answers, gpu_ceilings, gpu_kernels, gpu_load, gpu_peers, gpu_products
 from benchmarks.gpu_base import Kind, _linear, random_adapters
 from server.kernels.cuda import Cuda, matmul, packing
-from server.kernels.lora import SITES
+from server.kernels.lora import TARGET_MODULES
 from server.model.config import from_hf
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +64,7 @@ def test_adapters_are_timed_between_two_of_the_base() -> None:
         return next(base)
 
     bench = SimpleNamespace(
-        kinds=(Kind(16), Kind(16, SITES[:4])), rows=32, bandwidth=1.0, running_seconds=running,
+        kinds=(Kind(16), Kind(16, TARGET_MODULES[:4])), rows=32, bandwidth=1.0, running_seconds=running,
         step_seconds=lambda *_: 1.0, step_bytes=lambda *_: 1,
         mixed_step_seconds=lambda seconds, kind: next(mixed) if seconds is running else 1.0,
         tell=lambda name, value, *_, **more: told.update({name: value}),
@@ -320,7 +320,7 @@ def test_a_copy_that_is_seen_in_the_steps_is_not_hidden(beside: float, met: bool
 
 def test_a_kind_of_adapters_is_what_is_made_and_counted() -> None:
     config = from_hf(gpu.TINY)
-    for kind in (Kind(4), Kind(2, SITES[:4])):
+    for kind in (Kind(4), Kind(2, TARGET_MODULES[:4])):
         [weights] = random_adapters(config, Cuda(torch.float32), 1, kind)
         assert {path.rpartition(".")[2] for path in weights.modules} == set(kind.linears)
         assert sum(update.A.numel() + update.B.numel() for update in weights.modules.values()) == sum(

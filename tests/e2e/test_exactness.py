@@ -58,7 +58,7 @@ def test_a_sweep_of_weights_in_one_batch(base: Base, oracle: Oracle, two: list[t
     runner = make_runner(base, max_slots=4, threads=2)
     runner.allocate(64, 16)
     for slot, (_, weights) in enumerate(two):
-        runner.place(slot, weights)
+        runner.load_adapter(slot, weights)
     prompt = ModelTokenizer(base.vocabulary).encode(PROMPT)
     # A zero weight never reaches a batch: the canonical mix drops it.
     mixes = [((0, w),) if w else () for w in WEIGHTS] + [((0, 0.5), (1, 0.5))]
@@ -70,8 +70,8 @@ def test_a_sweep_of_weights_in_one_batch(base: Base, oracle: Oracle, two: list[t
     wanted = [[(names[0], w)] if w else [] for w in WEIGHTS] + [[(names[0], 0.5), (names[1], 0.5)]]
     for row, mix in zip(together, wanted, strict=True):
         assert (row - oracle.logits(prompt, mix)).abs().max() < 1e-4, mix
-    runner.clear(0)
-    runner.clear(1)
+    runner.unload_adapter(0)
+    runner.unload_adapter(1)
     zero = WEIGHTS.index(0.0)
     assert torch.equal(alone[zero], prefill(runner, prompt, [()])[0])
 

@@ -19,10 +19,10 @@ class Runner(Protocol):
     def allocate(self, blocks: int, block_size: int) -> None:
         """Allocate the KV cache: `blocks` blocks of `block_size` tokens. Old contents are lost."""
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         """Load an adapter into a slot. Backends that share the host's memory do not copy the weights."""
 
-    def clear(self, slot: int) -> None:
+    def unload_adapter(self, slot: int) -> None:
         """Empty a slot and drop all references to its weights."""
 
     def run(self, batch: Batch) -> Logits:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from server.kernels.cpu.source_digest import MACHINES, digest
-from server.kernels.lora import SITES
+from server.kernels.lora import TARGET_MODULES
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +62,10 @@ class Matrix(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """`site` is in the order of `SITES`, as `SiteIndex` has it."""
+    """`site` is in the order of `TARGET_MODULES`, as `SiteIndex` has it."""
 
     _fields_ = [
-        ("site", Matrix * len(SITES)),
+        ("site", Matrix * len(TARGET_MODULES)),
         ("input_norm", c_void_p),
         ("post_norm", c_void_p),
         ("q_norm", c_void_p),

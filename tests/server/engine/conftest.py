@@ -79,12 +79,12 @@ class FakeRunner:
         self.store = np.full((blocks, block_size), -1, np.int64)
         self.mixes = np.full((blocks, block_size), None, object)
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         self.on_place(weights)
         assert slot not in self.adapters
         self.adapters[slot] = weights
 
-    def clear(self, slot: int) -> None:
+    def unload_adapter(self, slot: int) -> None:
         self.adapters.pop(slot, None)
 
     def run(self, batch: Batch) -> Logits:
@@ -136,7 +136,7 @@ class LateRunner(FakeRunner):
         self.fault: Exception | None = None
         """What it has failed at, for good."""
 
-    def linger(self) -> None:
+    def wait_until_nearly_done(self) -> None:
         """Nothing comes while a test steps an engine."""
 
     def wait(self) -> None:

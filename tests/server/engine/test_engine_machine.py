@@ -97,15 +97,15 @@ class SlotsMachine(RuleBasedStateMachine):
         self.placed: dict[int, str] = {}
         self.fail = False
         self.holders: dict[str, int] = {}
-        self.slots = AdapterSlots(4, self.place, self.clear, self.room)
+        self.slots = AdapterSlots(4, self.load_adapter, self.unload_adapter, self.room)
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         if self.fail:
             raise MemoryError
         assert slot not in self.placed and 0 <= slot < 4
         self.placed[slot] = weights.digest
 
-    def clear(self, slot: int) -> None:
+    def unload_adapter(self, slot: int) -> None:
         self.placed.pop(slot, None)
 
     @rule(target=held, digests=st.sets(names, max_size=4), fail=st.booleans())

@@ -150,11 +150,11 @@ def test_what_arrives_before_the_next_step_has_to_be_planned_is_in_it(
     made.engine.step()
     late: list[Any] = []
 
-    def linger() -> None:
+    def wait_until_nearly_done() -> None:
         if not late:
             late.append(made.submit([5, 6, 8], max_tokens=2))
 
-    monkeypatch.setattr(made.runner, "linger", linger)
+    monkeypatch.setattr(made.runner, "wait_until_nearly_done", wait_until_nearly_done)
     made.engine.step()
     assert [batch.sequences for batch in made.runner.steps] == [1, 2]
     made.settle()
@@ -304,7 +304,7 @@ def test_a_step_that_is_read_late_is_the_one_that_is_told_of(
         return read(drawn)
 
     monkeypatch.setattr(tools.LateTokens, "read", reading)
-    monkeypatch.setattr(made.runner, "linger", lambda: seen.append(made.engine.what_runs()))
+    monkeypatch.setattr(made.runner, "wait_until_nearly_done", lambda: seen.append(made.engine.what_runs()))
     made.settle()
     assert all(first.request.id in told for told in seen) and len(seen) == 4
     assert made.engine.what_runs() == "no step"

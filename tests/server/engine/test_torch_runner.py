@@ -52,16 +52,16 @@ def test_a_cleared_slot_lets_go_and_the_base_is_as_before(
 ) -> None:
     before = tiny_runner.run(step((), ())).rows
     for slot in range(3):
-        tiny_runner.place(slot, tiny_adapter(slot, rank=2 + slot))
+        tiny_runner.load_adapter(slot, tiny_adapter(slot, rank=2 + slot))
     mixed = tiny_runner.run(step(((0, 1.0), (2, 0.5)), ((1, -1.0),))).rows
     assert not torch.allclose(mixed[0], before[0], atol=1e-3)
     again = tiny_adapter(9)
     gone = weakref.ref(again)
-    tiny_runner.place(1, again)
+    tiny_runner.load_adapter(1, again)
     tiny_runner.run(step(((1, 1.0),), ((0, 1.0),)))
     del again
     for slot in range(3):
-        tiny_runner.clear(slot)
+        tiny_runner.unload_adapter(slot)
     gc.collect()
     assert gone() is None
     assert torch.equal(tiny_runner.run(step((), ())).rows, before)
@@ -69,8 +69,8 @@ def test_a_cleared_slot_lets_go_and_the_base_is_as_before(
 
 def test_slots_are_as_many_as_were_asked_for(tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]) -> None:
     runner = make_runner(tiny_base, max_slots=1, threads=1)
-    runner.place(0, tiny_adapter(0))
+    runner.load_adapter(0, tiny_adapter(0))
     with pytest.raises(IndexError):
-        runner.place(1, tiny_adapter(1))
+        runner.load_adapter(1, tiny_adapter(1))
     with pytest.raises(ValueError, match="at least one thread"):
         make_runner(tiny_base, max_slots=1, threads=0)

@@ -28,7 +28,7 @@ from server.engine.backends.cuda.device_model import DeviceModel
 from server.kernels.cuda import packing, sampling
 from server.kernels.cuda.lora import Pool
 from server.kernels.cuda.matmul import dequantized, group_sums
-from server.kernels.lora import SITES
+from server.kernels.lora import TARGET_MODULES
 from server.kernels.packed_format import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model.config import ModelConfig, from_hf
@@ -147,7 +147,7 @@ def main(which: str, capability: int) -> int:
     for scheme, double in schemes:
         model = DeviceModel(Shapes(config, scheme, double), META, torch.bfloat16)  # type: ignore[arg-type]
         model.turn_up_to(256)
-        sites = config.num_hidden_layers * len(SITES)
+        sites = config.num_hidden_layers * len(TARGET_MODULES)
         pool = Pool(
             torch.empty(1 << 20, dtype=torch.bfloat16 if scheme == "none" else torch.int8, device=META),
             torch.empty(64, sites, 3, dtype=torch.int64, device=META),

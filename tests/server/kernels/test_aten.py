@@ -163,8 +163,8 @@ def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
     draw = random.Random(seed)
     plain, ours = SlotTable(8), SlotTable(8)
     for slot, (a, b) in enumerate(zip(adapters(Reference(), 7), adapters(Aten(), 7), strict=True)):
-        plain.place(slot, a)
-        ours.place(slot, b)
+        plain.load_adapter(slot, a)
+        ours.load_adapter(slot, b)
     weights = [-1.0, 0.25, 1.0, 2.0] if seed % 2 else [-1.0, 0.3, 0.7]  # those that bf16 holds, and others
     segments, start = [], 0
     for _ in range(12):
@@ -188,9 +188,9 @@ def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
 def test_what_overflows_in_one_adapter_stays_in_its_rows() -> None:
     table = SlotTable(3)
     for slot, adapter in enumerate(adapters(Aten(), 3)):
-        table.place(slot, adapter)
+        table.load_adapter(slot, adapter)
     huge = {"m": LowRank(torch.full((2, 64), 3e38), torch.full((32, 2), 3e38), 16.0)}
-    table.place(2, Aten().prepare(LoraWeights("huge", "f" * 64, huge), "int4"))
+    table.load_adapter(2, Aten().prepare(LoraWeights("huge", "f" * 64, huge), "int4"))
     x, y = torch.randn(4, 64).abs().bfloat16(), torch.zeros(4, 32, dtype=torch.bfloat16)
     rows: list[SlotWeights] = [((0, 1.0),), ((2, 1.0),), (), ((0, 1.0), (1, 1.0))]
     Aten().add_lora(y, x, "m", Segments(table, [Segment(i, i + 1, mix) for i, mix in enumerate(rows)]))
@@ -202,18 +202,18 @@ def test_the_copy_of_the_active_set_is_remade_only_when_it_must_be() -> None:
     table = SlotTable(4)
     made = adapters(Aten(), 5)
     for slot in range(4):
-        table.place(slot, made[slot])
+        table.load_adapter(slot, made[slot])
     both: SideBySide = table.side_by_side([2, 3])
     assert table.side_by_side([3]) is both  # less than what is held, and not much less
     assert table.side_by_side([0]) is not both  # another adapter
     three = table.side_by_side([2, 3, 0])
     assert table.side_by_side([0]) is not three  # a small part of what is held
     held = table.side_by_side([1, 2])
-    table.clear(0)
+    table.unload_adapter(0)
     assert table.side_by_side([1, 2]) is held
-    table.clear(2)
+    table.unload_adapter(2)
     assert table.nbytes == 0
-    table.place(2, made[4])
+    table.load_adapter(2, made[4])
     assert made[4].digest in table.side_by_side([1, 2]).place
 
 

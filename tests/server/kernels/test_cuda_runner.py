@@ -145,7 +145,7 @@ def test_logits_are_those_of_the_reference(family: str) -> None:
         (reference_runner(exact), lambda w: exact.prepare(decoded(ours.prepare(w)))),
     ):
         for slot, weights in adapters.items():
-            runner.place(slot, prepared(weights))
+            runner.load_adapter(slot, prepared(weights))
         first, second, third = sequences([18, 3, 4], mixes)
         logits = [step(runner, [(second, 1), (first, 9)], every_row=True)]
         logits.append(step(runner, [(second, 1), (first, 8), (third, 3)]))
@@ -168,7 +168,7 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
         (reference_runner(exact), lambda w: exact.prepare(decoded(ours.prepare(w)))),
     ):
         for slot, seed in ((1, 1), (2, 2)):
-            runner.place(slot, prepared(adapter(ours.config, seed, 4 * slot)))
+            runner.load_adapter(slot, prepared(adapter(ours.config, seed, 4 * slot)))
         batch = sequences([5, 1, 2], mixes)
         logits, seen = step(runner, [(s, len(s.tokens)) for s in batch]), []
         for turn in range(2):
@@ -180,8 +180,8 @@ def test_greedy_answers_are_those_of_the_reference() -> None:
             for sequence, row in zip(batch, logits, strict=True):
                 sequence.tokens.append(int(row.argmax()))
             if turn == 0:
-                runner.clear(2)
-                runner.place(2, prepared(adapter(ours.config, 3, 2)))
+                runner.unload_adapter(2)
+                runner.load_adapter(2, prepared(adapter(ours.config, 3, 2)))
             logits = step(runner, [(s, 1) for s in batch])
         answers.append((torch.tensor([s.tokens[-2:] for s in batch]), torch.stack(seen, 1)))
     (tokens, logits), (expected, exact_logits) = answers
@@ -799,17 +799,17 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
     pool = AdapterPool(config, sizes[1] + sizes[2] + sizes[3], 6, DEVICE, FLOAT, scheme != "none")
     moves = counted_moves(pool, monkeypatch)
     for slot, rank in ((0, 1), (1, 2), (2, 3)):
-        pool.place(slot, made[rank])
+        pool.load_adapter(slot, made[rank])
     with pytest.raises(NoCapacity, match="adapter-device-memory"):
-        pool.place(3, made[1])
-    pool.clear(0)
-    pool.clear(2)
+        pool.load_adapter(3, made[1])
+    pool.unload_adapter(0)
+    pool.unload_adapter(2)
     assert sizes[4] <= sizes[1] + sizes[3]
     with monkeypatch.context() as lacking:
         lacking.setattr(pool, "_sent", fails)
         with pytest.raises(RuntimeError, match="no memory"):
-            pool.place(4, made[4])
-    pool.place(4, made[4])  # in no single gap, but in both together
+            pool.load_adapter(4, made[4])
+    pool.load_adapter(4, made[4])  # in no single gap, but in both together
     assert len(moves) == 2, "and at the first try no memory was there for it"
     pool.ready(range(6))
     for slot, rank in ((1, 2), (4, 4)):
@@ -824,7 +824,7 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
             if update.units is not None:
                 assert torch.equal(pool.pool.units[units : units + update.rank].cpu(), update.units)
     with pytest.raises(ValueError, match="was not prepared"):
-        pool.place(5, adapter(config, 9, 1))
+        pool.load_adapter(5, adapter(config, 9, 1))
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -848,9 +848,9 @@ def test_adapters_of_all_sizes_come_and_go_and_none_is_harmed(
         if sum(sizes[k] for k in held.values()) + sizes[kind] > 3 * sizes[-1]:
             refused += 1
             with pytest.raises(NoCapacity, match="adapter-device-memory"):
-                pool.place(slot, made[kind])
+                pool.load_adapter(slot, made[kind])
         else:
-            pool.place(slot, made[kind])
+            pool.load_adapter(slot, made[kind])
             held[slot] = kind
             parts = max(parts, len(pool._placed[slot]))
         pool.ready(range(16))
@@ -870,8 +870,8 @@ def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     size = one.layout.flat.numel()
     pool = AdapterPool(config, 3 * size + two.layout.flat.numel(), 8, DEVICE, FLOAT, True)
     for slot in range(4):
-        pool.place(slot, one)
-    pool.clear(1)
+        pool.load_adapter(slot, one)
+    pool.unload_adapter(1)
     pool.ready(range(8))  # what is copied from here on is not: on a GPU it would run beside those copies
     waiting: list[tuple[int, ...]] = []
 
@@ -883,7 +883,7 @@ def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(pool, "_copying", copying)
     free = sum(length for _, length in pool._free)
     assert free >= two.layout.flat.numel() > max(length for _, length in pool._free)
-    pool.place(1, uncut(two))
+    pool.load_adapter(1, uncut(two))
     assert [sorted(slots) for slots in waiting] == [[2, 3], [1]]
     assert all(lies_in(pool, slot, one) for slot in (0, 2, 3)) and lies_in(pool, 1, two)
 
@@ -919,23 +919,23 @@ def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypat
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     for slot, weights in enumerate([one, *others[:2]]):
-        pool.place(slot, weights)
+        pool.load_adapter(slot, weights)
     assert waited == [], "nobody has read anything"
     recorded.clear()
     for slots in ([0], [1, 2], []):
         pool.used(slots)
     first, second = recorded
-    pool.clear(0)
-    pool.place(3, others[2])  # where the first one was
+    pool.unload_adapter(0)
+    pool.load_adapter(3, others[2])  # where the first one was
     assert waited == [first]
     waited.clear()
-    pool.clear(3)
-    pool.place(0, others[3])  # there again, and the numbers of the slot are those that were read
+    pool.unload_adapter(3)
+    pool.load_adapter(0, others[3])  # there again, and the numbers of the slot are those that were read
     assert waited == [first]
     waited.clear()
-    pool.clear(2)
+    pool.unload_adapter(2)
     second.over = True
-    pool.place(4, others[2])
+    pool.load_adapter(4, others[2])
     assert waited == [], "that step is over"
 
 
@@ -960,14 +960,14 @@ def test_parts_wait_for_all_who_read_what_lay_there_and_moves_for_everybody(monk
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: now)
     for slot in range(6):
-        pool.place(slot, small)
+        pool.load_adapter(slot, small)
     recorded.clear()
     for slot in range(6):
         pool.used([slot])
     events = list(recorded)
     for slot in (0, 2, 4):
-        pool.clear(slot)
-    pool.place(7, large)
+        pool.unload_adapter(slot)
+    pool.load_adapter(7, large)
     parts = [part.start // small.layout.flat.numel() for part in pool._placed[7]]
     assert parts == [0, 2, 4][: len(parts)] and len(parts) > 1 and lies_in(pool, 7, large)
     assert set(waited) == {events[at] for at in parts}
@@ -976,14 +976,14 @@ def test_parts_wait_for_all_who_read_what_lay_there_and_moves_for_everybody(monk
     recorded.clear()
     pool.used([7])
     (read,) = recorded
-    pool.clear(7)
+    pool.unload_adapter(7)
     for slot in (0, 2):
         waited.clear()
-        pool.place(slot, small)
+        pool.load_adapter(slot, small)
         assert set(waited) == {events[slot], read}, "of each part who has read it"
     waited.clear()
-    pool.clear(0)
-    pool.place(0, uncut(large))
+    pool.unload_adapter(0)
+    pool.load_adapter(0, uncut(large))
     assert waited[0] == now and all(lies_in(pool, slot, small) for slot in (1, 2, 3, 5))
 
 

@@ -68,12 +68,12 @@ def wrong_reads(made: list[LoraWeights], seed: int, monkeypatch: pytest.MonkeyPa
             else:
                 slot, kind = draw.randrange(SLOTS), draw.randrange(len(made))
                 held.pop(slot, None)
-                pool.clear(slot)
+                pool.unload_adapter(slot)
                 while sum(sizes[other] for other in held.values()) + sizes[kind] > pool._size:
                     gone = draw.choice(sorted(held))
                     del held[gone]
-                    pool.clear(gone)
-                pool.place(slot, made[kind])
+                    pool.unload_adapter(gone)
+                pool.load_adapter(slot, made[kind])
                 held[slot] = kind
             device.go_on(draw.choice([0, 0, 3, 20, 200]))
         device.finish()

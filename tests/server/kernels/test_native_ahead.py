@@ -51,14 +51,14 @@ def started(mixes: list[SlotWeights]) -> list[Sequence]:
 
 def answers(runner: NativeRunner, base: Tiny, temperature: float, read_at_once: bool) -> list[list[int]]:
     """Twelve tokens of each of three sequences, a slot being filled anew in the middle."""
-    runner.place(0, base.prepare(adapter(base.config, 1, 8)))
-    runner.place(1, base.prepare(adapter(base.config, 2, 5, ("q_proj", "down_proj"))))
+    runner.load_adapter(0, base.prepare(adapter(base.config, 1, 8)))
+    runner.load_adapter(1, base.prepare(adapter(base.config, 2, 5, ("q_proj", "down_proj"))))
     sequences = started([((0, 1.0),), (), ((1, -0.5), (0, 2.0))])
     drawn = []
     for number in range(12):
         if number == 6:
-            runner.clear(1)
-            runner.place(1, base.prepare(adapter(base.config, 3, 3)))
+            runner.unload_adapter(1)
+            runner.load_adapter(1, base.prepare(adapter(base.config, 3, 3)))
         order = list(range(PROMPTS)) if number % 2 else list(range(PROMPTS))[::-1]
         new = [(sequences[i], 1 if number else len(sequences[i].tokens)) for i in order]
         noise = [(number * PROMPTS + i) * 0.377 % 1.0 for i in order]
@@ -92,12 +92,12 @@ def test_logits_may_be_read_in_any_order(runner: NativeRunner) -> None:
 
 
 def test_lingering_ends_in_the_last_of_the_steps_that_were_given(runner: NativeRunner) -> None:
-    runner.linger()
+    runner.wait_until_nearly_done()
     batch = batch_of([(Sequence(tokens(1, 300), list(range(20))), 300)])
     expected = runner.run(batch).rows.clone()
     for count in (1, 2, 8):
         given = [runner.run(batch) for _ in range(count)]
-        runner.linger()
+        runner.wait_until_nearly_done()
         runner._unfinished()
         assert len(runner._jobs) <= 1, "but for the last, all are done"
         assert all(torch.equal(logits.rows, expected) for logits in given)
@@ -106,11 +106,11 @@ def test_lingering_ends_in_the_last_of_the_steps_that_were_given(runner: NativeR
 def test_an_adapter_stays_until_no_step_reads_it_and_no_longer(runner: NativeRunner, base: Tiny) -> None:
     weights = base.prepare(adapter(base.config, 1, 64))
     gone = weakref.ref(weights)
-    runner.place(0, weights)
+    runner.load_adapter(0, weights)
     batch = batch_of([(Sequence(tokens(1, 300), list(range(20)), ((0, 1.0),)), 300)])
     expected = runner.run(batch).rows.clone()
     given = [runner.run(batch) for _ in range(12)]
-    runner.clear(0)
+    runner.unload_adapter(0)
     del weights
     dead = gone() is None
     assert not (dead and runner._unfinished()), "it went while steps still read it"
@@ -125,15 +125,15 @@ def test_an_adapter_stays_until_no_step_reads_it_and_no_longer(runner: NativeRun
 def test_an_adapter_that_nothing_reads_is_gone_at_once(runner: NativeRunner, base: Tiny) -> None:
     weights = base.prepare(adapter(base.config, 1, 4))
     gone = weakref.ref(weights)
-    runner.place(0, weights)
-    runner.clear(0)
+    runner.load_adapter(0, weights)
+    runner.unload_adapter(0)
     del weights
     assert gone() is None
 
 
 def test_a_token_that_was_not_found_is_gone_on_from_without_harm(runner: NativeRunner, base: Tiny) -> None:
     """Its request ends when it is read, which is after the next step was given."""
-    runner.place(0, base.prepare(adapter(base.config, 1, 4, ("q_proj", "k_proj"), size=1e37)))
+    runner.load_adapter(0, base.prepare(adapter(base.config, 1, 4, ("q_proj", "k_proj"), size=1e37)))
     good, bad = started([(), ((0, 16.0),)])
     first = draw(runner, runner.run(batch_of([(good, 5), (bad, 6)], False)), 0.0, [0.5, 0.5])
     for row, sequence in enumerate((good, bad)):
@@ -180,7 +180,7 @@ def test_lingering_ends_before_the_head_however_long_that_takes(threads: int) ->
     under_way = 0
     for _ in range(8):
         runner.run(batch)
-        runner.linger()
+        runner.wait_until_nearly_done()
         under_way += bool(runner._unfinished())
         runner.wait()
     assert under_way > 0

@@ -93,7 +93,7 @@ def runner_of(base: Tiny, threads: int = 2, blocks: int = 128) -> Runner:
 
 def place_all(runner: Runner, base: Tiny, adapters: dict[int, LoraWeights]) -> None:
     for slot, weights in adapters.items():
-        runner.place(slot, base.prepare(weights))
+        runner.load_adapter(slot, base.prepare(weights))
 
 
 def step(runner: Runner, new: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
@@ -526,9 +526,9 @@ def test_a_slot_that_there_is_not_is_refused() -> None:
     prepared = native.prepare(adapter(native.config, 1, 4))
     for slot in (-1, SLOTS):
         with pytest.raises(IndexError, match=f"no slot {slot}"):
-            runner.place(slot, prepared)
+            runner.load_adapter(slot, prepared)
         with pytest.raises(IndexError, match=f"no slot {slot}"):
-            runner.clear(slot)
+            runner.unload_adapter(slot)
 
 
 def test_threads_that_the_system_does_not_start_are_an_error() -> None:
@@ -549,7 +549,7 @@ def test_a_slot_is_reused_and_cleared() -> None:
     one, two = adapter(native.config, 1, 8), adapter(native.config, 2, 5, ("q_proj",))
     place_all(runner, native, {0: one, 1: two})
     alone_two = alone(runner, ids, ((1, 1.0),))
-    runner.clear(0)
+    runner.unload_adapter(0)
     place_all(runner, native, {0: two})
     assert torch.equal(alone(runner, ids, ((0, 1.0),)), alone_two)
 
@@ -578,14 +578,14 @@ def test_wrong_adapters_and_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         runner.allocate(4, 8)
     with pytest.raises(ValueError, match="not prepared"):
-        runner.place(0, adapter(native.config, 1, 4))
+        runner.load_adapter(0, adapter(native.config, 1, 4))
     path = "model.layers.0.self_attn.q_proj"
     wrong = LoraWeights("w", "0" * 64, {path: LowRank(torch.zeros(2, 32), torch.zeros(192, 2), 1.0)})
     with pytest.raises(ValueError, match="the module is"):
-        runner.place(0, native.prepare(wrong))
+        runner.load_adapter(0, native.prepare(wrong))
     foreign = LoraWeights("f", "0" * 64, {"lm_head": LowRank(torch.zeros(2, 96), torch.zeros(97, 2), 1.0)})
     with pytest.raises(ValueError, match="no linear lm_head"):
-        runner.place(0, native.prepare(foreign))
+        runner.load_adapter(0, native.prepare(foreign))
     with pytest.raises(ValueError, match="at least one thread"):
         make_runner(native, SLOTS, 0)
 
@@ -741,7 +741,7 @@ def test_an_adapter_that_was_prepared_for_another_kind_of_base_is_refused() -> N
     weights = adapter(coded.config, 1, 4)
     for base, other in ((coded, halves), (halves, coded)):
         with pytest.raises(ValueError, match="was not prepared"):
-            runner_of(base).place(0, other.prepare(weights))
+            runner_of(base).load_adapter(0, other.prepare(weights))
 
 
 def test_what_is_drawn_of_a_step_that_lacked_memory_is_told_by_nobody() -> None:

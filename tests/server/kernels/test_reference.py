@@ -84,7 +84,7 @@ def test_an_adapter_that_overflows_its_dtype_is_refused_by_name() -> None:
 def test_updates_reach_their_own_rows_only() -> None:
     table = SlotTable(2)
     update = LowRank(torch.randn(3, 8), torch.randn(5, 3), 0.5)
-    table.place(1, LoraWeights("a", "a" * 64, {"m": update}))
+    table.load_adapter(1, LoraWeights("a", "a" * 64, {"m": update}))
     x, y = torch.randn(6, 8), torch.zeros(6, 5)
     segments = Segments(table, [Segment(0, 2, ()), Segment(2, 4, ((1, -2.0),)), Segment(4, 6, ((1, 1.0),))])
     choose("reference").add_lora(y, x, "m", segments)  # type: ignore[attr-defined]

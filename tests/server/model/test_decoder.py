@@ -235,7 +235,7 @@ def test_rows_of_one_step_take_their_own_mixes() -> None:
     adapters = four_adapters(base)
     cached = Cached(base, MIXES)
     for slot, adapter in enumerate(adapters):
-        cached.runner.place(slot, adapter)
+        cached.runner.load_adapter(slot, adapter)
     sequences = prompts(len(MIXES), seed=5)
     first = cached.step({s: ids[:-2] for s, ids in enumerate(sequences)}).split([len(ids) - 2 for ids in sequences])
     second = cached.step({s: ids[-2:-1] for s, ids in enumerate(sequences)}).split(1)
@@ -252,14 +252,14 @@ def test_a_sweep_of_weights_in_one_step_equals_each_alone() -> None:
     # The canonical mix drops zero weights, so weight 0 is the base alone.
     mixes: list[tuple[tuple[int, float], ...]] = [((0, w),) if w else () for w in weights]
     cached = Cached(base, [*mixes, ()])
-    cached.runner.place(0, adapter)
+    cached.runner.load_adapter(0, adapter)
     ids = prompts(3)[2]
     rows = cached.step(dict.fromkeys(range(len(weights) + 1), ids)).split(len(ids))
     assert torch.equal(rows[weights.index(0.0)], rows[-1])
     for mix, got in zip(mixes, rows, strict=False):
         torch.testing.assert_close(got, merged(model, [adapter], mix, ids), atol=TOLERANCE, rtol=0)
         alone = Cached(base, [mix])
-        alone.runner.place(0, adapter)
+        alone.runner.load_adapter(0, adapter)
         torch.testing.assert_close(alone.step({0: ids}), got, atol=TOLERANCE, rtol=0)
 
 
@@ -271,7 +271,7 @@ def test_what_a_sequence_left_in_its_blocks_harms_nobody() -> None:
     huge = random_adapter(base, 1, 2, ("k_proj", "v_proj"))
     huge = LoraWeights("huge", "f" * 64, {p: LowRank(m.A * 1e30, m.B * 1e30, m.scale) for p, m in huge.modules.items()})
     cached = Cached(base, [((0, 1.0),), ()])
-    cached.runner.place(0, huge)
+    cached.runner.load_adapter(0, huge)
     broken = cached.step({0: ids, 1: ids[:3]})
     assert not torch.isfinite(broken[: len(ids)]).all()
     torch.testing.assert_close(broken[len(ids) :], clean[len(ids) :], atol=TOLERANCE, rtol=0)

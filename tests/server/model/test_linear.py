@@ -103,7 +103,7 @@ def test_a_second_tree_trains_over_the_same_weights(tiny_base: Base, tiny_runner
     # What was trained is what is served.
     from server.engine.batch import Batch
 
-    tiny_runner.place(3, tiny_base.prepare(extract(tree, "trained")))
+    tiny_runner.load_adapter(3, tiny_base.prepare(extract(tree, "trained")))
     served = tiny_runner.run(
         Batch(
             tokens=ids.numpy(),

@@ -27,7 +27,7 @@ from server.engine.sampler import DeviceSamples
 from server.errors import BadModel
 from server.kernels.cpu import bindings, packing
 from server.kernels.cpu.adapter_layout import SITE, AdapterLayout
-from server.kernels.lora import SITES, SlotWeights, site_finder
+from server.kernels.lora import TARGET_MODULES, SlotWeights, site_finder
 from server.model.config import ModelConfig
 from server.model.decoder import Source
 from server.model.rope import angles_before, frequencies
@@ -221,18 +221,18 @@ class NativeRunner:
         """Those that a sequence may have in a cache of so many tokens."""
         return min(tokens, self._config.context_length)
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         """Point a slot at an adapter's own memory. Raises ValueError if it is not this base's or not prepared,
         IndexError if there is no such slot, and MemoryError."""
         self._check_slot(slot)
         if not isinstance(weights.layout, AdapterLayout) or not weights.layout.coded <= self._coded:
             raise ValueError(f"the adapter {weights.name!r} was not prepared for the native kernels")
-        table = np.zeros(self._config.num_hidden_layers * len(SITES), SITE)
+        table = np.zeros(self._config.num_hidden_layers * len(TARGET_MODULES), SITE)
         table[self._find_sites(weights.layout.shapes)] = weights.layout.sites
         self._set_slot(slot, ctypes.cast(table.ctypes.data, ctypes.POINTER(bindings.LoraSite)))
         self._slots[slot] = weights
 
-    def clear(self, slot: int) -> None:
+    def unload_adapter(self, slot: int) -> None:
         self._check_slot(slot)
         self._set_slot(slot, None)
         self._slots[slot] = None
@@ -250,7 +250,7 @@ class NativeRunner:
         if self._jobs:
             self._finish(self._jobs[-1].number)
 
-    def linger(self) -> None:
+    def wait_until_nearly_done(self) -> None:
         """Compute with the kernels' thread until it is time to plan what comes after the last step."""
         self._library.loramux_model_linger(self._model, self._last_step, PLANNED_AHEAD)
 
@@ -337,7 +337,7 @@ class NativeRunner:
     def _layer(self, index: int) -> bindings.Layer:
         path = f"model.layers.{index}"
         layer = bindings.Layer(rope=int(self._config.has_rope(index)))
-        for i, name in enumerate(SITES):
+        for i, name in enumerate(TARGET_MODULES):
             module = f"{path}.{_parent(name)}.{name}"
             bias = f"{module}.bias"
             layer.site[i] = packing.matrix(self._base.weights[module])
@@ -371,7 +371,7 @@ def _arrays(batch: Batch) -> dict[str, npt.NDArray[Any]]:
 
 
 def _parent(name: str) -> str:
-    return "self_attn" if name in SITES[:4] else "mlp"
+    return "self_attn" if name in TARGET_MODULES[:4] else "mlp"
 
 
 def _config(config: ModelConfig, max_slots: int) -> bindings.Config:

@@ -22,7 +22,7 @@ from server.engine.adapter_slots import SlotRoom
 from server.errors import NoCapacity
 from server.kernels.cuda.adapter_layout import LINE, AdapterLayout
 from server.kernels.cuda.lora import Pool
-from server.kernels.lora import SITES, site_finder
+from server.kernels.lora import TARGET_MODULES, site_finder
 from server.model.config import ModelConfig
 
 PIECE = 8 << 20
@@ -49,7 +49,7 @@ class AdapterPool:
         self, config: ModelConfig, nbytes: int, slots: int, device: torch.device, dtype: torch.dtype, coded: bool
     ) -> None:
         kept = torch.int8 if coded else dtype
-        sites = config.num_hidden_layers * len(SITES)
+        sites = config.num_hidden_layers * len(TARGET_MODULES)
         self._find_sites = site_finder(config.linear_shapes())
         self._size = nbytes // LINE * LINE // kept.itemsize
         self._per_place = np.array([1, 1, max(1, torch.float32.itemsize // kept.itemsize)])
@@ -92,12 +92,12 @@ class AdapterPool:
         held = next((update.A.untyped_storage().nbytes() for update in weights.modules.values()), 0)
         return -(-held // LINE) * LINE
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         """Copy a prepared adapter into a slot, behind the steps that read what is overwritten.
 
         Raises ValueError if it is not this base's or was not prepared, NoCapacity if the pool lacks room.
         """
-        self.clear(slot)
+        self.unload_adapter(slot)
         places = weights.layout
         if not isinstance(places, AdapterLayout) or places.flat.dtype != self.pool.values.dtype:
             raise ValueError(f"the adapter {weights.name!r} was not prepared for the CUDA kernels of this base")
@@ -117,10 +117,10 @@ class AdapterPool:
                     source = places.flat[begin : begin + length]
                     self.pool.values[start : start + length].copy_(source, non_blocking=True)
         except BaseException:
-            self.clear(slot)
+            self.unload_adapter(slot)
             raise
 
-    def clear(self, slot: int) -> None:
+    def unload_adapter(self, slot: int) -> None:
         """Empty a slot. No step that is still to be launched may use it."""
         for start, _, length in self._placed.pop(slot, ()):
             if slot in self._uses:

@@ -17,7 +17,7 @@ from server.errors import BadModel
 from server.kernels.cuda import attention, epilogue, lora, matmul, packing, rowwise, shared_memory
 from server.kernels.cuda.lora import Lanes, Pool
 from server.kernels.cuda.matmul import Matrix
-from server.kernels.lora import SITES
+from server.kernels.lora import TARGET_MODULES
 from server.kernels.packed_format import TILE
 from server.kernels.weight import Weight
 from server.model.decoder import Source
@@ -95,7 +95,7 @@ class DeviceModel:
         stream = self._new(step.tokens.shape[0], self.config.hidden_size)
         rowwise.embed(self._table, step.tokens, stream)
         for index, layer in enumerate(self._layers):
-            site = index * len(SITES)
+            site = index * len(TARGET_MODULES)
             x, sums = self._normed(stream, layer.input_norm, layer.qkv)
             seen, seen_sums = self._attend(index, layer, x, sums, step, cache, pool)
             self._finish(layer.out, OUT, layer.biases[1], seen, seen_sums, step, pool, site, stream, add=True)
@@ -124,7 +124,7 @@ class DeviceModel:
         """What each row sees, and the sums of its groups where they are made beside it: of single rows alone."""
         heads, d = self.config.num_attention_heads, self.config.head_dim
         qkv = self._new(x.shape[0], layer.qkv.rows, dtype=self.dtype)
-        self._finish(layer.qkv, QKV, layer.biases[0], x, sums, step, pool, index * len(SITES), qkv)
+        self._finish(layer.qkv, QKV, layer.biases[0], x, sums, step, pool, index * len(TARGET_MODULES), qkv)
         turns = self._angles if layer.has_rope else None
         rowwise.rotate(
             qkv, layer.head_norms, turns, step.positions, step.sequence, step.blocks, cache, index,
@@ -216,8 +216,8 @@ class DeviceModel:
 
     def _layer(self, base: Source, index: int) -> _Layer:
         path = f"model.layers.{index}"
-        attention_paths = [f"{path}.self_attn.{name}" for name in SITES[:4]]
-        mlp_paths = [f"{path}.mlp.{name}" for name in SITES[4:]]
+        attention_paths = [f"{path}.self_attn.{name}" for name in TARGET_MODULES[:4]]
+        mlp_paths = [f"{path}.mlp.{name}" for name in TARGET_MODULES[4:]]
         norms = None
         if base.config.qk_norm:
             norms = (

@@ -230,11 +230,11 @@ class CudaRunner:
                 self._warm_up()  # kernels may be launched otherwise since: see `_tried`
             log.info("the kernels are compiled, the graphs of %d batch sizes are made", len(self._buckets))
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
-        self._pool.place(slot, weights)
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
+        self._pool.load_adapter(slot, weights)
 
-    def clear(self, slot: int) -> None:
-        self._pool.clear(slot)
+    def unload_adapter(self, slot: int) -> None:
+        self._pool.unload_adapter(slot)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Logits:
@@ -290,7 +290,7 @@ class CudaRunner:
         told = self._sent(torch.from_numpy(both))
         return told[:end].view(torch.float32).view(rows, -1), told[end:]
 
-    def linger(self) -> None:
+    def wait_until_nearly_done(self) -> None:
         """Nothing is waited for: how far a step is cannot be told, and an idle device costs more than what arrives and
         waits for one step more."""
 

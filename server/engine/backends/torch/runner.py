@@ -52,11 +52,11 @@ class TorchRunner:
         self._storage = torch.from_numpy(np.zeros(halves, np.int16)).view(self._base.backend.dtype).view(shape)
         self._block_size, self._touched = block_size, 0
 
-    def place(self, slot: int, weights: LoraWeights) -> None:
-        self._table.place(slot, weights)
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
+        self._table.load_adapter(slot, weights)
 
-    def clear(self, slot: int) -> None:
-        self._table.clear(slot)
+    def unload_adapter(self, slot: int) -> None:
+        self._table.unload_adapter(slot)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Logits:
