@@ -50,7 +50,7 @@ class Slots(Protocol):
     def holds(self, digest: str) -> bool:
         """Whether the version has a slot now."""
 
-    def forget(self, digest: str) -> None:
+    def unload(self, digest: str) -> None:
         """Clear the version's slot as soon as no running request uses it."""
 
     def release_idle(self, nbytes: int) -> None:
@@ -63,7 +63,7 @@ class NoSlots:
     def holds(self, digest: str) -> bool:
         return False
 
-    def forget(self, digest: str) -> None:
+    def unload(self, digest: str) -> None:
         pass
 
     def release_idle(self, nbytes: int) -> None:

@@ -494,7 +494,7 @@ class Registry:
         """Free the memory of versions that nobody needs. Without the lock."""
         for digest in digests:
             self._ram.discard(digest)
-            self.slots.forget(digest)
+            self.slots.unload(digest)
 
     def _hold_pin(self, name: str) -> None:
         """Load the current version of a pinned name, and keep it if it is that still."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from adapters.weights import LoraWeights, Mix
 from benchmarks.gpu_base import Kind, vocabulary_of
-from server.engine.adapter_slots import SlotRoom
+from server.engine.adapter_slots import AdapterMemory
 from server.engine.backends.cuda.runner import SLOTS
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import Delivery, Request, Sampling
@@ -83,7 +83,7 @@ def cliff(bench: Any) -> None:
     whole = bench.runner.room
     cost = whole.cost(bench.adapters(bench.kinds[0])[0])
     resident = max(1, min(2 if bench.check else RESIDENT, whole.nbytes // cost))
-    room = SlotRoom(resident * cost, whole.cost)
+    room = AdapterMemory(resident * cost, whole.cost)
     shares = (1.0, 1.5) if bench.check else SHARES
     counts = sorted({max(1, int(resident * share)) for share in shares})
     kept = _Kept(bench, max(counts), bench.kinds[0])
@@ -206,7 +206,7 @@ class Run(NamedTuple):
     evictions: int
 
 
-def _run(bench: Any, kept: _Kept, room: SlotRoom, warming: list[int], asked: list[int]) -> Run:
+def _run(bench: Any, kept: _Kept, room: AdapterMemory, warming: list[int], asked: list[int]) -> Run:
     """Answers to requests on the adapters `asked` for, by number, that all wait from the start.
 
     Those on `warming` are answered before, untimed: the graphs of their adapters' widths are made then, and as many of
@@ -216,7 +216,7 @@ def _run(bench: Any, kept: _Kept, room: SlotRoom, warming: list[int], asked: lis
     engine = OverlappedEngine(
         bench.runner,
         fetch=kept.fetch,
-        text=ModelTokenizer(vocabulary_of(config.vocab_size)),
+        tokenizer=ModelTokenizer(vocabulary_of(config.vocab_size)),
         eos_ids=frozenset({0}),
         vocab_size=config.vocab_size,
         context_length=64 if bench.check else 2048,
@@ -227,7 +227,7 @@ def _run(bench: Any, kept: _Kept, room: SlotRoom, warming: list[int], asked: lis
         max_queue=max(len(warming), len(asked)),
         max_queue_tokens=1 << 24,
         prefix_cache=False,
-        room=room,
+        adapter_memory=room,
     )
     generator = np.random.default_rng(42)
     lengths = (8, 4) if bench.check else (128, 128)  # as S-LoRA's are equal in the mean: most of the time is decoding

@@ -58,7 +58,7 @@ class LocalEngine:
         self.engine = engine_on(
             self.runner,
             fetch=self._fetch,
-            text=ModelTokenizer(base.vocabulary),
+            tokenizer=ModelTokenizer(base.vocabulary),
             eos_ids=base.vocabulary.eos_ids,
             vocab_size=base.config.vocab_size,
             context_length=min(CONTEXT, base.config.context_length),

@@ -87,7 +87,7 @@ def main() -> None:
     engine = Engine(
         PreparedRunner(options.vocab, max(64, 2 * options.sequences), options.step_ms / 1e3),
         fetch=fetch,
-        text=byte_text(),
+        tokenizer=byte_text(),
         eos_ids=frozenset({0}),
         vocab_size=options.vocab,
         context_length=4096,

@@ -55,7 +55,7 @@ def build_engine(
         engine = engine_on(
             runner,
             fetch=registry.fetch,
-            text=tokenizer,
+            tokenizer=tokenizer,
             eos_ids=base.vocabulary.eos_ids,
             vocab_size=base.config.vocab_size,
             context_length=context,
@@ -66,8 +66,8 @@ def build_engine(
             max_queue_tokens=settings.max_queue_tokens,
             max_step_tokens=settings.max_step_tokens,
             prefix_cache=settings.prefix_cache,
-            tell=crash_report(),
-            told=on_step,
+            on_batch_change=crash_report(),
+            on_delivered=on_step,
             **limits,
         )
     except MemoryError:
@@ -103,7 +103,7 @@ def _cuda_runner(settings: Settings, base: Base, context: int) -> tuple[Runner, 
     blocks = max(1, runner.shares.kv_cache // runner.block_bytes(settings.block_size))
     # On a GPU adapter memory is the limit. The default of max_slots is for CPUs.
     slots = min(settings.max_slots, SLOTS) if "max_slots" in settings.model_fields_set else SLOTS
-    return runner, {"blocks": blocks, "max_slots": slots, "room": runner.room}
+    return runner, {"blocks": blocks, "max_slots": slots, "adapter_memory": runner.room}
 
 
 def adapter_ram_bytes(settings: Settings) -> int:

@@ -98,7 +98,7 @@ def build_jobs(
 
     def on_training(running: bool) -> None:
         if base.backend.name != "cuda":  # on a CPU the engine rests between steps while a process trains
-            engine.lend(running)
+            engine.share_cpu(running)
 
     records = JobStore(settings.state_dir / "jobs")
     publisher = Publisher(

@@ -25,9 +25,9 @@ class Steps(Protocol):
 
     def stuck_for(self) -> float: ...
 
-    def what_runs(self) -> str: ...
+    def current_step(self) -> str: ...
 
-    def lost(self) -> str | None:
+    def fatal_error(self) -> str | None:
         """Why no step can run any more."""
 
 
@@ -64,9 +64,9 @@ class Watchdog:
         while not self._stop.wait(self._interval):
             age, since, looked = self._steps.stuck_for(), time.monotonic() - looked, time.monotonic()
             seconds = min(age, seconds + min(since, 2 * self._interval))
-            why = self._steps.lost()
+            why = self._steps.fatal_error()
             if why is None and seconds > self._limit:
-                why = f"a step is stuck for {seconds:.0f} s (--step-limit): {self._steps.what_runs()}"
+                why = f"a step is stuck for {seconds:.0f} s (--step-limit): {self._steps.current_step()}"
             if why is not None:
                 log.critical("the process ends: %s", why)
                 for handler in logging.getLogger().handlers:

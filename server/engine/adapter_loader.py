@@ -163,7 +163,7 @@ class AdapterLoader:
         for load in self._loads.values():
             if not load.settled:
                 try:
-                    next(iter(load.waiters)).still_fits()
+                    next(iter(load.waiters)).check_fits()
                 except NoRoom as error:
                     found += [(request, error) for request in load.waiters]
         return found

@@ -15,7 +15,7 @@ from server.errors import NoCapacity
 
 
 @dataclass(frozen=True)
-class SlotRoom:
+class AdapterMemory:
     """Memory that adapters in slots take for themselves: its bytes, and what one adapter takes of them."""
 
     nbytes: int
@@ -33,7 +33,7 @@ class AdapterSlots:
         count: int,
         place: Callable[[int, LoraWeights], None],
         clear: Callable[[int], None],
-        room: SlotRoom | None = None,
+        room: AdapterMemory | None = None,
     ) -> None:
         self.count = count
         self.room = room
@@ -113,9 +113,9 @@ class AdapterSlots:
         """The holder of `mix` needs it no more."""
         self._held.free(mix.digests)
         for digest in self._leaving.intersection(mix.digests):
-            self.forget(digest)
+            self.unload(digest)
 
-    def forget(self, digest: str) -> None:
+    def unload(self, digest: str) -> None:
         """Empty the slot of an adapter as soon as no request holds it. One that is not resident is no error."""
         if self._held.pins(digest):
             self._leaving.add(digest)
@@ -131,14 +131,14 @@ class AdapterSlots:
             if not self._held.pins(digest):
                 nbytes -= self._bytes[digest]
                 self.evictions += 1
-                self.forget(digest)
+                self.unload(digest)
 
     def reset(self) -> None:
         """Empty every slot, whoever held it."""
         for digest in self.resident:
             while self._held.pins(digest):
                 self._held.free([digest])
-            self.forget(digest)
+            self.unload(digest)
 
     def holds(self, digest: str) -> bool:
         """Whether the adapter has a slot now. From any thread."""

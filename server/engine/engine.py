@@ -18,7 +18,7 @@ from typing import Any
 from adapters.weights import Mix
 from server.engine import stop_conditions
 from server.engine.adapter_loader import AdapterLoader, Fetch
-from server.engine.adapter_slots import AdapterSlots, SlotRoom
+from server.engine.adapter_slots import AdapterMemory, AdapterSlots
 from server.engine.backends.protocol import Runner
 from server.engine.batch import ScheduledRequest, build_batch, most_logits, most_tokens
 from server.engine.kv_cache import KVCache, root_key
@@ -64,7 +64,7 @@ class Engine:
         runner: Runner,
         *,
         fetch: Fetch,
-        text: ModelTokenizer,
+        tokenizer: ModelTokenizer,
         eos_ids: frozenset[int],
         vocab_size: int,
         context_length: int,
@@ -80,20 +80,20 @@ class Engine:
         prefix_share: float = 0.5,
         age_limit: float = 2.0,
         step_limit: float = math.inf,
-        tell: Callable[[str], None] = lambda text: None,
-        room: SlotRoom | None = None,
-        told: Callable[[], None] = lambda: None,
+        on_batch_change: Callable[[str], None] = lambda text: None,
+        adapter_memory: AdapterMemory | None = None,
+        on_delivered: Callable[[], None] = lambda: None,
     ) -> None:
         self.context_length = min(context_length, blocks * block_size)
         """Tokens that one request can have at most, prompt and answer together."""
         self._context_limit = context_length
         self._runner = runner
-        self._text = text
+        self._text = tokenizer
         self._eos_ids = eos_ids
         self._block_size = block_size
         self._wake = threading.Event()
         self._inbox = RequestInbox(max_queue, max_queue_tokens, self._wake.set)
-        self._slots = AdapterSlots(max_slots, runner.load_adapter, runner.unload_adapter, room)
+        self._slots = AdapterSlots(max_slots, runner.load_adapter, runner.unload_adapter, adapter_memory)
         self._scheduler = Scheduler(
             KVCache(blocks, block_size, prefix_share if prefix_cache else 0.0),
             self._slots,
@@ -104,8 +104,8 @@ class Engine:
             lambda request: root_key(base_id, request.mix, request.tenant),
         )
         self._sampler = Sampler(vocab_size, eos_ids, runner.draw)
-        self._record = StepStats(tell)
-        self._told = told
+        self._record = StepStats(on_batch_change)
+        self._told = on_delivered
         self._live: dict[str, Request] = {}
         """Every request that has been drained from the inbox and has not heard of its end."""
         self._thread: threading.Thread | None = None
@@ -164,15 +164,15 @@ class Engine:
         """Whether an adapter has a slot now."""
         return self._slots.holds(digest)
 
-    def forget(self, digest: str) -> None:
+    def unload(self, digest: str) -> None:
         """Empty an adapter's slot as soon as no running request uses it."""
-        self._inbox.forget(digest)
+        self._inbox.unload(digest)
 
     def release_idle(self, nbytes: int) -> None:
         """Empty slots that no running request uses until adapters of about `nbytes` are let go."""
         self._inbox.release_idle(nbytes)
 
-    def lend(self, lending: bool) -> None:
+    def share_cpu(self, lending: bool) -> None:
         """Leave the processors to others for a while after each step, from now on or no more; see `Scheduler.rest`."""
         self._scheduler.lending = lending
 
@@ -194,11 +194,11 @@ class Engine:
         """Seconds since the current step began; 0 between steps."""
         return self._record.stuck_for()
 
-    def what_runs(self) -> str:
+    def current_step(self) -> str:
         """The current step in a line for the log."""
-        return self._record.what_runs()
+        return self._record.current_step()
 
-    def lost(self) -> str | None:
+    def fatal_error(self) -> str | None:
         """Why no step of this process can run any more; None as long as one can."""
         return self._lost
 
@@ -289,7 +289,7 @@ class Engine:
         step, which computes again what this one may have computed of the others. If no step was planned, something
         that waits is at fault, and no one can tell which: then all of them end.
         """
-        log.error("a step failed: %s", self._record.what_runs(), exc_info=error)
+        log.error("a step failed: %s", self._record.current_step(), exc_info=error)
         work = self._record.plan.work
         self._record.failed()
         if isinstance(error, NoCapacity):
@@ -367,7 +367,7 @@ class Engine:
             if request_id in self._live:
                 self._end(self._live[request_id], Delivery(finish_reason="cancelled"))
         for digest in arrivals.forgotten:
-            self._scheduler.forget(digest)
+            self._scheduler.unload(digest)
         if arrivals.wanted_bytes:
             self._scheduler.press(arrivals.wanted_bytes, time.monotonic())
 

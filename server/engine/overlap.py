@@ -126,7 +126,7 @@ class OverlappedEngine(Engine):
         try:
             self._land()
         except BaseException as error:  # whatever it is, all that is left has to hear of its end
-            log.exception("the tokens of a step were lost: %s", self._record.what_runs())
+            log.exception("the tokens of a step were lost: %s", self._record.current_step())
             return error
         return None
 

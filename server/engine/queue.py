@@ -110,7 +110,7 @@ class RequestInbox:
             self._arrivals.cancelled.append(request_id)
         self._wake()
 
-    def forget(self, digest: str) -> None:
+    def unload(self, digest: str) -> None:
         """The adapter shall leave its slot as soon as no request holds it."""
         with self._lock:
             self._arrivals.forgotten.append(digest)

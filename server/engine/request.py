@@ -110,7 +110,7 @@ class Request:
     sampling: Sampling
     deliver: Callable[[Delivery], None]
     mix: Mix = BASE_MIX
-    still_fits: Callable[[], None] = lambda: None
+    check_fits: Callable[[], None] = lambda: None
     """Raises NoRoom once the mix can never be in RAM any more, since its lease keeps nothing else from being pinned.
 
     Called on the engine's thread, so it must be quick.

@@ -141,9 +141,9 @@ class Scheduler:
         request.finished = now
         self._changed = True
 
-    def forget(self, digest: str) -> None:
+    def unload(self, digest: str) -> None:
         """An adapter leaves its slot as soon as no request holds it."""
-        self.slots.forget(digest)
+        self.slots.unload(digest)
         self._changed = True
 
     def press(self, nbytes: int, now: float) -> None:

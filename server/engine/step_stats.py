@@ -134,7 +134,7 @@ class StepStats:
         """Seconds since the current step began, or an earlier one came to its end within it; 0 between steps."""
         return 0.0 if self._began is None else time.monotonic() - self._since
 
-    def what_runs(self) -> str:
+    def current_step(self) -> str:
         """The current step in a line for the log: its size, its requests and the digests of their adapters."""
         plan = self._plan
         if not plan.work:

@@ -241,7 +241,7 @@ class Inference:
                 sampling=sampling,
                 deliver=self._delivery(generation, index),
                 mix=lease.mix,
-                still_fits=lambda: self.leases.check_room(lease.mix),
+                check_fits=lambda: self.leases.check_room(lease.mix),
                 fair_key=fair_key,
                 tenant=caller.tenant,
                 priority=caller.priority,

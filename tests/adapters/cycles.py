@@ -31,7 +31,7 @@ class Device(NoSlots):
     def holds(self, digest: str) -> bool:
         return digest in self.kept
 
-    def forget(self, digest: str) -> None:
+    def unload(self, digest: str) -> None:
         self.kept.pop(digest, None)
 
 

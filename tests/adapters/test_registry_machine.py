@@ -63,7 +63,7 @@ class Slots(NoSlots):
     def holds(self, digest: str) -> bool:
         return digest in self.views
 
-    def forget(self, digest: str) -> None:
+    def unload(self, digest: str) -> None:
         self.views.pop(digest, None)
 
     def release_idle(self, nbytes: int) -> None:
@@ -234,7 +234,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(content=CONTENTS)
     def evict(self, content: int) -> None:
         digest = self.contents[content][1].digest
-        self.slots.forget(digest)
+        self.slots.unload(digest)
         if digest not in self.pins():
             self.registry._ram.discard(digest)
 
@@ -259,7 +259,7 @@ class RegistryMachine(RuleBasedStateMachine):
         digest = self.history[name][0]
         if digest in self.pins():
             return
-        self.slots.forget(digest)
+        self.slots.unload(digest)
         self.registry._ram.discard(digest)
         path = self.registry._store.path(digest) / "adapter_model.safetensors"
         good = path.read_bytes()

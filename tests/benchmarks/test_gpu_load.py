@@ -17,7 +17,7 @@ import torch
 
 from adapters.weights import LoraWeights, LowRank, Mix
 from benchmarks import gpu_load
-from server.engine.adapter_slots import SlotRoom
+from server.engine.adapter_slots import AdapterMemory
 from tests.server.engine.conftest import LateRunner
 from tests.waiting import SECONDS
 
@@ -25,20 +25,20 @@ COST = 80 << 20
 
 
 def test_the_cliff_asks_for_more_than_is_resident(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    runs: list[tuple[int, SlotRoom, list[int], list[int]]] = []
+    runs: list[tuple[int, AdapterMemory, list[int], list[int]]] = []
 
     class Kept:
         def __init__(self, bench: Any, count: int, kind: Any) -> None:
             self.buffers, self.count = [None], count
 
-    def run(bench: Any, kept: Kept, room: SlotRoom, warming: list[int], asked: list[int]) -> gpu_load.Run:
+    def run(bench: Any, kept: Kept, room: AdapterMemory, warming: list[int], asked: list[int]) -> gpu_load.Run:
         runs.append((kept.count, room, warming, asked))
         return gpu_load.Run(100.0, 9, 7)
 
     monkeypatch.setattr(gpu_load, "_Kept", Kept)
     monkeypatch.setattr(gpu_load, "_run", run)
     told: list[tuple[str, dict[str, Any]]] = []
-    runner = SimpleNamespace(room=SlotRoom(20 << 30, lambda weights: COST))
+    runner = SimpleNamespace(room=AdapterMemory(20 << 30, lambda weights: COST))
     bench = SimpleNamespace(
         check=False, is_late=False, rows=32, kinds=[None], runner=runner, pictures=tmp_path,
         adapters=lambda kind: [None],
@@ -88,7 +88,7 @@ def bench_of(runner: LateRunner) -> Any:
 
 def served(runner: LateRunner, warming: Sequence[int] = (0, 1), room: int = 2, bench: Any = None) -> gpu_load.Run:
     kept: Any = Kept()
-    room_of = SlotRoom(room, lambda weights: 1)
+    room_of = AdapterMemory(room, lambda weights: 1)
     return gpu_load._run(bench or bench_of(runner), kept, room_of, list(warming), [0, 1, 1, 0, 1])
 
 
@@ -109,7 +109,7 @@ def test_load_goes_there_and_back_and_says_what_stands_for_many(monkeypatch: pyt
     """A card that is faster in the second half of the time makes no ratio."""
     counts: list[int] = []
 
-    def run(bench: Any, kept: Any, room: SlotRoom, warming: list[int], asked: list[int]) -> gpu_load.Run:
+    def run(bench: Any, kept: Any, room: AdapterMemory, warming: list[int], asked: list[int]) -> gpu_load.Run:
         counts.append(5 if max(asked) < 5 else 1000)
         return gpu_load.Run(100.0 * len(counts), 3, 2)
 

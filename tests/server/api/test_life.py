@@ -77,10 +77,10 @@ def test_a_stuck_step_ends_the_process_and_says_what_ran(caplog: pytest.LogCaptu
         def stuck_for(self) -> float:
             return 31.0
 
-        def what_runs(self) -> str:
+        def current_step(self) -> str:
             return "a step of 5 rows"
 
-        def lost(self) -> None:
+        def fatal_error(self) -> None:
             return None
 
     class Closed(logging.NullHandler):
@@ -98,10 +98,10 @@ def test_a_device_that_is_lost_ends_the_process(caplog: pytest.LogCaptureFixture
         def stuck_for(self) -> float:
             return 0.0
 
-        def what_runs(self) -> str:
+        def current_step(self) -> str:
             return "no step"
 
-        def lost(self) -> str:
+        def fatal_error(self) -> str:
             return "the device answers nothing any more"
 
     assert (
@@ -120,10 +120,10 @@ def test_a_process_that_was_paused_is_not_stuck() -> None:
             self.looks += 1
             return 200.0 if self.looks < 3 else 0.0
 
-        def what_runs(self) -> str:
+        def current_step(self) -> str:
             return "a step that goes on"
 
-        def lost(self) -> None:
+        def fatal_error(self) -> None:
             return None
 
     ended: list[int] = []

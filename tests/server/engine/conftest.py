@@ -251,7 +251,7 @@ class Bench:
         self.runner = (LateRunner if late else FakeRunner)(options.pop("vocab", text.size))
         self.fetch = options.pop("fetch", None) or Fetcher()
         settings: dict[str, Any] = {
-            "text": text,
+            "tokenizer": text,
             "eos_ids": text.vocabulary.eos_ids,
             "vocab_size": self.runner.vocab,
             "context_length": 512,

@@ -241,11 +241,11 @@ def test_what_the_more_urgent_lack_is_no_wait_of_the_less_urgent(asked: Asked) -
 
 
 def test_what_has_come_has_found_its_room(asked: Asked) -> None:
-    def still_fits() -> None:
+    def check_fits() -> None:
         raise NoRoom("others are pinned", "adapters")
 
     request = asked.request("a1")
-    request.still_fits = still_fits
+    request.check_fits = check_fits
     asked.loads.ask(request, 1.0)
     assert [who for who, _ in asked.loads.misfits()] == [request]
     asked.fetch.finish()

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from adapters.weights import LoraWeights
-from server.engine.adapter_slots import AdapterSlots, SlotRoom
+from server.engine.adapter_slots import AdapterMemory, AdapterSlots
 from server.errors import EngineFailed, NoCapacity
 
 
 @pytest.fixture
 def slots() -> AdapterSlots:
-    """SlotRoom for 100 bytes in four slots; an adapter costs ten times the number in its name."""
-    return AdapterSlots(4, lambda slot, weights: None, lambda slot: None, SlotRoom(100, lambda w: 10 * int(w.name[1:])))
+    """AdapterMemory for 100 bytes in four slots; an adapter costs ten times the number in its name."""
+    return AdapterSlots(
+        4, lambda slot, weights: None, lambda slot: None, AdapterMemory(100, lambda w: 10 * int(w.name[1:]))
+    )
 
 
 def weights_of(tools: Any, *names: str) -> list[LoraWeights]:
@@ -33,7 +35,7 @@ def test_what_is_idle_goes_when_bytes_are_needed(slots: AdapterSlots, tools: Any
     assert slots.has(six) and slots.in_use == 1
     assert slots.resident == [tools.digest_of("a6")] and slots.evictions == 2
     slots.free(six)
-    slots.forget(tools.digest_of("a6"))
+    slots.unload(tools.digest_of("a6"))
     assert slots.evictions == 2, "what has gone by itself has made no room"
 
 
@@ -75,7 +77,7 @@ def test_what_is_offered_takes_room_that_nobody_holds_or_waits_for(slots: Adapte
     assert slots.resident == [tools.digest_of("a5")], "60 bytes are not free, and who is needed as soon does not go"
     slots.offer(six, weights_of(tools, "a6"), {tools.digest_of("a6")})
     assert slots.has(six) and not slots.has(five) and slots.in_use == 0 and slots.evictions == 1
-    slots.forget(tools.digest_of("a6"))
+    slots.unload(tools.digest_of("a6"))
     slots.offer(four, weights_of(tools, "a4"), ())
     assert slots.has(four) and slots.in_use == 0
     assert slots.reserve(four, None) is not None and slots.in_use == 1
@@ -85,14 +87,14 @@ def test_what_cannot_be_copied_ahead_has_no_slot(tools: Any) -> None:
     def place(slot: int, weights: LoraWeights) -> None:
         raise ValueError("the base has no such linear")
 
-    slots = AdapterSlots(4, place, lambda slot: None, SlotRoom(100, lambda w: 10))
+    slots = AdapterSlots(4, place, lambda slot: None, AdapterMemory(100, lambda w: 10))
     with pytest.raises(ValueError, match="no such linear"):
         slots.offer(tools.mix_of("a4"), weights_of(tools, "a4"), ())
     assert not slots.has(tools.mix_of("a4")) and slots.resident == []
 
 
 def test_adapters_of_waiting_requests_are_copied_while_others_run(bench: Any, tools: Any) -> None:
-    made = bench(max_batch=1, room=SlotRoom(100, lambda weights: 10))
+    made = bench(max_batch=1, adapter_memory=AdapterMemory(100, lambda weights: 10))
     first, second = (made.submit([5, 6, 7], mix=tools.mix_of(name)) for name in ("a1", "a2"))
     for _ in range(2):
         made.engine.step()
@@ -104,7 +106,7 @@ def test_adapters_of_waiting_requests_are_copied_while_others_run(bench: Any, to
 
 
 def test_what_cannot_be_copied_ahead_ends_its_own_request_alone(bench: Any, tools: Any) -> None:
-    made = bench(max_batch=1, room=SlotRoom(100, lambda weights: 95 if weights.name == "a2" else 10))
+    made = bench(max_batch=1, adapter_memory=AdapterMemory(100, lambda weights: 95 if weights.name == "a2" else 10))
 
     def broken(weights: LoraWeights) -> None:
         if weights.name == "a3":
@@ -122,7 +124,7 @@ def test_what_cannot_be_copied_ahead_ends_its_own_request_alone(bench: Any, tool
 
 
 def test_a_mix_over_the_devices_room_ends_with_what_is_missing(bench: Any, tools: Any) -> None:
-    made = bench(room=SlotRoom(100, lambda weights: 60))
+    made = bench(adapter_memory=AdapterMemory(100, lambda weights: 60))
     refused, served = made.submit([5, 6], mix=tools.mix_of("a1", "a2")), made.submit([5, 6], mix=tools.mix_of("a3"))
     made.settle()
     assert isinstance(refused.error, NoCapacity) and "--adapter-device-memory" in str(refused.error)
@@ -138,7 +140,7 @@ def test_what_is_wrong_with_a_waiting_mix_harms_none_that_runs(bench: Any, tools
         if weights.name == "a4":
             raise ValueError("the base has no such linear")
 
-    made = bench(max_batch=1, room=SlotRoom(100, lambda weights: 60))
+    made = bench(max_batch=1, adapter_memory=AdapterMemory(100, lambda weights: 60))
     made.runner.on_place = refuse
     runs = made.submit([5, 6], mix=tools.mix_of("a3"))
     made.engine.step()
@@ -154,7 +156,7 @@ def test_what_is_wrong_with_a_waiting_mix_harms_none_that_runs(bench: Any, tools
 
 def test_nobody_who_runs_waits_for_the_copy_of_an_adapter_that_comes(bench: Any, tools: Any) -> None:
     """The step in which it is copied is not yet one that uses it, whoever asks for it."""
-    made = bench(room=SlotRoom(20, lambda weights: 10), max_slots=2)
+    made = bench(adapter_memory=AdapterMemory(20, lambda weights: 10), max_slots=2)
     placed: list[str] = []
     made.runner.on_place = lambda weights: placed.append(weights.name)
     gone = made.submit([5, 6, 7], mix=tools.mix_of("a1"))
@@ -176,7 +178,7 @@ def test_nobody_who_runs_waits_for_the_copy_of_an_adapter_that_comes(bench: Any,
 
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_more_adapters_than_room_are_copied_once_for_each_that_enters(bench: Any, tools: Any, overlapped: bool) -> None:
-    made = bench(room=SlotRoom(40, lambda weights: 10), max_slots=4, max_batch=3, overlapped=overlapped)
+    made = bench(adapter_memory=AdapterMemory(40, lambda weights: 10), max_slots=4, max_batch=3, overlapped=overlapped)
     placed: list[str] = []
     used: list[set[int]] = []
     made.runner.on_place = lambda weights: placed.append(weights.name)
@@ -192,7 +194,7 @@ def test_more_adapters_than_room_are_copied_once_for_each_that_enters(bench: Any
 
 
 def test_so_many_small_adapters_as_there_are_slots_and_no_more(tools: Any) -> None:
-    slots = AdapterSlots(2, lambda slot, weights: None, lambda slot: None, SlotRoom(100, lambda weights: 1))
+    slots = AdapterSlots(2, lambda slot, weights: None, lambda slot: None, AdapterMemory(100, lambda weights: 1))
     for name in ("a1", "a2", "a3"):
         assert slots.reserve(tools.mix_of(name), weights_of(tools, name)) is not None
         slots.free(tools.mix_of(name))
@@ -203,14 +205,16 @@ def test_so_many_small_adapters_as_there_are_slots_and_no_more(tools: Any) -> No
 def test_a_mix_of_as_many_small_adapters_as_there_are_slots_fits(tools: Any, count: int) -> None:
     """Whatever the bytes, which the slots need not divide."""
     for nbytes in (100, 101, 1021):
-        slots = AdapterSlots(count, lambda slot, weights: None, lambda slot: None, SlotRoom(nbytes, lambda weights: 1))
+        slots = AdapterSlots(
+            count, lambda slot, weights: None, lambda slot: None, AdapterMemory(nbytes, lambda weights: 1)
+        )
         names = [f"a{i}" for i in range(count)]
         assert slots.reserve(tools.mix_of(*names), weights_of(tools, *names)) is not None
         assert slots.reserve(tools.mix_of("b"), weights_of(tools, "b")) is None
 
 
 def test_adapters_are_copied_ahead_of_who_waits_for_blocks(bench: Any, tools: Any) -> None:
-    made = bench(room=SlotRoom(100, lambda weights: 10), blocks=8)
+    made = bench(adapter_memory=AdapterMemory(100, lambda weights: 10), blocks=8)
     runs = made.submit([5, 6] * 10, max_tokens=4)
     made.engine.step()
     waits = made.submit([5, 6, 7, 8] * 3, mix=tools.mix_of("a2"), max_tokens=2)
@@ -237,7 +241,7 @@ def test_the_slot_of_what_cannot_be_placed_is_another_s(tools: Any) -> None:
 def test_what_is_forgotten_goes_with_its_last_request_and_is_like_any_other_after(tools: Any) -> None:
     slots, mix = AdapterSlots(2, lambda slot, weights: None, lambda slot: None), tools.mix_of("a1")
     slots.reserve(mix, weights_of(tools, "a1"))
-    slots.forget(tools.digest_of("a1"))
+    slots.unload(tools.digest_of("a1"))
     assert slots.has(mix)
     slots.free(mix)
     assert not slots.has(mix)
@@ -252,14 +256,14 @@ def test_idle_slots_are_emptied_for_ram_where_they_hold_it_alone(tools: Any) -> 
     in_ram.offer(mix, weights, ())
     in_ram.release_idle(1)
     assert not in_ram.has(mix)
-    copied = AdapterSlots(2, lambda slot, weights: None, lambda slot: None, SlotRoom(100, lambda weights: 10))
+    copied = AdapterSlots(2, lambda slot, weights: None, lambda slot: None, AdapterMemory(100, lambda weights: 10))
     copied.offer(mix, weights, ())
     copied.release_idle(1)
     assert copied.has(mix)
 
 
 def test_a_long_prompt_does_not_wait_for_the_copy_of_an_adapter_that_comes(bench: Any, tools: Any) -> None:
-    made = bench(room=SlotRoom(20, lambda weights: 10), max_slots=2, max_step_tokens=16)
+    made = bench(adapter_memory=AdapterMemory(20, lambda weights: 10), max_slots=2, max_step_tokens=16)
     long = made.submit([5, 6] * 40)
     made.engine.step()
     other = made.submit([5, 6, 8], mix=tools.mix_of("a1"))
@@ -272,7 +276,7 @@ def test_a_long_prompt_does_not_wait_for_the_copy_of_an_adapter_that_comes(bench
 
 
 def test_adapters_of_more_than_one_that_waits_are_copied_ahead(bench: Any, tools: Any) -> None:
-    made = bench(max_batch=1, room=SlotRoom(100, lambda weights: 10))
+    made = bench(max_batch=1, adapter_memory=AdapterMemory(100, lambda weights: 10))
     for i in range(3):
         made.submit([5, 6, 7], mix=tools.mix_of(f"a{i}"))
     for _ in range(2):

@@ -17,7 +17,7 @@ import torch
 import server.engine.engine
 from adapters.errors import NoRoom
 from adapters.weights import BASE_MIX, Mix
-from server.engine.adapter_slots import SlotRoom
+from server.engine.adapter_slots import AdapterMemory
 from server.engine.engine import LONGEST_REST
 from server.engine.request import State
 from server.engine.scheduler import LENT_ROWS, REST
@@ -141,7 +141,7 @@ def test_what_is_lent_falls_with_the_load_and_changes_no_answer(bench: Any, tool
     heard = [b.submit(prompt(1, 50), max_tokens=40)]
     b.engine.step()
     assert scheduler.rest == 0.0 and b.runner.steps[-1].rows == 50, "nothing is lent unless somebody wants it"
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     heard.append(b.submit(prompt(2, 3 * LENT_ROWS), max_tokens=40))
     for rows in (1 + LENT_ROWS, 2 + LENT_ROWS, LENT_ROWS):
         b.engine.step()
@@ -157,7 +157,7 @@ def test_what_is_lent_falls_with_the_load_and_changes_no_answer(bench: Any, tool
     assert scheduler.rest == 0.0 and b.runner.steps[-1].rows == 57, "a full server lends nothing"
     b.settle()
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard)
-    b.engine.lend(False)
+    b.engine.share_cpu(False)
     assert scheduler.rest == 0.0
     b.check_empty()
 
@@ -166,7 +166,7 @@ def test_the_thread_rests_after_steps_while_it_lends(bench: Any, monkeypatch: py
     rests: list[float] = []
     monkeypatch.setattr(server.engine.engine.time, "sleep", rests.append)
     b = bench()
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     heard = b.submit(prompt(1), max_tokens=5)
     b.engine.start()
     assert b.engine.stop(5.0)
@@ -183,7 +183,7 @@ def test_a_step_in_which_the_process_was_stopped_has_no_such_rest_after_it(
     hours = property(lambda record: 3600.0, lambda record, seconds: None)
     monkeypatch.setattr(StepStats, "last_seconds", hours, raising=False)
     b = bench()
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     b.submit(prompt(1), max_tokens=2)
     b.engine.start()
     assert b.engine.stop(5.0)
@@ -200,7 +200,7 @@ def test_no_rest_follows_a_step_that_was_planned_without_one(bench: Any, monkeyp
 
     # The engine's own alone: `until` sleeps too, and may do so while the long step runs.
     monkeypatch.setattr(server.engine.engine, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rest))
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     heard = [b.submit(prompt(seed), max_tokens=1 + 3 * (seed > 1)) for seed in range(1, 5)]
     run, late = b.runner.run, []
 
@@ -539,14 +539,14 @@ def test_an_engine_that_cannot_go_on_after_a_step_that_failed_is_lost(bench: Any
     """As with a device that is lost: whoever watches it ends the process. One that was stopped is not."""
     b = bench()
     b.engine.start()
-    assert b.engine.stop(1.0) and b.engine.lost() is None
+    assert b.engine.stop(1.0) and b.engine.fatal_error() is None
     b = bench(max_batch=1)
     heard = [b.submit(prompt(i)) for i in range(2)]
     b.runner.before = lambda batch: 1 / 0
     b.engine._scheduler.reset = lambda: {}["gone"]
     b.engine.start()
     until(lambda: b.engine.state == "stopped")
-    assert "KeyError('gone')" in b.engine.lost()
+    assert "KeyError('gone')" in b.engine.fatal_error()
     assert [type(h.error) for h in heard] == [EngineFailed, NotReady]
     with pytest.raises(NotReady):
         b.submit(prompt(3))
@@ -802,8 +802,8 @@ def test_forget_and_release_idle_empty_slots(bench: Any, tools: Any) -> None:
     for _ in range(4):
         b.engine.step()
     assert b.engine.holds(tools.digest_of("a2"))
-    b.engine.forget(tools.digest_of("a2"))
-    b.engine.forget(tools.digest_of("a1"))
+    b.engine.unload(tools.digest_of("a2"))
+    b.engine.unload(tools.digest_of("a1"))
     b.engine.step()
     assert not b.engine.holds(tools.digest_of("a2")) and b.engine.holds(tools.digest_of("a1"))
     b.engine.release_idle(1)
@@ -842,7 +842,7 @@ def test_stop_drains_and_then_ends_the_rest(bench: Any) -> None:
 def test_listeners_are_woken_once_for_all_that_a_step_tells(bench: Any) -> None:
     heard: list[Any] = []
     known: list[int] = []
-    b = bench(told=lambda: known.append(sum(len(h.tokens) for h in heard)))
+    b = bench(on_delivered=lambda: known.append(sum(len(h.tokens) for h in heard)))
     heard += [b.submit(prompt(i), max_tokens=5) for i in range(3)]
     b.engine.start()
     assert b.engine.stop(5.0)
@@ -853,7 +853,7 @@ def test_listeners_are_woken_once_for_all_that_a_step_tells(bench: Any) -> None:
 def test_listeners_are_woken_for_ends_of_every_kind(bench: Any, overlapped: bool) -> None:
     heard: list[Any] = []
     ended: list[int] = []
-    b = bench(told=lambda: ended.append(sum(h.reason is not None for h in heard)), overlapped=overlapped)
+    b = bench(on_delivered=lambda: ended.append(sum(h.reason is not None for h in heard)), overlapped=overlapped)
 
     def fail(batch: Any) -> None:
         raise RuntimeError("no step")
@@ -880,7 +880,7 @@ def test_listeners_that_cannot_be_woken_harm_no_step(bench: Any, caplog: pytest.
     def gone() -> None:
         raise RuntimeError("the loop is closed")
 
-    b = bench(told=gone)
+    b = bench(on_delivered=gone)
     heard = b.submit(prompt(1), max_tokens=3)
     b.engine.start()
     assert b.engine.stop(5.0)
@@ -895,7 +895,7 @@ def test_a_stuck_step_can_be_seen_from_outside(bench: Any) -> None:
     assert b.engine.stuck_for() == 0.0
     b.engine.start()
     assert until(lambda: (stuck := b.engine.stuck_for()) > 0.02 and stuck) < 5
-    assert heard.request.id in b.engine.what_runs()
+    assert heard.request.id in b.engine.current_step()
     gate.set()
     b.engine.stop(2.0)
     assert b.engine.stuck_for() == 0.0 and heard.reason == "length"
@@ -973,7 +973,9 @@ def test_the_less_urgent_stop_for_an_urgent_load_that_lacks_room_for_too_long(be
 def test_copies_on_a_device_stay_and_are_run_on_when_ram_is_short(bench: Any, tools: Any) -> None:
     """They take none of it: neither do their slots fall idle for it, nor does anyone wait who runs on them."""
     fetch = tools.Fetcher(ready={"a1", "a2"})
-    b = bench(fetch=fetch, room=SlotRoom(100, lambda w: 10), age_limit=0.02, context_length=256, blocks=128)
+    b = bench(
+        fetch=fetch, adapter_memory=AdapterMemory(100, lambda w: 10), age_limit=0.02, context_length=256, blocks=128
+    )
     b.submit(prompt(1), mix=tools.mix_of("a1"))
     b.settle()
     low = b.submit(prompt(2), mix=tools.mix_of("a2"), priority=1, max_tokens=200)
@@ -1009,7 +1011,7 @@ def test_the_less_urgent_run_on_where_their_end_would_give_no_room(bench: Any, t
 
 
 def test_a_mix_that_can_never_be_in_ram_any_more_is_told_so(bench: Any, tools: Any) -> None:
-    def still_fits() -> None:
+    def check_fits() -> None:
         raise NoRoom("others are pinned", "adapters")
 
     fetch = tools.Fetcher(ready=set())
@@ -1017,9 +1019,9 @@ def test_a_mix_that_can_never_be_in_ram_any_more_is_told_so(bench: Any, tools: A
     lost = [b.submit(prompt(i), mix=tools.mix_of("a1", "a2")) for i in range(2)]
     other = b.submit(prompt(3), mix=tools.mix_of("a3"))
     for heard in lost:
-        heard.request.still_fits = still_fits
+        heard.request.check_fits = check_fits
     later = b.submit(prompt(4), mix=tools.mix_of("a4"))
-    later.request.still_fits = still_fits
+    later.request.check_fits = check_fits
     b.engine.step()
     assert not any(h.reason for h in (*lost, other))
     b.engine.release_idle(1)

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from adapters.weights import LoraWeights, Mix
-from server.engine.adapter_slots import AdapterSlots, SlotRoom
+from server.engine.adapter_slots import AdapterMemory, AdapterSlots
 from server.engine.kv_cache import KVCache, next_key, root_key
 from server.engine.request import State
 
@@ -88,7 +88,7 @@ class KVMachine(RuleBasedStateMachine):
 class SlotsMachine(RuleBasedStateMachine):
     """Mixes take slots and give them back; a model says who holds what."""
 
-    room: SlotRoom | None = None
+    room: AdapterMemory | None = None
     held = Bundle("held")
     names = st.sampled_from([f"{i:x}" * 64 for i in range(6)])
 
@@ -148,8 +148,8 @@ class SlotsMachine(RuleBasedStateMachine):
             self.holders[digest] -= 1
 
     @rule(digest=names)
-    def forget(self, digest: str) -> None:
-        self.slots.forget(digest)
+    def unload(self, digest: str) -> None:
+        self.slots.unload(digest)
         assert self.slots.holds(digest) == bool(self.holders.get(digest))
 
     @rule(nbytes=st.integers(0, 3))
@@ -170,7 +170,7 @@ def test_kv_cache_machine() -> None:
 class RoomMachine(SlotsMachine):
     """The same where adapters take bytes, which the slots do not divide: all of them are small."""
 
-    room = SlotRoom(101, lambda weights: 1 + int(weights.digest[0], 16))
+    room = AdapterMemory(101, lambda weights: 1 + int(weights.digest[0], 16))
 
 
 @pytest.mark.parametrize("machine", [SlotsMachine, RoomMachine])
@@ -240,7 +240,7 @@ def engine_machine(bench: Any, tools: Any, **options: Any) -> type[RuleBasedStat
 
         @rule(name=st.sampled_from(["a0", "a3"]))
         def forget(self, name: str) -> None:
-            self.bench.engine.forget(tools.digest_of(name))
+            self.bench.engine.unload(tools.digest_of(name))
 
         @rule()
         def fault(self) -> None:
@@ -283,9 +283,9 @@ def engine_machine(bench: Any, tools: Any, **options: Any) -> type[RuleBasedStat
     return EngineMachine
 
 
-@pytest.mark.parametrize("room", [None, SlotRoom(101, lambda weights: 20)], ids=["in RAM", "copied"])
+@pytest.mark.parametrize("room", [None, AdapterMemory(101, lambda weights: 20)], ids=["in RAM", "copied"])
 @pytest.mark.parametrize("overlapped", [False, True], ids=["plain", "overlapped"])
 def test_engine_machine(
-    bench: Any, tools: Any, overlapped: bool, room: SlotRoom | None, caplog: pytest.LogCaptureFixture
+    bench: Any, tools: Any, overlapped: bool, room: AdapterMemory | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_state_machine_as_test(engine_machine(bench, tools, overlapped=overlapped, room=room), settings=SMALL)
+    run_state_machine_as_test(engine_machine(bench, tools, overlapped=overlapped, adapter_memory=room), settings=SMALL)

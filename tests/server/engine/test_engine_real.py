@@ -45,7 +45,7 @@ def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Ca
         made = tools.Bench(ModelTokenizer(base.vocabulary), fetch=tools.Fetcher(known=known))
         settings: dict[str, Any] = {
             "fetch": made.fetch,
-            "text": made.text,
+            "tokenizer": made.text,
             "eos_ids": base.vocabulary.eos_ids,
             "vocab_size": base.config.vocab_size,
             "context_length": 256,

@@ -58,7 +58,7 @@ class House:
         self.engine = Engine(
             runner,
             fetch=self.registry.fetch,
-            text=ModelTokenizer(base.vocabulary),
+            tokenizer=ModelTokenizer(base.vocabulary),
             eos_ids=frozenset(),
             vocab_size=base.config.vocab_size,
             context_length=256,
@@ -95,7 +95,7 @@ class House:
                 sampling=Sampling(max_tokens=tokens, ignore_eos=True),
                 deliver=deliver,
                 mix=lease.mix,
-                still_fits=lambda: self.registry.check_room(lease.mix),
+                check_fits=lambda: self.registry.check_room(lease.mix),
                 deadline=time.monotonic() + seconds,
                 fair_key="+".join(names),
                 priority=priority,

@@ -300,14 +300,14 @@ def test_a_step_that_is_read_late_is_the_one_that_is_told_of(
     read = tools.LateTokens.read
 
     def reading(drawn: Any) -> Any:
-        seen.append(made.engine.what_runs())
+        seen.append(made.engine.current_step())
         return read(drawn)
 
     monkeypatch.setattr(tools.LateTokens, "read", reading)
     monkeypatch.setattr(made.runner, "wait_until_nearly_done", lambda: seen.append(made.engine.what_runs()))
     made.settle()
     assert all(first.request.id in told for told in seen) and len(seen) == 4
-    assert made.engine.what_runs() == "no step"
+    assert made.engine.current_step() == "no step"
 
     gone, waiting = made.submit([5, 6, 7]), made.submit([5, 6, 8], mix=tools.mix_of("a1"))
     made.engine.step()
@@ -348,7 +348,7 @@ def test_a_step_that_fails_leaves_a_device_that_answers_as_it_was(bench: Any, to
     bad = made.submit([5, 6, 7])
     made.engine.step()
     made.engine._recover(kind("one step"))
-    assert isinstance(bad.error, EngineFailed) and made.engine.lost() is None
+    assert isinstance(bad.error, EngineFailed) and made.engine.fatal_error() is None
     good = made.submit([5, 6, 8])
     made.settle()
     assert good.tokens == tools.solo(good, made.runner.vocab)
@@ -369,17 +369,17 @@ def test_a_device_with_a_fault_is_lost_for_good(bench: Any, monkeypatch: pytest.
     try:
         made.engine._wake.set()
         end = time.monotonic() + SECONDS
-        while made.engine.lost() is None and time.monotonic() < end:
+        while made.engine.fatal_error() is None and time.monotonic() < end:
             time.sleep(0.005)
         assert isinstance(bad.error, EngineFailed)
-        assert "an illegal memory access" in (made.engine.lost() or "") and made.engine.state == "failing"
+        assert "an illegal memory access" in (made.engine.fatal_error() or "") and made.engine.state == "failing"
     finally:
         made.engine.stop()
 
 
 def test_nothing_is_on_its_way_while_processors_are_lent(bench: Any, tools: Any) -> None:
     made = bench(overlapped=True)
-    made.engine.lend(True)
+    made.engine.share_cpu(True)
     heard = made.submit([5, 6, 7], max_tokens=3)
     for count in (1, 2, 3):
         made.engine.step()

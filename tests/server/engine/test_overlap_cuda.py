@@ -102,7 +102,7 @@ def bench_on(base: Tiny, tools: Any, kind: type[Engine], blocks: int = 24) -> An
     )  # fmt: skip
     made = tools.Bench(tools.make_text(), fetch=tools.Fetcher(known=known))
     made.engine = kind(
-        runner, room=runner.room, fetch=made.fetch, text=made.text,
+        runner, adapter_memory=runner.room, fetch=made.fetch, tokenizer=made.text,
         eos_ids=made.text.vocabulary.eos_ids, vocab_size=VOCAB, context_length=128, base_id="base", blocks=blocks,
         block_size=BLOCK, max_batch=MAX_BATCH, max_slots=4, max_step_tokens=STEP_TOKENS,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def test_answers_are_those_of_the_plain_engine(base: Tiny, tools: Any, blocks: i
         while not gone.tokens:
             assert made.engine.step()
         made.engine.cancel(gone.request.id)
-        made.engine.forget(tools.digest_of("a1"))
+        made.engine.unload(tools.digest_of("a1"))
         made.settle()
         made.check_empty()
         assert gone.reason == "cancelled" and gone.request.output == gone.tokens

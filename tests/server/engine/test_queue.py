@@ -248,7 +248,7 @@ def test_whatever_comes_wakes_the_engine() -> None:
     for come in (
         lambda: inbox.put(request()),
         lambda: inbox.cancel("r"),
-        lambda: inbox.forget("d"),
+        lambda: inbox.unload("d"),
         lambda: inbox.release_idle(1),
     ):
         come()
@@ -334,7 +334,7 @@ def test_arrivals_are_taken_once() -> None:
     one = request()
     inbox.put(one)
     inbox.cancel("x")
-    inbox.forget("d")
+    inbox.unload("d")
     inbox.release_idle(5)
     inbox.release_idle(3)
     taken: Any = inbox.take()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.adapter_slots import SlotRoom
+from server.engine.adapter_slots import AdapterMemory
 from server.engine.scheduler import LENT_ROWS, OUTPUT_COST, REST
 from server.errors import InvalidRequest, NotFinite
 
@@ -37,7 +37,7 @@ def test_scored_prompts_have_no_first_token(bench: Any) -> None:
 
 def test_a_step_is_within_its_tokens_while_processors_are_lent(bench: Any) -> None:
     b = bench(max_batch=8, max_step_tokens=9)
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     for i in range(3):
         b.submit(prompt(i, 20), max_tokens=2)
     b.settle()
@@ -47,7 +47,7 @@ def test_a_step_is_within_its_tokens_while_processors_are_lent(bench: Any) -> No
 def test_a_server_full_of_prompts_lends_nothing(bench: Any, tools: Any) -> None:
     """Few of them run at any time, as each answer ends with its prompt."""
     b = bench(max_batch=32, max_step_tokens=64)
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     heard = [b.submit(prompt(i, 20), max_tokens=1) for i in range(100)]
     scheduler = b.engine._scheduler
     while len(scheduler.waiting) + len(b.engine._inbox._arrivals.requests) > 16:
@@ -62,7 +62,7 @@ def test_a_server_full_of_prompts_lends_nothing(bench: Any, tools: Any) -> None:
 def test_a_short_prompt_waits_for_no_longer_ones_while_processors_are_lent(bench: Any) -> None:
     """Each of them is less than a whole step of a server that does not lend, and more than one of this."""
     b = bench(max_batch=32, max_step_tokens=512, blocks=600)
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     long = [b.submit(prompt(i, 400), max_tokens=1) for i in range(4)]
     b.engine.step()
     short = b.submit(prompt(9, 20), max_tokens=1)
@@ -79,7 +79,7 @@ def test_a_short_prompt_waits_for_no_longer_ones_while_processors_are_lent(bench
 
 def test_those_that_wait_for_room_fill_a_server_that_lends(bench: Any) -> None:
     b = bench(blocks=12, max_step_tokens=64)
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     heard = [b.submit(prompt(i, 30), max_tokens=12) for i in range(6)]
     b.engine.step()
     b.engine.step()
@@ -90,7 +90,7 @@ def test_those_that_wait_for_room_fill_a_server_that_lends(bench: Any) -> None:
 
 def test_those_that_wait_for_a_load_leave_processors_to_others(bench: Any, tools: Any) -> None:
     b = bench(max_batch=8, max_step_tokens=64, blocks=200, fetch=tools.Fetcher(ready=set()))
-    b.engine.lend(True)
+    b.engine.share_cpu(True)
     b.submit(prompt(0), max_tokens=50)
     heard = [b.submit(prompt(i), mix=tools.mix_of(f"a{i}"), max_tokens=2) for i in range(1, 21)]
     for _ in range(2):
@@ -359,7 +359,7 @@ def test_who_has_waited_long_for_room_and_has_lost_its_adapter_holds_nobody_up(b
     scheduler.plan(large.request.submitted)
     assert large.request in scheduler._blocked
     b.fetch.ready = set()
-    scheduler.forget(tools.digest_of("a1"))
+    scheduler.unload(tools.digest_of("a1"))
     small = b.submit(prompt(3, 2), max_tokens=1)
     b.engine._drain()
     scheduler.plan(large.request.submitted + 1.2)
@@ -495,7 +495,7 @@ def test_a_wrong_constraint_casts_no_doubt_on_what_was_computed(bench: Any, tool
 
 def test_nothing_is_copied_ahead_for_whom_room_would_have_to_be_found_while_it_is_owed(bench: Any, tools: Any) -> None:
     fetch = tools.Fetcher(ready={"a1"})
-    b = bench(fetch=fetch, room=SlotRoom(100, lambda weights: 10), age_limit=30.0, max_batch=2)
+    b = bench(fetch=fetch, adapter_memory=AdapterMemory(100, lambda weights: 10), age_limit=30.0, max_batch=2)
     b.submit(prompt(1), mix=tools.mix_of("a1"), max_tokens=20)
     b.engine.step()
     lacks = b.submit(prompt(9), mix=tools.mix_of("a3"))

@@ -159,7 +159,7 @@ def test_an_engine_on_it_plans_ahead(runner: NativeRunner, base: Tiny) -> None:
     engine = engine_on(
         runner,
         fetch=lambda mix: None,
-        text=None,
+        tokenizer=None,
         eos_ids=frozenset(),
         vocab_size=97,
         context_length=64,

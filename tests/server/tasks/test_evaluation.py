@@ -259,12 +259,12 @@ async def test_a_request_can_ask_whether_its_mix_still_fits(parts: Services, mon
 
     parts.inference.engine.submit = look  # type: ignore[method-assign]
     await measured(parts, "exact_match")
-    asked[0].still_fits()
+    asked[0].check_fits()
     assert not parts.registry.memory()["leases"]
     room = parts.registry._ram.size(asked[0].mix.digests[0])
     monkeypatch.setattr(parts.registry._ram, "capacity", room)
     with pytest.raises(NoRoom, match="the mix takes"):
-        asked[0].still_fits()
+        asked[0].check_fits()
 
 
 def test_metrics_and_records_are_checked() -> None:

@@ -164,7 +164,7 @@ def test_each_sequence_is_asked_for_on_the_terms_of_its_call() -> None:
     for i, request in enumerate(house.submitted):
         assert (request.tenant, request.priority, request.deadline, request.fair_key) == ("key", 3, 99.0, "mood")
         assert (request.prompt, request.scored, request.constraint) == ((i + 1, i + 1), i + 1, own[i])
-        request.still_fits()
+        request.check_fits()
         assert house.asked_for_room.pop() is request.mix
         assert request.mix is not None and list(request.mix.digests) == ["a" * 64, "b" * 64]
         house.end(i)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from adapters.weights import LoraWeights
-from server.engine.adapter_slots import SlotRoom
+from server.engine.adapter_slots import AdapterMemory
 from server.errors import NoCapacity
 from server.kernels.cuda.adapter_layout import LINE, AdapterLayout
 from server.kernels.cuda.lora import Pool
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 class AdapterPool:
-    """SlotRoom for adapters of `nbytes` bytes in all, in up to `slots` slots: in codes if `coded`, else of
+    """AdapterMemory for adapters of `nbytes` bytes in all, in up to `slots` slots: in codes if `coded`, else of
     `dtype`, which
     the rows of a step are of."""
 
@@ -77,9 +77,9 @@ class AdapterPool:
         """(start, end, that event) of adapters that are no longer placed, in elements."""
 
     @property
-    def room(self) -> SlotRoom:
+    def room(self) -> AdapterMemory:
         """What adapters may take together, and what one takes."""
-        return SlotRoom(self.pool.values.nbytes - self.pool.values.nbytes // SPARE, self.cost)
+        return AdapterMemory(self.pool.values.nbytes - self.pool.values.nbytes // SPARE, self.cost)
 
     @property
     def nbytes(self) -> int:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from adapters.weights import LoraWeights
-from server.engine.adapter_slots import SlotRoom
+from server.engine.adapter_slots import AdapterMemory
 from server.engine.backends.cuda.adapter_pool import AdapterPool
 from server.engine.backends.cuda.batch import (
     OWN_LANES,
@@ -187,7 +187,7 @@ class CudaRunner:
         """Blocks and their size, once all is made for them."""
 
     @property
-    def room(self) -> SlotRoom:
+    def room(self) -> AdapterMemory:
         """What adapters in slots may take together, and what one takes."""
         return self._pool.room
 
