@@ -1,13 +1,18 @@
-# One environment for all: .venv/ in this checkout. Nothing has to be done first.
+# All targets use one environment, .venv/ in this checkout, and create it when it is missing.
 #
-#   make serve PORT=9000 MODEL=path ARGS="--max-batch 16"     also HOST, DEVICE, THREADS, STATE_DIR, ADAPTER_DIR, CONFIG
-#   make test ARGS="tests/adapters -k rank"                   without ARGS all tests
-#   make bench ARGS=...      times of decode steps            make soak MINUTES=30     traffic while adapters come and go
-#   make fuzz FUZZ_MINUTES=10    made-up requests and files   make lint                style, types and known vulnerabilities
-#   make dashboard           with Prometheus and Grafana, in Docker: PORT, MODEL, ALLOWED_HOSTS, EXTRAS=s3, SERVER=server-gpu
-#   make clean               without the environment
-#   TORCH_INDEX   an index to install torch from, such as that of its CPU builds; empty is pip's own configuration
-#   PYTHON        an interpreter, 3.11 or later
+#   make serve PORT=9000 MODEL=path ARGS="--max-batch 16"    also HOST, DEVICE, THREADS, STATE_DIR, ADAPTER_DIR, CONFIG
+#   make test                   all tests; ARGS="tests/adapters -k rank" selects some
+#   make test-fast              a selection of unit tests that takes less than a minute
+#   make lint                   ruff, mypy, import-linter, clang-format and known vulnerabilities of dependencies
+#   make format                 fix what ruff can fix, and format
+#   make docs                   build the documentation site and check its links
+#   make bench ARGS=...         time decode steps
+#   make soak MINUTES=30        load on a server while adapters are published and removed
+#   make fuzz FUZZ_MINUTES=10   generated requests against the API, generated files against every parser
+#   make dashboard              server, Prometheus and Grafana in Docker: PORT, MODEL, ALLOWED_HOSTS, EXTRAS=s3, SERVER=server-gpu
+#   make clean                  remove the environment and everything that was built
+#   TORCH_INDEX=URL             package index for torch, for example the one of its CPU builds; default: pip's own
+#   PYTHON=path                 Python interpreter, 3.11 or later
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,21 +26,22 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 pytho
   $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Settings that may be given as variables. PORT also from the environment; the others are too common a name for that.
-given = $(if $(findstring command,$(origin $(1))),$($(1)))
-typed = $(if $(findstring command,$(origin $(1))),--$(2) "$($(1))")
-flags = $(if $(PORT),--port "$(PORT)") $(call typed,HOST,host) $(call typed,MODEL,model) \
-  $(call typed,DEVICE,device) $(call typed,THREADS,threads) $(call typed,STATE_DIR,state-dir) \
-  $(call typed,ADAPTER_DIR,adapter-dir) $(call typed,CONFIG,config)
+# Settings for `make serve`. PORT may come from the environment. The other names are too common, so they count only on
+# the command line of make.
+from_command_line = $(if $(findstring command,$(origin $(1))),$($(1)))
+setting = $(if $(findstring command,$(origin $(1))),--$(2) "$($(1))")
+flags = $(if $(PORT),--port "$(PORT)") $(call setting,HOST,host) $(call setting,MODEL,model) \
+  $(call setting,DEVICE,device) $(call setting,THREADS,threads) $(call setting,STATE_DIR,state-dir) \
+  $(call setting,ADAPTER_DIR,adapter-dir) $(call setting,CONFIG,config)
 
-.PHONY: help serve test fuzz soak lint audit format dashboard clean bench
+.PHONY: help serve test test-fast fuzz soak bench lint clang-format audit format docs dashboard clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.installed
 	exec $(BIN)/loramux serve $(flags) $(ARGS)
 
-# Two at a time; those on the embedded base by files, whose tests share servers.
+# Two workers. End-to-end tests are distributed by file, because the tests of a file share a server.
 test: $(VENV)/.installed-dev
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest -n 2 -m "not e2e"
@@ -44,19 +50,23 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-# Made-up requests over the whole OpenAPI document (FUZZ examples of each kind), and made-up files for every reader,
-# for FUZZ_MINUTES each.
+# Packages whose tests need no server, no child process and no large model.
+FAST := tests/adapters tests/server/engine tests/server/tasks tests/server/test_settings.py tests/server/test_metrics.py
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n 2 -m "not e2e" $(FAST) $(ARGS)
+
+# Generated requests for every operation of the OpenAPI document (FUZZ examples each), then generated files for every
+# parser, FUZZ_MINUTES each.
 FUZZ ?= 550
 FUZZ_MINUTES ?= 10
-READERS := tests/adapters/test_peft_fuzz.py tests/server/model/test_gguf_fuzz.py tests/server/tasks/test_task_fuzz.py
+PARSERS := tests/adapters/test_peft_fuzz.py tests/server/model/test_gguf_fuzz.py tests/server/tasks/test_task_fuzz.py
 fuzz: $(VENV)/.installed-dev
 	FUZZ_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest -s --hypothesis-profile=fuzz -p no:cacheprovider \
 	  tests/server/api/test_schemathesis.py
-	for reader in $(READERS); do for (( end = SECONDS + 60 * $(FUZZ_MINUTES); SECONDS < end; )); do \
-	  FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -q --hypothesis-profile=fuzz -p no:cacheprovider $$reader; \
+	for parser in $(PARSERS); do for (( end = SECONDS + 60 * $(FUZZ_MINUTES); SECONDS < end; )); do \
+	  FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -q --hypothesis-profile=fuzz -p no:cacheprovider $$parser; \
 	done; done
 
-# 32 clients against the embedded base while adapters come and go, for MINUTES.
 MINUTES ?= 30
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
@@ -64,13 +74,19 @@ soak: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/loramux bench steps $(ARGS)
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python deploy/audit.py $(AUDIT)
 
-# Known vulnerabilities of what is installed, where the network tells of any. AUDIT="--ignore-vuln ID" leaves one out.
+clang-format:
+	@if command -v clang-format >/dev/null; then \
+	  clang-format --dry-run -Werror server/kernels/cpu/*.cpp server/kernels/cpu/*.h; \
+	else echo "clang-format is not installed: the C++ sources are not checked"; fi
+
+# Known vulnerabilities of the installed packages. AUDIT="--ignore-vuln ID" ignores one.
 audit: $(VENV)/.installed-dev
 	$(BIN)/python deploy/audit.py $(AUDIT)
 
@@ -78,55 +94,57 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Keys, then server, Prometheus and Grafana in containers. SERVER=server-gpu for the one with a GPU; the other has the same
-# port and state, and is ended as soon as there is an image to start.
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
+
+# Create keys, then start the server, Prometheus and Grafana in containers. SERVER=server-gpu starts the server with a
+# GPU. Both servers use the same port and state, so the other one is removed, but only after the image has been built.
 SERVER ?= server
-# Compose is told what is given here alone, so that .env has the rest.
-passed := PORT MODEL ALLOWED_HOSTS EXTRAS TORCH_INDEX
-asked = $(if $(filter PORT TORCH_INDEX,$(1)),$($(1)),$(call given,$(1)))
-told = env $(foreach name,$(passed),$(if $(call asked,$(name)),,-u $(name))) \
-  $(foreach name,$(passed),$(if $(call asked,$(name)),$(name)="$(call asked,$(name))"))
+# Compose gets only the variables that are set here, so that values in .env still count.
+compose_variables := PORT MODEL ALLOWED_HOSTS EXTRAS TORCH_INDEX
+compose_value = $(if $(filter PORT TORCH_INDEX,$(1)),$($(1)),$(call from_command_line,$(1)))
+compose_env = env $(foreach name,$(compose_variables),$(if $(call compose_value,$(name)),,-u $(name))) \
+  $(foreach name,$(compose_variables),$(if $(call compose_value,$(name)),$(name)="$(call compose_value,$(name))"))
 port = $(or $(PORT),$(shell sed -n 's/^PORT=//p' .env 2>/dev/null),8000)
 dashboard:
 	deploy/make-keys
-	@command -v docker >/dev/null || { echo "docker with its compose plugin is needed" >&2; exit 1; }
-	$(told) docker compose build $(SERVER)
+	@command -v docker >/dev/null || { echo "docker with its compose plugin is required" >&2; exit 1; }
+	$(compose_env) docker compose build $(SERVER)
 	-docker compose rm --stop --force $(filter-out $(SERVER),server server-gpu)
-	$(told) docker compose up --detach $(SERVER) prometheus grafana
+	$(compose_env) docker compose up --detach $(SERVER) prometheus grafana
 	@echo "loramux     http://127.0.0.1:$(port)   keys: deploy/secrets/api_keys, admin_keys"
 	@echo "Prometheus  http://127.0.0.1:9090"
-	@echo "Grafana     http://127.0.0.1:3000   admin, password: deploy/secrets/grafana_password"
+	@echo "Grafana     http://127.0.0.1:3000   user: admin, password: deploy/secrets/grafana_password"
 
 clean:
-	rm -rf $(VENV) build *.egg-info server/kernels/cpu/*.so
+	rm -rf $(VENV) build site *.egg-info server/kernels/cpu/*.so
 
-# The stamps are newer than all that decides what is installed, so a second run installs nothing. Of two at the same
-# time one waits for the other: where there is flock, and a file system that has locks, the Makefile is
-# what they lock.
-alone = exec 9<$(firstword $(MAKEFILE_LIST)); if command -v flock >/dev/null; then flock 9 || :; fi;
+# Stamp files record what is installed; nothing is installed twice. If two makes run at the same time, one waits for the
+# other. They lock the Makefile, where flock and the file system allow it.
+locked = exec 9<$(firstword $(MAKEFILE_LIST)); if command -v flock >/dev/null; then flock 9 || :; fi;
 
 $(VENV)/.made:
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or later is needed; name one with PYTHON=" >&2; exit 1; }
-	@$(alone) if [ -e $(VENV) ] && [ ! -x $(BIN)/python ]; then echo "$(VENV) is no environment; make clean removes it" >&2; exit 1; fi
-	@$(alone) [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv (Debian: apt install python3-venv)" >&2; exit 1; }
+	  { echo "Python 3.11 or later is required; choose one with PYTHON=" >&2; exit 1; }
+	@$(locked) if [ -e $(VENV) ] && [ ! -x $(BIN)/python ]; then echo "$(VENV) is not a virtual environment; make clean removes it" >&2; exit 1; fi
+	@$(locked) [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "the venv module is missing (Debian: apt install python3-venv)" >&2; exit 1; }
 	touch $@
 
 NATIVE := $(wildcard setup.py server/kernels/cpu/*.cpp server/kernels/cpu/*.h server/kernels/cpu/*.py)
-# A compiler that came after the package has it installed once more, with the kernels.
+# If a compiler is installed later, the package is installed again, with the native kernels.
 NATIVE += $(if $(shell command -v "$${CXX:-g++}"),$(VENV)/.compiler)
 
 $(VENV)/.compiler: $(VENV)/.made
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.made
-	$(if $(TORCH_INDEX),$(alone) $(PIP) install --index-url "$(TORCH_INDEX)" torch)
+	$(if $(TORCH_INDEX),$(locked) $(PIP) install --index-url "$(TORCH_INDEX)" torch)
 	touch $@
 
 $(VENV)/.installed: pyproject.toml $(NATIVE) $(VENV)/.torch
-	$(alone) $(PIP) install -e .
+	$(locked) $(PIP) install -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(NATIVE) $(VENV)/.torch
-	$(alone) $(PIP) install -e '.[dev]'
+	$(locked) $(PIP) install -e '.[dev]'
 	touch $(VENV)/.installed $@
