@@ -2,8 +2,8 @@
 # CPU by default:   docker build -t loramux .
 # For GPUs:         docker build -t loramux:cuda --build-arg EXTRAS=cuda --build-arg TORCH_INDEX= .
 #
-# TORCH_INDEX is the index that torch comes from, such as that of its CPU builds; empty is pip's own configuration,
-# whose build for Linux brings CUDA's libraries along.
+# TORCH_INDEX is the package index for torch, for example the one of its CPU builds. If it is empty, torch comes from
+# pip's default index; that build includes the CUDA libraries.
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS build
@@ -16,18 +16,19 @@ RUN if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" torch;
 WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY adapters adapters
+COPY benchmarks benchmarks
 COPY server server
 RUN pip install ".[hub${EXTRAS:+,$EXTRAS}]"
 
 FROM python:${PYTHON}-slim
 ARG EXTRAS=
-# Triton builds its launchers with a C compiler when a kernel is first used.
+# Triton compiles its launchers with a C compiler when a kernel is first used.
 RUN case ",$EXTRAS," in *,cuda,*) \
       apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*;; esac
-# Open to other users, as whom it may be run over a folder of theirs (`docker run --user`).
+# The home directory is readable for other users, so that `docker run --user` works.
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/loramux loramux && chmod 755 /var/lib/loramux
 COPY --from=build /opt/loramux /opt/loramux
-# The hub's client keeps files of its own, for which Compose leaves no other place.
+# HF_HOME is in the state directory, because Compose mounts the rest of the file system read-only.
 ENV PATH=/opt/loramux/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     LORAMUX_STATE_DIR=/var/lib/loramux/data LORAMUX_HOST=0.0.0.0 HF_HOME=/var/lib/loramux/data/cache/huggingface
 USER 10001
@@ -36,11 +37,12 @@ RUN mkdir data
 VOLUME /var/lib/loramux/data
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# Asked past any proxy. Kubernetes sets LORAMUX_PORT to tcp://... beside a Service of that name: that is no port.
+# The check ignores proxies. Kubernetes may set LORAMUX_PORT to tcp://... for a Service named loramux; that is ignored.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
     CMD ["python", "-c", "import os; from urllib.request import ProxyHandler, build_opener; \
 port = os.environ.get('LORAMUX_PORT', ''); url = 'http://127.0.0.1:' + (port if port.isdigit() else '8000'); \
 build_opener(ProxyHandler({})).open(url + '/health/ready', timeout=2)"]
-# Listens on all of the container's addresses, so it wants keys (LORAMUX_API_KEYS or _FILE) or LORAMUX_INSECURE=1.
+# The server listens on all addresses of the container, so it requires keys (LORAMUX_API_KEYS or
+# LORAMUX_API_KEYS_FILE) or LORAMUX_INSECURE=1.
 ENTRYPOINT ["loramux"]
 CMD ["serve"]

@@ -1,8 +1,7 @@
-"""`make audit`: what is installed here, held against the known vulnerabilities, by pip-audit.
+"""`make audit`: check the installed packages for known vulnerabilities with pip-audit.
 
-Exit status 1 means that something installed has a known vulnerability which another version does not have. One that no
-version mends is shown and does not fail: nobody could act on it. Where the service cannot be reached, or knows nothing
-of what is installed, that is said in one line and is no failure; nothing is called checked that was not.
+The exit status is 1 if an installed package has a vulnerability that a newer version fixes. Vulnerabilities without a
+fix are only reported. If the vulnerability service cannot be reached, this is reported and does not fail.
 """
 
 from __future__ import annotations
@@ -12,62 +11,56 @@ import subprocess
 import sys
 from typing import Any
 
-SECONDS = 180
-"""For all of it; a second run within a day reads most from pip-audit's own cache."""
+TIMEOUT = 180
+"""Seconds for the whole run. pip-audit caches results, so a second run is faster."""
 COMMAND = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--timeout", "10", "--format", "json"]
 UNREACHABLE = ("connectionerror", "connecttimeout", "max retries exceeded", "failed to establish", "timed out",
                "name resolution", "proxyerror", "sslerror", "could not connect")  # fmt: skip
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     sys.stdout.write(f"audit: {text}\n")
 
 
 def main(arguments: list[str]) -> int:
-    """Run pip-audit with `arguments` added, and tell what came of it."""
+    """Run pip-audit with additional `arguments` and report its findings."""
     try:
         ran = subprocess.run(
-            [*COMMAND, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
+            [*COMMAND, *arguments], capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        say(f"NOT CHECKED: the vulnerability service took over {SECONDS} s")
+        log(f"NOT CHECKED: the vulnerability service took more than {TIMEOUT} s")
         return 0
     try:
         packages: list[dict[str, Any]] = json.loads(ran.stdout)["dependencies"]
     except (ValueError, KeyError, TypeError):
-        lines = ran.stderr.strip().splitlines() or ["it said nothing"]
+        reason = (ran.stderr.strip().splitlines() or ["no output"])[-1]
         if any(sign in ran.stderr.lower() for sign in UNREACHABLE):
-            say(f"NOT CHECKED: the vulnerability service cannot be reached from here ({lines[-1][:200]})")
+            log(f"NOT CHECKED: the vulnerability service cannot be reached ({reason[:200]})")
             return 0
-        say(f"pip-audit failed with status {ran.returncode}: {lines[-1][:500]}")
+        log(f"pip-audit failed with status {ran.returncode}: {reason[:500]}")
         return 2
     return report(packages)
 
 
 def report(packages: list[dict[str, Any]]) -> int:
-    """Tell of every finding, and of what was not checked."""
+    """Print every finding and every unchecked package. Returns the exit status."""
     skipped = [package for package in packages if "skip_reason" in package]
     if len(skipped) == len(packages):
-        say(f"NOT CHECKED: the service that answers here knows none of the {len(packages)} packages")
+        log(f"NOT CHECKED: the vulnerability service knows none of the {len(packages)} packages")
         return 0
-    mendable = 0
+    fixable = 0
     for package in packages:
         for found in package.get("vulns", ()):
             fixes = ", ".join(found["fix_versions"])
-            mendable += bool(fixes)
-            known = (
-                f"{package['name']} {package['version']}: {found['id']} {' '.join(found.get('aliases', ()))}".strip()
-            )
-            say(f"{known}: {f'mended in {fixes}' if fixes else 'no version mends it yet'}")
+            fixable += bool(fixes)
+            ids = " ".join((found["id"], *found.get("aliases", ())))
+            outcome = f"fixed in {fixes}" if fixes else "no fix is available"
+            log(f"{package['name']} {package['version']}: {ids}: {outcome}")
     if skipped:
-        say(f"not checked, since the service does not know them: {', '.join(p['name'] for p in skipped)}")
-    say(f"{len(packages) - len(skipped)} of {len(packages)} packages checked, {mendable} vulnerabilities to mend")
-    return 1 if mendable else 0
+        log(f"not checked, unknown to the service: {', '.join(p['name'] for p in skipped)}")
+    log(f"{len(packages) - len(skipped)} of {len(packages)} packages checked, {fixable} fixable vulnerabilities")
+    return 1 if fixable else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the package is made of, by setuptools' own word, in a copy of the checkout in which somebody has worked."""
+"""Contents of the source distribution and of a build, made by setuptools in a copy of the checkout."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.conftest import part_missing
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDERS = (".ci", "adapters", "benchmarks", "deploy", "docs", "examples", "server", "tests")
-MADE = {
+GENERATED = {
     "server/kernels/cpu/_native.cpython-399-x86_64-linux-gnu.so",
     "server/__pycache__/app.cpython-399.pyc",
     "deploy/secrets/api_keys",
     "data/names.json",
 }
-"""Files that are made in a checkout, and no part of it."""
+"""Files in a checkout that must not be packaged."""
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def checkout(tmp_path: Path) -> Path:
     except PackageNotFoundError:
         new = False
     if not new:
-        part_missing("there is no setuptools as new as pyproject.toml asks for")
+        part_missing("setuptools 77 or newer is not installed")
     copy = tmp_path / "checkout"
     for name in FOLDERS:
         shutil.copytree(REPO / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "secrets"))
     for path in REPO.iterdir():
-        if path.is_file() and path.name != ".git":  # which a worktree has as a file
+        if path.is_file() and path.name != ".git":
             shutil.copy(path, copy)
-    for path in MADE:
+    for path in GENERATED:
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         (copy / path).touch()
     return copy
@@ -51,22 +51,22 @@ def run(checkout: Path, *command: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_source_distribution_has_all_of_the_checkout_and_nothing_that_is_made_in_it(checkout: Path) -> None:
+def test_source_distribution_has_the_checkout_without_generated_files(checkout: Path) -> None:
     run(checkout, "egg_info")
     names = set((checkout / "loramux.egg-info" / "SOURCES.txt").read_text().splitlines())
-    assert not names & MADE
+    assert not names & GENERATED
     there = {path.relative_to(checkout).as_posix() for folder in FOLDERS for path in (checkout / folder).rglob("*")}
-    files = {name for name in there - MADE if (checkout / name).is_file()}
-    assert files <= names, "what the documents, the Makefile and the Dockerfile name is there"
+    files = {name for name in there - GENERATED if (checkout / name).is_file()}
+    assert files <= names
     assert {path.name for path in REPO.glob("*.md")} | {"Makefile", "Dockerfile", "docker-compose.yml"} <= names
     assert set(re.findall(r"^!(\w+\.?\w*)$", (REPO / ".dockerignore").read_text(), re.M)) <= names | set(FOLDERS)
 
 
-def test_nothing_is_installed_of_an_earlier_build_but_its_libraries(checkout: Path) -> None:
+def test_build_removes_files_of_an_earlier_build_except_libraries(checkout: Path) -> None:
     run(checkout, "build_py")
     (built,) = (checkout / "build").glob("lib*")
     before = {path.relative_to(built) for path in built.rglob("*") if path.is_file()}
-    assert {path.parts[0] for path in before} == {"adapters", "server"} and not list(built.rglob("*.so"))
+    assert {path.parts[0] for path in before} == {"adapters", "benchmarks", "server"} and not list(built.rglob("*.so"))
     library = built / "server" / "kernels" / "cpu" / "_native.so"
     for left in (built / "server" / "gone.py", built / "adapters" / "library" / "gone" / "task.json", library):
         left.parent.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def test_nothing_is_installed_of_an_earlier_build_but_its_libraries(checkout: Pa
     assert after == before | {library.relative_to(built)}
 
 
-def test_a_folder_that_was_named_to_build_in_keeps_what_it_has(checkout: Path, tmp_path: Path) -> None:
+def test_build_keeps_foreign_files_in_a_given_folder(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "named").mkdir()
     (tmp_path / "named" / "mine").touch()
     run(checkout, "build_py", "--build-lib", str(tmp_path / "named"))

@@ -1,4 +1,4 @@
-"""Every query of deploy/: what dashboards and rules ask of Prometheus, read from their files."""
+"""The PromQL queries of the dashboards and rules in deploy/."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def expressions() -> list[Any]:
-    """Every query, as (where, expression); a variable stands as Grafana would put it in when all is chosen."""
+    """All queries as pytest parameters."""
     found = [
         (f"{name}: {panel['title']} {target['refId']}", target["expr"])
         for name, board in BOARDS.items()
@@ -46,7 +46,7 @@ def filled(expr: str, interval: str = "15s") -> str:
 
 
 def selectors(expr: str) -> list[promql_parser.VectorSelector]:
-    """Every vector that an expression reads."""
+    """All vector selectors of an expression."""
     found: list[promql_parser.VectorSelector] = []
 
     def walk(node: Any) -> None:
@@ -69,7 +69,7 @@ def selectors(expr: str) -> list[promql_parser.VectorSelector]:
 
 
 def known_names() -> set[str]:
-    """Every name that the server exposes, samples or not."""
+    """All metric names that the server exports."""
     names = set()
     for line in Metrics().render().decode().splitlines():
         if line.startswith("# TYPE "):

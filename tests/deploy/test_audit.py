@@ -1,4 +1,4 @@
-"""`make audit` says what it found, and never calls checked what was not; pip-audit is played by a module of our own."""
+"""`make audit`: output and exit status for each kind of pip-audit result. A fake pip_audit module stands in for it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def found(*fixes: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("packages", "status", "says"),
     [
-        ([CLEAN], 0, "1 of 1 packages checked, 0 vulnerabilities"),
-        ([CLEAN, SKIPPED], 0, "not checked, since the service does not know them: two"),
-        ([SKIPPED], 0, "NOT CHECKED: the service that answers here knows none of the 1 packages"),
-        ([CLEAN, found("3.1", "4.0")], 1, "three 3.0: PYSEC-2026-1 CVE-2026-1: mended in 3.1, 4.0"),
-        ([CLEAN, found()], 0, "three 3.0: PYSEC-2026-1 CVE-2026-1: no version mends it yet"),
+        ([CLEAN], 0, "1 of 1 packages checked, 0 fixable vulnerabilities"),
+        ([CLEAN, SKIPPED], 0, "not checked, unknown to the service: two"),
+        ([SKIPPED], 0, "NOT CHECKED: the vulnerability service knows none of the 1 packages"),
+        ([CLEAN, found("3.1", "4.0")], 1, "three 3.0: PYSEC-2026-1 CVE-2026-1: fixed in 3.1, 4.0"),
+        ([CLEAN, found()], 0, "three 3.0: PYSEC-2026-1 CVE-2026-1: no fix is available"),
         ("requests.exceptions.ConnectionError: Max retries exceeded with url: /pypi/one", 0, "NOT CHECKED"),
         ("KeyError: something else", 2, "pip-audit failed with status 1: KeyError: something else"),
     ],
 )
-def test_what_is_said(tmp_path: Path, packages: list[object] | str, status: int, says: str) -> None:
+def test_output_and_status(tmp_path: Path, packages: list[object] | str, status: int, says: str) -> None:
     if isinstance(packages, str):
-        played = f"import sys; sys.exit({packages!r})"
+        fake = f"import sys; sys.exit({packages!r})"
     else:
         vulnerable = any(isinstance(p, dict) and p.get("vulns") for p in packages)
-        played = f"import sys; print({json.dumps({'dependencies': packages})!r}); sys.exit({int(vulnerable)})"
-    (tmp_path / "pip_audit.py").write_text(played)
+        fake = f"import sys; print({json.dumps({'dependencies': packages})!r}); sys.exit({int(vulnerable)})"
+    (tmp_path / "pip_audit.py").write_text(fake)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run([sys.executable, str(AUDIT)], capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == status, ran.stderr

@@ -1,18 +1,16 @@
-"""Dashboards, rules and alerts, by the linter's rules and against the names that the server exposes.
+"""Grafana dashboards and Prometheus rules: structure, and queries against the metrics that the server exports.
 
-tests/e2e/test_prometheus.py asks the same queries of a real Prometheus.
+tests/e2e/test_prometheus.py runs the same queries on a real Prometheus.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 import subprocess
 
 import pytest
 import yaml
 
-from tests.deploy.grafana import strangers
 from tests.deploy.queries import (
     BOARDS,
     DEPLOY,
@@ -29,7 +27,7 @@ from tests.deploy.queries import rules as every_rule
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_a_board_is_whole(name: str) -> None:
+def test_dashboard_structure(name: str) -> None:
     board = BOARDS[name]
     assert board["schemaVersion"] >= 39 and board["uid"].startswith("loramux-") and board["editable"] is False
     assert board["title"] and board["description"] and board["refresh"]
@@ -41,7 +39,6 @@ def test_a_board_is_whole(name: str) -> None:
             assert variable["multi"] and variable["includeAll"] and variable["refresh"] == 2
             assert variable["datasource"]["uid"] == "${datasource}"
             assert "label_values(" in variable["query"]["query"]
-            # All jobs are those that are ours; any value of the rest, also none, is one of theirs.
             assert variable.get("allValue") == (None if variable["name"] == "job" else ".*")
     everything = board["panels"]
     assert len({p["id"] for p in everything}) == len(everything)
@@ -56,7 +53,7 @@ def test_a_board_is_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_every_panel_says_what_it_shows(name: str) -> None:
+def test_panels_have_description_and_datasource(name: str) -> None:
     titles = [p["title"] for p in panels(BOARDS[name])]
     assert len(set(titles)) == len(titles)
     for panel in panels(BOARDS[name]):
@@ -68,20 +65,8 @@ def test_every_panel_says_what_it_shows(name: str) -> None:
             assert target["datasource"] == panel["datasource"] and target["legendFormat"], title
 
 
-@pytest.mark.parametrize("name", BOARDS)
-def test_every_field_is_one_that_grafana_knows(name: str) -> None:
-    assert list(strangers(BOARDS[name])) == []
-    slip = copy.deepcopy(BOARDS[name])
-    panel = next(p for p in slip["panels"] if p["type"] == "timeseries")
-    panel["option"] = {}
-    panel["options"]["legend"]["displaymode"] = "list"
-    panel["fieldConfig"]["defaults"] |= {"unit": "milliseconds", "custom": {"drawStyle": "lines"}}
-    assert len(list(strangers(slip))) == 4
-
-
 @pytest.mark.parametrize("expr", expressions())
-def test_an_expression_reads_what_exists_the_right_way(expr: str) -> None:
-    """It parses, its counters are only read as rates over the scrape interval, and its names are the server's own."""
+def test_queries_use_exported_metrics_and_rate_counters(expr: str) -> None:
     board = "$job" in expr
     recorded = {rule["record"] for rule in every_rule() if "record" in rule}
     for vector in selectors(expr):
@@ -97,7 +82,7 @@ def test_an_expression_reads_what_exists_the_right_way(expr: str) -> None:
         assert set(re.findall(r"\}\[([^\]]+)\]", expr)) <= {"$__rate_interval"}
 
 
-def test_every_series_has_a_panel_or_is_the_gateways() -> None:
+def test_every_metric_has_a_panel() -> None:
     shown = {vector.name for expr in expressions() for vector in selectors(expr.values[0])}
     unseen = {re.sub("_(bucket|count|sum)$", "", n) for n in known_names() - shown} - {
         re.sub("_(bucket|count|sum)$", "", n) for n in shown
@@ -105,7 +90,7 @@ def test_every_series_has_a_panel_or_is_the_gateways() -> None:
     assert unseen == {"vllm:cache_config_info", "vllm:lora_requests_info"}
 
 
-def test_alerts_say_what_and_operators_are_told_what_to_do() -> None:
+def test_alerts_and_metrics_are_documented() -> None:
     text = OPERATIONS.read_text(encoding="utf-8")
     for rule in every_rule():
         if "alert" in rule:
@@ -114,13 +99,9 @@ def test_alerts_say_what_and_operators_are_told_what_to_do() -> None:
             assert f"### {rule['alert']}" in text
     for name in {re.sub("_(bucket|count|sum)$", "", n) for n in known_names()}:
         assert f"`{name}" in text, name
-    for board in BOARDS.values():
-        assert board["title"] in text
-        for panel in panels(board):
-            assert re.sub(r", p\d\d$", "", panel["title"]) in text, panel["title"]
 
 
-def test_provisioning_and_compose_agree() -> None:
+def test_provisioning_matches_compose() -> None:
     source = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"][0]
     provider = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/loramux.yml").read_text())["providers"][0]
     grafana = yaml.safe_load((REPO / "docker-compose.yml").read_text())["services"]["grafana"]
@@ -132,7 +113,7 @@ def test_provisioning_and_compose_agree() -> None:
 
 
 @pytest.mark.part("promtool")
-def test_promtool_accepts_the_rules_and_their_tests_pass() -> None:
+def test_promtool_rule_tests_pass() -> None:
     for command in (
         ["check", "config", "--syntax-only", "deploy/prometheus/prometheus.yml"],
         ["check", "rules", str(RULES)],

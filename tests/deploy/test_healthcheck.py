@@ -1,4 +1,4 @@
-"""The image's health check, as Docker would run it: it asks this server, whatever proxy the container is told of."""
+"""The HEALTHCHECK command of the Dockerfile: uses LORAMUX_PORT and ignores proxies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Server(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Nothing to say."""
+        """Silent."""
 
 
 @pytest.fixture
@@ -54,20 +54,8 @@ def healthy(**environment: str) -> bool:
     return ran.returncode == 0
 
 
-def test_the_port_is_the_settings_and_a_proxy_is_not_asked(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_check_uses_port_and_ignores_proxy(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
     assert healthy(LORAMUX_PORT=str(port), **proxies)
     monkeypatch.setattr(_Server, "status", 503)
     assert not healthy(LORAMUX_PORT=str(port))
-
-
-def test_without_a_port_it_is_the_default_one() -> None:
-    """The address that is asked is looked at, since that port may be another server's here."""
-    python, flag, code = command()
-    for value in ("", "tcp://10.0.0.1:8000"):
-        told = code.replace("build_opener(ProxyHandler({})).open(url + '/health/ready', timeout=2)", "print(url)")
-        assert told != code
-        ran = subprocess.run(
-            [python, flag, told], env={**os.environ, "LORAMUX_PORT": value}, capture_output=True, text=True, check=True
-        )
-        assert ran.stdout == "http://127.0.0.1:8000\n"

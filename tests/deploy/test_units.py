@@ -1,7 +1,4 @@
-"""The Kubernetes objects and the systemd unit of docs/operations.md say what the image and the code do.
-
-Neither is run here; what can be read is checked.
-"""
+"""The Kubernetes objects and the systemd unit in docs/operations.md match the image and the settings."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ from server.settings import PREFIX, Settings, load_settings
 
 REPO = Path(__file__).resolve().parents[2]
 AFTER_DRAIN = 15
-"""Seconds that an end may take beyond --drain."""
+"""Seconds that shutdown may take after --drain."""
 
 
 def block(language: str) -> str:
-    """The one block of the page in that language."""
+    """The only code block of docs/operations.md in `language`."""
     page = (REPO / "docs" / "operations.md").read_text(encoding="utf-8")
     (found,) = re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     return str(found)
@@ -55,7 +52,7 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
     return dict(one)
 
 
-def test_objects_belong_together(objects: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
+def test_kubernetes_objects_match(objects: dict[str, Any], pod: dict[str, Any], container: dict[str, Any]) -> None:
     deployment, service = objects["Deployment"]["spec"], objects["Service"]
     labels = deployment["template"]["metadata"]["labels"]
     assert deployment["selector"]["matchLabels"] == service["spec"]["selector"] == labels
@@ -69,7 +66,7 @@ def test_objects_belong_together(objects: dict[str, Any], pod: dict[str, Any], c
     assert port["targetPort"] in {given["name"] for given in container["ports"]} and port["port"] == Settings().port
 
 
-def test_the_pod_is_what_the_image_is(pod: dict[str, Any], container: dict[str, Any]) -> None:
+def test_pod_matches_image(pod: dict[str, Any], container: dict[str, Any]) -> None:
     user = int(image(r"^USER (\d+)$"))
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == user
     assert container["ports"] == [{"name": "http", "containerPort": int(image(r"^EXPOSE (\d+)$"))}]
@@ -78,7 +75,7 @@ def test_the_pod_is_what_the_image_is(pod: dict[str, Any], container: dict[str, 
     assert pod["terminationGracePeriodSeconds"] > Settings().drain + AFTER_DRAIN + 5
 
 
-def test_variables_of_the_pod_are_settings_and_its_keys_lie_where_they_say(
+def test_pod_environment_is_valid_settings(
     pod: dict[str, Any], container: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -91,11 +88,11 @@ def test_variables_of_the_pod_are_settings_and_its_keys_lie_where_they_say(
     page = (REPO / "docs" / "operations.md").read_text(encoding="utf-8")
     for file in files:
         assert file is not None and str(file.parent) == mounts["keys"]
-        assert f"--from-literal={file.name}=" in page, "the secret has a file of that name"
-    assert "loramux" in settings.allowed_hosts, "the Service's own name"
+        assert f"--from-literal={file.name}=" in page
+    assert "loramux" in settings.allowed_hosts
 
 
-def test_probes_are_answered(container: dict[str, Any], tmp_path: Path) -> None:
+def test_probes_use_open_routes(container: dict[str, Any], tmp_path: Path) -> None:
     routes = create_app(Settings(state_dir=tmp_path)).openapi()["paths"]
     asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
     assert {name: probe["path"] for name, probe in asked.items()} == {
@@ -110,7 +107,7 @@ def test_probes_are_answered(container: dict[str, Any], tmp_path: Path) -> None:
         assert header["name"] == "Host" and header["value"] in known_hosts(Settings())
 
 
-def test_the_unit_starts_the_server_again_and_lets_it_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_unit_restarts_and_allows_drain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str  # type: ignore[assignment]
     unit.read_string(block("ini"))
