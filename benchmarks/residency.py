@@ -38,7 +38,7 @@ import httpx
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.embedded_server import MODELS, ServerProcess, command, free_port, running, serving
+from benchmarks.server_process import MODELS, ServerProcess, free_port, loramux_server, running, serve_command
 from benchmarks.synthetic import write_adapter
 from server.kernels import choose
 from server.model.loader import load_base
@@ -151,14 +151,14 @@ def bytes_read(server: ServerProcess) -> int:
 def serving_again(state: Path, *flags: str) -> Iterator[ServerProcess]:
     """A server on a state that another has left."""
     port = free_port()
-    with running(command(port, state, *flags), port, "/health/ready", state / "again.log") as server:
+    with running(serve_command(port, state, *flags), port, "/health/ready", state / "again.log") as server:
         yield server
 
 
 def take_in(state: Path, models: Path, names: list[str], own: int, *flags: str) -> dict[str, float]:
     """Have a server take the adapters into the store of a fresh state, and end. Returns its memory then. Raises
     RuntimeError if it does not."""
-    with serving(state, models, *flags) as server:
+    with loramux_server(state, models, *flags) as server:
         end = time.monotonic() + TAKEN_IN_SECONDS
         while {a["name"] for a in httpx.get(f"{server.url}/adapters").json()["adapters"]} < set(names):
             if time.monotonic() > end:

@@ -1,7 +1,4 @@
-"""Servers that a measurement starts for itself, ours and others.
-
-Owns their processes from start to end. Does not know what they are asked.
-"""
+"""Server processes for benchmarks: loramux itself, or any other HTTP server."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,33 +16,37 @@ from pathlib import Path
 
 from server.errors import ServerError
 
-START_SECONDS = 180.0
-STOP_SECONDS = 60.0
+REPO = Path(__file__).resolve().parents[1]
+MODELS = REPO / "data" / "models"
+"""Default location of the downloaded base, as `make serve` leaves it."""
+CACHE = REPO / "data" / "cache"
+START_TIMEOUT = 180.0
+STOP_TIMEOUT = 60.0
 
 
 class NotStarted(ServerError):
-    """A server ended, or took too long, before it answered."""
+    """A server exited or did not become ready."""
 
 
 @dataclass
 class ServerProcess:
-    """A running server."""
+    """A running server and its log file."""
 
     process: subprocess.Popen[bytes]
     url: str
     log: Path
 
     def resident(self) -> int:
-        """Bytes of the process in memory."""
+        """Resident memory in bytes."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def count(self, kind: str) -> int:
-        """How many of `task` (threads) or `fd` the process has."""
+        """Number of threads (`task`) or open files (`fd`)."""
         return len(os.listdir(f"/proc/{self.process.pid}/{kind}"))
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A TCP port that is currently free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -52,41 +54,64 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], port: int, ready: str, log: Path, seconds: float = START_SECONDS
+    command: Sequence[str], port: int, ready: str, log: Path, timeout: float = START_TIMEOUT
 ) -> Iterator[ServerProcess]:
-    """The server that `command` starts on `port`, once its route `ready` answers 200; stopped at the end, with all that
-    it has started.
+    """Run a server until the context ends, then stop its whole process group.
 
-    Raises NotStarted, with the end of its log, if it cannot be run, ends before that, or takes longer than `seconds`.
+    Args:
+        command: starts the server on `port`.
+        ready: route that answers 200 once the server is ready.
+        log: file that receives stdout and stderr.
+        timeout: seconds until the server must be ready.
+
+    Raises:
+        NotStarted: the server cannot be started, exits, or is not ready in time. The message has the end of the log.
     """
     name = Path(command[0]).name
-    with log.open("wb") as told:
+    with log.open("wb") as output:
         try:
-            process = subprocess.Popen(command, stdout=told, stderr=told, process_group=0)
+            process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
         except OSError as error:
             raise NotStarted(f"{command[0]!r} cannot be run: {error}; see docs/benchmarks.md", "peers") from error
-    server = ServerProcess(process, f"http://127.0.0.1:{port}", log)
     try:
-        end = time.monotonic() + seconds
-        while not _answers(port, ready):
+        deadline = time.monotonic() + timeout
+        while not _is_ready(port, ready):
             if process.poll() is not None:
-                raise NotStarted(f"{name!r} ended with status {process.returncode}:\n{_tail(log)}", "peers")
-            if time.monotonic() > end:
-                raise NotStarted(f"{name!r} did not answer within {seconds:.0f} s:\n{_tail(log)}", "peers")
+                raise NotStarted(f"{name!r} exited with status {process.returncode}:\n{_tail(log)}", "peers")
+            if time.monotonic() > deadline:
+                raise NotStarted(f"{name!r} was not ready after {timeout:.0f} s:\n{_tail(log)}", "peers")
             time.sleep(0.05)
-        yield server
+        yield ServerProcess(process, f"http://127.0.0.1:{port}", log)
     finally:
         try:
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
-        finally:  # whoever waits for that may be asked to end a second time
-            with contextlib.suppress(ProcessLookupError):  # all of it has ended
+                process.wait(STOP_TIMEOUT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def _answers(port: int, route: str) -> bool:
+def serve_command(port: int, state: Path, *flags: str) -> list[str]:
+    """The command for `loramux serve` on the CPU without the shipped adapters, unless `flags` say otherwise."""
+    started = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--state-dir", str(state)]
+    return [*started, "--library", "none", "--device", "cpu", *flags]
+
+
+@contextlib.contextmanager
+def loramux_server(state: Path, models: Path, *flags: str) -> Iterator[ServerProcess]:
+    """Run `loramux serve` on a new state directory, with the base from `models`."""
+    state.mkdir(parents=True)
+    for name, kept in (("models", models.resolve()), ("cache", CACHE)):
+        if kept.is_dir():
+            (state / name).symlink_to(kept)
+    port = free_port()
+    with running(serve_command(port, state, *flags), port, "/health/ready", state / "server.log") as server:
+        yield server
+
+
+def _is_ready(port: int, route: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", route)
@@ -98,5 +123,4 @@ def _answers(port: int, route: str) -> bool:
 
 
 def _tail(log: Path) -> str:
-    """The last lines, which say why. A log need not be text throughout."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-15:])

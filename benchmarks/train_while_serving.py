@@ -32,7 +32,7 @@ import aiohttp
 import numpy as np
 import psutil
 
-from benchmarks.embedded_server import MODELS, ServerProcess, serving
+from benchmarks.server_process import MODELS, ServerProcess, loramux_server
 
 WORDS = "the sea was calm and a boat went out to where the old light had been seen by all who came home late".split()
 PROMPT_WORDS, TOKENS = 48, 48
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="examples of an update of the job")
     parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "state", given.models) as server:
+    with tempfile.TemporaryDirectory() as folder, loramux_server(Path(folder) / "state", given.models) as server:
         print(json.dumps(asyncio.run(measure(server, given)), indent=1))
 
 

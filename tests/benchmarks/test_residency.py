@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import benchmarks.residency
-from benchmarks.embedded_server import ServerProcess
 from benchmarks.residency import ask_all, check_read, drop, places
+from benchmarks.server_process import ServerProcess
 
 NAMES = ["a0", "a1"]
 

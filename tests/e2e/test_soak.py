@@ -1,4 +1,4 @@
-"""The soak, for seconds: fewer adapters and solo answers than `make soak`, less room, the same clients and rules."""
+"""A soak test of a few seconds, with fewer adapters than `make soak`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.e2e.conftest import STATE
 pytestmark = pytest.mark.e2e
 
 
-def test_a_short_soak(tmp_path: Path, embedded: Path) -> None:
-    report = soak(8 / 60, tmp_path, STATE / "models", alone=20, steady=14, churned=3, kv_cache=64)
+def test_short_soak(tmp_path: Path, embedded: Path) -> None:
+    report = soak(8 / 60, tmp_path, STATE / "models", alone=20, fixed=14, changing=3, kv_cache=64)
     assert not report.wrong, report.as_dict()
     assert report.alone > 10 and report.compared > report.alone
-    assert {"publish", "retire", "gone", "malformed", "stream"} <= set(report.calls)
+    assert {"publish", "retire", "disconnect", "malformed", "stream"} <= set(report.calls)
