@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from server.api.generate import finite
-from server.api.stream import cut_short
+from server.api.stream import incomplete_answer
 from server.engine.request import Delivery, TokenLogprob
 from server.model.tokenizer import Detokenizer, ModelTokenizer
 from server.tasks.inference import Generation, Reply
@@ -173,7 +173,7 @@ class V1Events:
 
     def step(self, index: int, delivery: Delivery) -> bytes:
         if delivery.finish_reason == "cancelled":
-            raise cut_short()
+            raise incomplete_answer()
         return self._chunk(self._shape.choice(index, delivery, self._logprobs)).encode()
 
     def _chunk(self, choice: str) -> str:

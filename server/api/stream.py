@@ -1,7 +1,4 @@
-"""Server-sent events, and noticing that a client has gone away.
-
-Owns the wire form of a stream. What an event says is the encoder's, one for each kind of answer.
-"""
+"""Server-sent events, and stopping work when the client disconnects."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ HEADERS = [
 
 
 class Encoder(Protocol):
-    """What a stream says: bytes of whole events, possibly none."""
+    """Turns the deliveries of a generation into bytes of whole events, possibly none."""
 
     def first(self) -> bytes: ...
 
@@ -41,13 +38,13 @@ class Encoder(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def listening(receive: Receive, leave: Callable[[], object]) -> AsyncIterator[None]:
-    """While inside, `leave` is called once the client has gone away."""
+async def on_disconnect(receive: Receive, callback: Callable[[], object]) -> AsyncIterator[None]:
+    """Call `callback` if the client disconnects inside the block."""
 
     async def listen() -> None:
         while (await receive())["type"] != "http.disconnect":
             continue
-        leave()
+        callback()
 
     listener = asyncio.create_task(listen())
     try:
@@ -57,52 +54,52 @@ async def listening(receive: Receive, leave: Callable[[], object]) -> AsyncItera
 
 
 @contextlib.asynccontextmanager
-async def working(receive: Receive, generation: Generation) -> AsyncIterator[None]:
-    """While inside, a client that goes away stops its work; after, so does leaving early for any reason."""
+async def cancelled_on_exit(receive: Receive, generation: Generation) -> AsyncIterator[None]:
+    """Cancel what is left of the generation when the client disconnects or the block ends for any reason."""
     try:
-        async with listening(receive, generation.cancel):
+        async with on_disconnect(receive, generation.cancel):
             yield
     finally:
         generation.cancel()
 
 
-async def finished(receive: Receive, generation: Generation) -> None:
-    """Wait for a whole answer, as long as there is somebody to send it to. Raises the generation's error."""
-    async with working(receive, generation):
+async def wait_finished(receive: Receive, generation: Generation) -> None:
+    """Wait for a generation; cancel it if the client disconnects. Raises its error."""
+    async with cancelled_on_exit(receive, generation):
         await generation.finished()
 
 
-async def still_there(request: Request) -> None:
-    """Raises ClientDisconnect for a client that has sent a request and gone: nothing is begun for it."""
-    await asyncio.sleep(0)  # in which the loop hears of it
+async def check_connected(request: Request) -> None:
+    """Raises ClientDisconnect if the client has already disconnected."""
+    await asyncio.sleep(0)  # lets the event loop read the socket
     if await request.is_disconnected():
         raise ClientDisconnect
 
 
-async def answered(receive: Receive, future: Future[T]) -> T:
-    """What `future` gives, as long as there is somebody to send it to. It is cancelled when it is not waited for any
-    more.
+async def wait_for_result(receive: Receive, future: Future[T]) -> T:
+    """The result of `future`, which is cancelled if the client disconnects or the wait is cancelled.
 
-    Raises its error, and ClientDisconnect when the client goes away.
+    Raises:
+        ClientDisconnect: the client disconnected.
     """
-    gone = False
+    disconnected = False
 
-    def leave() -> None:
-        nonlocal gone
-        gone = True
+    def cancel() -> None:
+        nonlocal disconnected
+        disconnected = True
         future.cancel()
 
-    async with listening(receive, leave):
+    async with on_disconnect(receive, cancel):
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            if gone:
+            if disconnected:
                 raise ClientDisconnect from None
             raise
 
 
 class EventStream(Response):
-    """A streamed answer. A failure before the first byte is a plain error, after it the last event."""
+    """A streamed answer. An error before the first byte is a plain error response; later it is the last event."""
 
     media_type = "text/event-stream"
 
@@ -112,43 +109,39 @@ class EventStream(Response):
         self.encoder = encoder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with working(receive, self.generation):
-            # As a task of its own: each event would otherwise resume every layer of the routes and middleware first.
-            await asyncio.create_task(self._answer(scope["state"]["request_id"], send))
+        async with cancelled_on_exit(receive, self.generation):
+            # In its own task: otherwise every event resumes all layers of routes and middleware.
+            await asyncio.create_task(self._send_events(scope["state"]["request_id"], send))
 
-    async def _answer(self, request_id: str, send: Send) -> None:
+    async def _send_events(self, request_id: str, send: Send) -> None:
         steps = self.generation.steps()
         arrived = await anext(steps)
-        body, held = self.encoder.first() + self._said(arrived), False  # it may say that there is no answer
+        body, delayed = self.encoder.first() + self._encode(arrived), False  # raises if there is no answer
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         try:
             while True:
-                if body and not held:
+                if body and not delayed:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
                     body = b""
                 arrived = await anext(steps)
-                body += self._said(arrived)
-                # What shows nothing goes with the step after it, if it is not the first: half of what it costs to send.
-                held = not held and not any(delivery.text for _, delivery in arrived)
+                body += self._encode(arrived)
+                # Events without text are sent together with the next step: this halves the cost of sending.
+                delayed = not delayed and not any(delivery.text for _, delivery in arrived)
         except StopAsyncIteration:
-            body += self._end()
+            body += self.encoder.last() + DONE
         except Exception as error:
             body += b"data: " + answer(error, request_id).encode() + b"\n\n"
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    def _said(self, arrived: list[tuple[int, Delivery]]) -> bytes:
+    def _encode(self, arrived: list[tuple[int, Delivery]]) -> bytes:
         return b"".join([self.encoder.step(index, delivery) for index, delivery in arrived])
-
-    def _end(self) -> bytes:
-        return self.encoder.last() + DONE
 
 
 def check_complete(generation: Generation) -> None:
-    """Raises NotReady if the server cut the answer short, which OpenAI's finish reasons have no word for."""
+    """Raises NotReady if the server cancelled the answer: OpenAI has no finish reason for that."""
     if generation.cancelled:
-        raise cut_short()
+        raise incomplete_answer()
 
 
-def cut_short() -> NotReady:
-    """The error for an answer that the server's end has cut short."""
+def incomplete_answer() -> NotReady:
     return NotReady("the server stopped before the answer was complete; send the request again", retry_after=2.0)

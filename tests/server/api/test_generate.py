@@ -424,13 +424,6 @@ def test_a_weight_is_at_most_16_in_size_and_n_at_most_16(live: Any) -> None:
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
 
 
-def test_two_tasks_in_one_query_are_refused(live: Any) -> None:
-    for path in ("/generate", "/classify"):
-        answer = live.http.post(f"{path}?task=mood&task=a", json={"prompt": "x"})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "task", answer.text
-        assert "more than one task" in answer.json()["error"]["message"]
-
-
 def test_an_absent_length_is_clipped_and_an_explicit_one_is_refused_with_both_numbers(live: Any) -> None:
     prompt = "y" * 250
     clipped = live.generate(prompt, ignore_eos=True).json()

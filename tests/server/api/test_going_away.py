@@ -16,7 +16,7 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.errors import answer
-from server.api.generate import counted
+from server.api.generate import Call
 from server.errors import InvalidRequest
 from server.tasks.inference import Caller
 from tests.waiting import until
@@ -263,19 +263,20 @@ def test_shutting_down_lets_what_runs_finish(start: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "status"), [(InvalidRequest("x"), 400), (ClientDisconnect(), "gone"), (asyncio.CancelledError(), 503)]
+    ("end", "status"), [(InvalidRequest("x"), 400), (ClientDisconnect(), "cancelled"), (asyncio.CancelledError(), 503)]
 )
-def test_a_call_that_ends_before_the_engine_is_counted_as_it_is_answered(end: BaseException, status: int | str) -> None:
-    """And goes on to whoever answers it: a server that ends cancels what is being prepared."""
-    told: list[Any] = []
+def test_a_call_that_ends_before_the_engine_is_counted_with_the_status_of_its_answer(
+    end: BaseException, status: int | str
+) -> None:
+    counted: list[Any] = []
 
     class Records:
         def record_rejection(self, target: None, error: Exception, caller: Caller) -> None:
-            told.append(answer(error).status)
+            counted.append(answer(error).status)
 
         def record_disconnect(self, target: None, caller: Caller) -> None:
-            told.append("gone")
+            counted.append("cancelled")
 
-    with pytest.raises(type(end)), counted(Records(), None, Caller()):  # type: ignore[arg-type]
+    with pytest.raises(type(end)), Call(Records(), Caller()):  # type: ignore[arg-type]
         raise end
-    assert told == [status]
+    assert counted == [status]

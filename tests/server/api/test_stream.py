@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.stream import EventStream, working
+from server.api.stream import EventStream, cancelled_on_exit
 from server.api.types import Message
 from server.engine.request import Delivery
 from server.errors import DeadlineExceeded
@@ -32,7 +32,7 @@ async def test_what_leaves_early_stops_its_work_and_listens_no_more() -> None:
 
     generation: Any = SimpleNamespace(cancel=lambda: told.append("cancelled"))
     with pytest.raises(ValueError, match="the answer failed"):
-        async with working(receive, generation):
+        async with cancelled_on_exit(receive, generation):
             await asyncio.sleep(0)
             raise ValueError("the answer failed")
     await asyncio.sleep(0)
