@@ -119,7 +119,7 @@ def search(
         wanted.name, {k: v for k, v in wanted.task.items() if k != "task"}, default_route=FixedRoute(), source="api"
     )
     judged_by = check_metrics([metric])[0] if metric else default_metric(task)
-    settings = settings.where_not_given(packing([wanted]))
+    settings = settings.with_defaults(packing([wanted]))
     base = open_base(settings, choose("reference"), quiet=as_json)
     found = examples(wanted, base, data or recipe.parent, limit)
     plan = Plan(

@@ -77,7 +77,7 @@ def train(
         check_prune_to(recipe)
         check_validation(recipe)
         wanted.append((recipe, data or path.parent))
-    settings = settings.where_not_given(packing([recipe for recipe, _ in wanted]))
+    settings = settings.with_defaults(packing([recipe for recipe, _ in wanted]))
     base = open_base(settings, training_backend(settings.device), quiet=as_json)
     done = {}
     for recipe, folder in wanted:

@@ -82,7 +82,7 @@ def test_serve_has_every_setting_but_secrets() -> None:
         assert f"{flag(name)} " not in shown
     assert set(EVERYTHING) | SECRET == set(Settings.model_fields)
     words = " ".join(shown.split())
-    assert "where the base lives (auto, cpu, cuda) [auto]" in words and "tasks are kept [90d]" in words
+    assert "device of the base model (auto, cpu, cuda) [auto]" in words and "tasks are kept [90d]" in words
 
 
 def options(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -114,7 +114,7 @@ def test_a_home_that_nobody_has(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert run(monkeypatch, *command.split()) == 1
-    said = "error: ~nobody-at-all/x begins with ~, and whose home that is cannot be told\n"
+    said = "error: the home directory in ~nobody-at-all/x is unknown\n"
     assert capsys.readouterr().err == said
 
 

@@ -143,8 +143,8 @@ def test_a_home_is_meant_by_its_sign(given: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.jsonl", "--task", "~nobody-at-all/task.json"], "whose home that is cannot be told"),
-        (["data.jsonl", "--task", "mood", "--candidate", "~nobody-at-all/x"], "whose home that is cannot be told"),
+        (["data.jsonl", "--task", "~nobody-at-all/task.json"], "home directory in"),
+        (["data.jsonl", "--task", "mood", "--candidate", "~nobody-at-all/x"], "home directory in"),
         (["data.jsonl", "--task", "unknown"], "no task 'unknown'"),
         (["data.jsonl", "--task", "mood", "--metric", "f1"], "'f1' is no metric"),
         (["data.jsonl", "--task", "mood", "--metric", "bleu"], "bleu looks at 4 tokens in a row"),

@@ -246,7 +246,7 @@ def test_a_home_is_meant_by_its_sign_in_a_recipe(given: Path, monkeypatch: pytes
     (given / "echo.toml").write_text(RECIPE.replace('"data', '"~nobody-at-all/data'))
     for command in ("train", "search"):
         done = runner.invoke(app, [command, "echo.toml", "--state-dir", "state"])
-        assert isinstance(done.exception, ServerError) and "whose home that is cannot be told" in str(done.exception)
+        assert isinstance(done.exception, ServerError) and "home directory in" in str(done.exception)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
