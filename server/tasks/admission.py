@@ -1,53 +1,70 @@
-"""How much one key, or one task, may have at a time: a rate of requests and a number in flight.
-
-Owns the counts. The engine's queue bounds what all of them have together.
-"""
+"""Limits for each key and each task: a request rate and a number of concurrent requests."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import Counter
 
 from server.errors import RateLimited
 
-REMEMBERED = 4096
+BURST_SECONDS = 2
 
 
-class _Rate:
-    """Requests a second of each name, with a burst of two seconds' worth (at least one request)."""
+class RateLimit:
+    """Requests per second of each name, in a moving window of two seconds (longer for rates below 1 in 2 s)."""
 
-    def __init__(self, rate: float, clock: Callable[[], float]) -> None:
-        self.rate = rate
-        self._clock = clock
-        self._burst = max(1.0, 2 * rate)
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+    def __init__(self, rate: float, what: str) -> None:
+        # Imported here: it takes 0.1 s and most servers have no rate limit.
+        from limits import RateLimitItemPerSecond
+        from limits.storage import MemoryStorage
+        from limits.strategies import MovingWindowRateLimiter
 
-    def left(self, name: str) -> float:
-        """How many requests it may send now."""
-        now = self._clock()
-        tokens, since = self._buckets.get(name, (self._burst, now))
-        return min(self._burst, tokens + (now - since) * self.rate)
+        self._rate, self._what = rate, what
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        requests = math.floor(rate * BURST_SECONDS)
+        seconds = BURST_SECONDS if requests else math.ceil(1 / rate)
+        self._window = RateLimitItemPerSecond(max(1, requests), seconds)
 
-    def check(self, name: str, whose: str) -> None:
-        """Raises RateLimited, with the time of its next request, if it may send none now."""
-        left = self.left(name)
-        if left < 1.0:
-            wait = (1.0 - left) / self.rate
-            raise RateLimited(f"the rate of {self.rate:g} requests a second of {whose} is used up", retry_after=wait)
+    def check(self, name: str) -> None:
+        """Raises RateLimited if the next request would be over the rate."""
+        if not self._limiter.test(self._window, name):
+            wait = self._limiter.get_window_stats(self._window, name).reset_time - time.time()
+            message = f"the rate of {self._rate:g} requests a second of {self._what.format(name)} is used up"
+            raise RateLimited(message, retry_after=max(0.0, wait))
 
-    def spend(self, name: str) -> None:
-        """It sends one."""
-        self._buckets[name] = (self.left(name) - 1.0, self._clock())
-        self._buckets.move_to_end(name)
-        if len(self._buckets) > REMEMBERED:
-            self._buckets.popitem(last=False)
+    def count(self, name: str) -> None:
+        self._limiter.hit(self._window, name)
+
+
+class Concurrency:
+    """Most requests of each name at a time; None is no limit."""
+
+    def __init__(self, limit: int | None, what: str) -> None:
+        self._limit, self._what = limit, what
+        self._running: Counter[str] = Counter()
+
+    def check(self, name: str) -> None:
+        """Raises RateLimited if the next request would be over the limit."""
+        if self._limit is not None and self._running[name] >= self._limit:
+            message = f"{self._what.format(name)} has {self._limit} of {self._limit} requests in flight"
+            raise RateLimited(message, retry_after=1.0)
+
+    def enter(self, name: str) -> None:
+        self._running[name] += 1
+
+    def leave(self, name: str) -> None:
+        self._running[name] -= 1
+        if not self._running[name]:
+            del self._running[name]
 
 
 class Admission:
-    """Limits that are None are none. Used on the event loop's thread alone.
+    """All limits of a server. Use it on the event loop's thread only.
 
-    Rates are in requests a second for each key and for each task, with a burst of two seconds' worth.
+    Args:
+        key_rate, task_rate: requests per second; None is no limit.
+        per_key, per_task: concurrent requests; None is no limit.
     """
 
     def __init__(
@@ -56,43 +73,39 @@ class Admission:
         per_key: int | None = None,
         task_rate: float | None = None,
         per_task: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._key_rate = None if key_rate is None else _Rate(key_rate, clock)
-        self._task_rate = None if task_rate is None else _Rate(task_rate, clock)
-        self._per_key, self._per_task = per_key, per_task
-        self._keys: Counter[str] = Counter()
-        self._tasks: Counter[str] = Counter()
+        self._key_rate = None if key_rate is None else RateLimit(key_rate, "this key")
+        self._task_rate = None if task_rate is None else RateLimit(task_rate, "the task {!r}")
+        self._keys = Concurrency(per_key, "this key")
+        self._tasks = Concurrency(per_task, "the task {!r}")
 
     def check(self, tenant: str, task: str | None) -> None:
-        """Raises RateLimited, which says which limit it was, for a request that would not be let in now."""
-        if self._per_key is not None and self._keys[tenant] >= self._per_key:
-            raise RateLimited(f"this key has {self._per_key} of {self._per_key} requests in flight", retry_after=1.0)
-        if task is not None and self._per_task is not None and self._tasks[task] >= self._per_task:
-            raise RateLimited(
-                f"the task {task!r} has {self._per_task} of {self._per_task} requests in flight", retry_after=1.0
-            )
+        """Raises RateLimited, naming the limit, if the next request would be refused. Counts nothing."""
+        self._keys.check(tenant)
+        if task is not None:
+            self._tasks.check(task)
         if self._key_rate is not None:
-            self._key_rate.check(tenant, "this key")
+            self._key_rate.check(tenant)
         if task is not None and self._task_rate is not None:
-            self._task_rate.check(task, f"the task {task!r}")
+            self._task_rate.check(task)
 
     def enter(self, tenant: str, task: str | None) -> None:
-        """Let a request in. Raises RateLimited, as `check` does; nothing is spent then."""
+        """Count a request that starts. Raises RateLimited as `check` does; nothing is counted then."""
         self.check(tenant, task)
-        self._keys[tenant] += 1
+        self._keys.enter(tenant)
         if self._key_rate is not None:
-            self._key_rate.spend(tenant)
+            self._key_rate.count(tenant)
         if task is not None:
-            self._tasks[task] += 1
+            self._tasks.enter(task)
             if self._task_rate is not None:
-                self._task_rate.spend(task)
+                self._task_rate.count(task)
 
     def leave(self, tenant: str, task: str | None) -> None:
-        """A request that was let in has ended."""
-        for counts, name in ((self._keys, tenant), (self._tasks, task)):
-            if name is None:
-                continue
-            counts[name] -= 1
-            if not counts[name]:
-                del counts[name]
+        """Count the end of a request that `enter` admitted."""
+        self._keys.leave(tenant)
+        if task is not None:
+            self._tasks.leave(task)
+
+    def idle(self) -> bool:
+        """Whether no request is in flight."""
+        return not self._keys._running and not self._tasks._running

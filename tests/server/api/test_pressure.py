@@ -214,7 +214,7 @@ def test_an_evaluation_takes_nobodys_place_under_the_limit_of_its_task(
     assert live.http.get(f"/jobs/{job}").json()["status"] == "running"
     live.slow_down(0.0)
     until(lambda: live.http.get(f"/jobs/{job}").json()["status"] == "succeeded", every=0.02)
-    assert live.services.inference.admission._tasks == {}
+    assert live.services.inference.admission.idle()
 
 
 def test_what_a_client_asks_goes_before_an_evaluation_that_came_first(
