@@ -17,20 +17,20 @@ REVIEWS = ("A stirring, funny film that never lets go.", "Two hours of my life t
 
 
 async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Post a body; come back as the server says while it is full or still loading."""
+    """Post a body. Retry after the time that the server states while it is full or loading."""
     while True:
         answer = await http.post(path, json=body)
         if answer.status_code not in (429, 503):
             answer.raise_for_status()
-            told: dict[str, Any] = answer.json()
-            return told
+            content: dict[str, Any] = answer.json()
+            return content
         await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
 
 
 async def main(url: str, key: str = "") -> None:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=300) as http:
-        # All at once: one batch on the server, whatever their adapters.
+        # Concurrent requests share a batch on the server, whatever their adapters are.
         bodies = [{"prompt": review} for review in REVIEWS]
         answers = await asyncio.gather(*(ask(http, "/generate?task=sentiment", body) for body in bodies))
         for review, answer in zip(REVIEWS, answers, strict=True):
@@ -39,9 +39,9 @@ async def main(url: str, key: str = "") -> None:
         scored = await ask(http, "/classify?task=sentiment", {"prompt": REVIEWS[1]})
         print(scored["label"], scored["scores"])
 
-        # What was right comes back as feedback: it counts for the version that answered.
-        given = {"id": answers[0]["id"], "expected": "positive"}
-        (await http.post("/tasks/sentiment/feedback", json=given)).raise_for_status()
+        # Feedback counts for the version that answered.
+        feedback = {"id": answers[0]["id"], "expected": "positive"}
+        (await http.post("/tasks/sentiment/feedback", json=feedback)).raise_for_status()
 
         print("stream: ", end="")
         body = {"prompt": "The lighthouse keeper", "max_tokens": 30, "stream": True, "adapters": []}

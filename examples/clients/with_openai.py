@@ -15,7 +15,7 @@ REVIEW = "A stirring, funny film that never lets go."
 
 
 def main(url: str, key: str = "none") -> None:
-    # It comes back by itself after 429 and 503, as `Retry-After` says.
+    # The client retries after 429 and 503, as `Retry-After` says.
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=5)
     for model in client.models.list():
         print(model.id, (model.model_extra or {}).get("kind"))
@@ -25,12 +25,12 @@ def main(url: str, key: str = "none") -> None:
     answer = client.chat.completions.create(model="sentiment", messages=question)
     print("sentiment:", answer.choices[0].message.content)
 
-    # A mix of adapters with weights, chosen by the request alone. An empty list is the base.
+    # A weighted mix of adapters, for this request only. An empty list is the base.
     mix = [{"name": "sentiment", "weight": 0.7}]
-    made = client.completions.create(
+    completion = client.completions.create(
         model="adapter:sentiment", prompt="The film was", max_tokens=12, temperature=0, extra_body={"adapters": mix}
     )
-    print("mix:", repr(made.choices[0].text))
+    print("mix:", repr(completion.choices[0].text))
 
     print("stream: ", end="")
     story: Any = [{"role": "user", "content": "Tell me about lighthouses in one sentence."}]
@@ -40,7 +40,7 @@ def main(url: str, key: str = "none") -> None:
             print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
 
-    # What a schema does not rule out a small base may write, until its tokens are used up: so nothing beside the stars.
+    # Forbid additional properties: a small base may generate them until its tokens are used up.
     stars = {"type": "integer", "minimum": 1, "maximum": 5}
     schema = {"type": "object", "properties": {"stars": stars}, "required": ["stars"], "additionalProperties": False}
     form: Any = {"type": "json_schema", "json_schema": {"name": "rating", "schema": schema}}
