@@ -1,7 +1,4 @@
-"""`Batch`: everything that one step needs, as flat arrays. An argument of `runner.run`, never a global.
-
-Adapters are data here: each sequence names its slots and weights, and a base-only sequence names none.
-"""
+"""`Batch`: the input of one step as flat arrays, and `Logits`, its result."""
 
 from __future__ import annotations
 
@@ -22,15 +19,15 @@ Counts = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Batch:
-    """S sequences with T new tokens in all; L of the rows have their logits computed.
+    """S sequences with T new tokens in total. L of the rows need logits.
 
     tokens      int64 [T]     new token ids, sequence after sequence
-    positions   int64 [T]     each token's position in its sequence
+    positions   int64 [T]     position of each token in its sequence
     row_start   int32 [S+1]   sequence s has the rows row_start[s] to row_start[s+1]
-    context     int32 [S]     tokens in the cache after this step (so its new ones are the last)
-    blocks      int32 [S, B]  block table, -1 beyond a sequence's last block
-    logit_rows  int64 [L]     rows whose logits are wanted, ascending
-    mixes       S tuples of (slot, weight)
+    context     int32 [S]     tokens in the KV cache after this step
+    blocks      int32 [S, B]  block table, padded with -1
+    logit_rows  int64 [L]     rows that need logits, ascending
+    mixes       S tuples of (slot, weight), empty for the base alone
     """
 
     tokens: Ids
@@ -50,34 +47,37 @@ class Batch:
         return len(self.context)
 
 
-def _already() -> None:
-    """What is there need not be waited for."""
+def _no_wait() -> None:
+    """The results are available already."""
 
 
 class Logits:
-    """What a step computes: `rows`, float32 [L, vocab] of a batch's `logit_rows`, where the runner has them.
+    """The result of a step. Reading `rows` or `largest` waits for it.
 
-    `largest` is the first largest of each row, int64 [L], -1 for a row that has a number that is not finite. A runner
-    that does not give it has it found when it is first asked for. Either is waited for, by `wait`, when it is read;
-    `unread` are the rows as they may not be yet, for the runner's own thread or device.
+    Args:
+        rows: float32 [L, vocab] logits of the batch's `logit_rows`, where the runner has them.
+        largest: int64 [L] index of the first maximum of each row, or -1 if the row has a value that is not finite.
+            Computed on demand if None.
+        wait: Waits until both are available. Raises the step's error.
     """
 
     def __init__(
         self,
         rows: torch.Tensor | npt.NDArray[np.float32],
         largest: Ids | None = None,
-        wait: Callable[[], None] = _already,
+        wait: Callable[[], None] = _no_wait,
     ) -> None:
         self._rows = rows
         self._largest = largest
         self._wait = wait
 
     def wait(self) -> None:
-        """Returns once they are there. Raises what the step has failed at."""
+        """Wait until the results are available. Raises the step's error."""
         self._wait()
 
     @property
     def unread(self) -> torch.Tensor:
+        """The rows without waiting, for the runner's own thread or device."""
         return torch.as_tensor(self._rows)
 
     @property
@@ -86,12 +86,12 @@ class Logits:
         return self.unread
 
     @property
-    def knows_largest(self) -> bool:
-        """Whether `largest` costs nothing."""
+    def has_largest(self) -> bool:
+        """Whether `largest` is known without computing it."""
         return self._largest is not None
 
     def part(self, start: int, stop: int) -> Logits:
-        """Some of the rows, in the host's memory."""
+        """Return some of the rows in the host's memory."""
         return Logits(self.rows[start:stop].cpu(), None if self._largest is None else self._largest[start:stop])
 
     @property
@@ -100,44 +100,44 @@ class Logits:
         if self._largest is None:
             values = self.unread.numpy(force=True)
             found = values.argmax(1)
-            # argmax finds a NaN or +inf if there is one, and the minimum a -inf
-            fine = np.isfinite(values[np.arange(len(values)), found]) & np.isfinite(values.min(1))
-            self._largest = np.where(fine, found, -1)
+            # argmax finds NaN or +inf, min finds -inf
+            is_finite = np.isfinite(values[np.arange(len(values)), found]) & np.isfinite(values.min(1))
+            self._largest = np.where(is_finite, found, -1)
         return self._largest
 
 
 _NO_BLOCK = b"\xff"
-"""Four of it are -1, which stands in a block table beyond a sequence's last block."""
+"""Four of these bytes are the int32 -1, the padding of a block table."""
 
 
-def most_tokens(max_step_tokens: int, max_batch: int) -> int:
-    """Rows that a step may have: those of `max_batch` requests and one of a prompt at least."""
+def step_token_limit(max_step_tokens: int, max_batch: int) -> int:
+    """Return the most tokens of a step: at least those of `max_batch` decodes and one prefill token."""
     return max(max_step_tokens, max_batch + 1)
 
 
-def most_logits(max_batch: int) -> int:
-    """Rows of a step that may have logits: those of requests that generate, and of prompts that are scored."""
+def step_logit_limit(max_batch: int) -> int:
+    """Return the most rows of a step with logits: those of decodes and of scored prompts."""
     return max(64, 2 * max_batch)
 
 
 class ScheduledRequest(NamedTuple):
-    """A request's part of a step: its next `tokens` tokens, of whose rows the last `logits` are wanted as logits."""
+    """A request's part of a step: its next `tokens` tokens, of which the last `logits` rows need logits."""
 
     request: Request
     tokens: int
     logits: int
 
 
-def build_batch(work: Sequence[ScheduledRequest]) -> Batch:
-    """The flat arrays of a step. The work must not be empty."""
+def build_batch(scheduled: Sequence[ScheduledRequest]) -> Batch:
+    """Build the flat arrays of a step from at least one scheduled request."""
     tokens: list[int] = []
     positions: list[int] = []
     starts, ends = [0], []
     rows: list[int] = []
     tables: list[bytes] = []
-    for request, count, logits in work:
+    for request, count, logits in scheduled:
         start = request.computed
-        if count == 1 and start >= len(request.prompt):  # nearly every row of nearly every step
+        if count == 1 and start >= len(request.prompt):  # decode: the most frequent case
             tokens.append(request.output[start - len(request.prompt)])
             positions.append(start)
         else:
@@ -154,7 +154,7 @@ def build_batch(work: Sequence[ScheduledRequest]) -> Batch:
         positions=np.array(positions, np.int64),
         row_start=np.array(starts, np.int32),
         context=np.array(ends, np.int32),
-        blocks=np.frombuffer(blocks, np.int32).reshape(len(work), -1),
+        blocks=np.frombuffer(blocks, np.int32).reshape(len(scheduled), -1),
         logit_rows=np.array(rows, np.int64),
-        mixes=tuple([item.request.slots for item in work]),
+        mixes=tuple([item.request.slots for item in scheduled]),
     )

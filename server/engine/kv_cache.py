@@ -1,8 +1,4 @@
-"""The blocks of the KV cache: who holds them, and which of them can be found again by what is in them.
-
-Owns block numbers, their reference counts and the prefix cache. The bytes are the runner's; requests and the reasons
-to reserve or free are the scheduler's. Not thread-safe: the engine's thread has it alone.
-"""
+"""Allocation of KV blocks with reference counts, and the prefix cache over full blocks."""
 
 from __future__ import annotations
 
@@ -15,55 +11,58 @@ import numpy as np
 
 from adapters.weights import Mix
 
-Key = bytes
-"""Names a full block by its content: everything before it, its own tokens, the base, the mix and the tenant."""
+BlockHash = bytes
+"""Identifies a full block by its tokens and everything before them, the base model, the mix and the tenant."""
 
 
-def root_key(base_id: str, mix: Mix, tenant: str) -> Key:
-    """Where the chain of keys begins for a base, a mix with its weights, and a tenant."""
+def root_hash(base_id: str, mix: Mix, tenant: str) -> BlockHash:
+    """Return the hash before the first block. It salts the prefix cache by base, mix with weights, and tenant."""
     h = hashlib.blake2b(digest_size=16)
     for part in (base_id.encode(), tenant.encode(), *(d.encode() + struct.pack("<d", w) for d, w in mix)):
         h.update(struct.pack("<I", len(part)) + part)
     return h.digest()
 
 
-def next_key(parent: Key, tokens: Sequence[int]) -> Key:
-    """The key of a full block of `tokens` after `parent`."""
+def next_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
+    """Return the hash of a full block of `tokens` that follows the block `parent`."""
     return hashlib.blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
 
 
 class KVCache:
-    """`blocks` blocks of `block_size` tokens each. A block is free, used (by one or more requests) or cached.
+    """Allocates KV blocks. A block is free, used (by one or more requests) or cached. Not thread-safe.
 
-    A block whose content has been named by `keep` is not lost when its last user frees it: it stays cached, least
-    recently used first to go, until room is needed. One mix has at most `max_share` of all blocks cached; with a
-    share of 0 nothing is ever found again.
+    A full block registered with `register` stays cached after its last user frees it, until its room is needed. The
+    least recently used block is evicted first.
+
+    Args:
+        blocks: Number of blocks.
+        block_size: Tokens per block.
+        max_share: Largest share of all blocks that one mix may have cached. 0 turns the prefix cache off.
     """
 
     def __init__(self, blocks: int, block_size: int, max_share: float = 0.5) -> None:
         self.blocks = blocks
         self.block_size = block_size
         self.queries = 0
-        """Tokens that were looked for."""
+        """Prompt tokens looked up in the prefix cache."""
         self.hits = 0
-        """Tokens that were found."""
+        """Prompt tokens found there."""
         self._limit = int(blocks * max_share)
         self._free = list(range(blocks - 1, -1, -1))
         self._users = [0] * blocks
-        self._key: list[Key | None] = [None] * blocks
+        self._hash: list[BlockHash | None] = [None] * blocks
         self._mix: list[Mix | None] = [None] * blocks
-        self._block_of: dict[Key, int] = {}
+        self._block_of: dict[BlockHash, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._cached_of: dict[Mix, OrderedDict[int, None]] = {}
 
     @property
-    def remembers(self) -> bool:
-        """Whether what is kept can be found again."""
+    def has_prefix_cache(self) -> bool:
         return self._limit > 0
 
     @property
     def available(self) -> int:
-        """How many blocks `reserve` could give."""
+        """Number of blocks that can be allocated: the free and the cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -72,24 +71,24 @@ class KVCache:
         return {"free": free, "cached": cached, "used": self.blocks - free - cached}
 
     def blocks_for(self, tokens: int) -> int:
-        """How many blocks hold so many tokens."""
+        """Return the number of blocks for a number of tokens."""
         return -(-tokens // self.block_size)
 
-    def reserve(self, count: int) -> list[int] | None:
-        """`count` blocks of unknown content for one user, or None and no change."""
+    def allocate(self, count: int) -> list[int] | None:
+        """Allocate `count` blocks, evicting cached blocks if needed. Returns None, and changes nothing, if too few."""
         if count > self.available:
             return None
         while len(self._free) < count:
-            self._forget(next(iter(self._cached)))
+            self._evict(next(iter(self._cached)))
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
             self._users[block] = 1
         return taken
 
-    def match(self, keys: Sequence[Key]) -> list[int]:
-        """The blocks that hold the longest known beginning of `keys`, each with one more user."""
+    def match_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """Return the blocks of the longest known prefix of `hashes`, and add a user to each."""
         found: list[int] = []
-        for key in keys:
+        for key in hashes:
             block = self._block_of.get(key)
             if block is None:
                 break
@@ -100,29 +99,29 @@ class KVCache:
         return found
 
     def count_query(self, tokens: int, found: int) -> None:
-        """Count a look-up of `tokens` tokens of which `found` blocks were there."""
+        """Count a look-up of `tokens` tokens that found `found` blocks."""
         self.queries += tokens
         self.hits += found * self.block_size
 
-    def keep(self, block: int, key: Key, mix: Mix) -> None:
-        """Name the content of a used, full block. If another block has that content already, that one remains it."""
-        if self._limit and self._key[block] is None and key not in self._block_of:
-            self._key[block] = key
+    def register(self, block: int, key: BlockHash, mix: Mix) -> None:
+        """Make a used, full block findable by its hash. Does nothing if another block has that hash."""
+        if self._limit and self._hash[block] is None and key not in self._block_of:
+            self._hash[block] = key
             self._mix[block] = mix
             self._block_of[key] = block
 
-    def disown(self, blocks: Iterable[int]) -> None:
-        """Used blocks lose their names: what is in them is not to be found again."""
+    def unregister(self, blocks: Iterable[int]) -> None:
+        """Make used blocks unfindable, because their contents may be wrong."""
         for block in blocks:
-            key = self._key[block]
+            key = self._hash[block]
             if key is not None:
                 del self._block_of[key]
-                self._key[block] = self._mix[block] = None
+                self._hash[block] = self._mix[block] = None
 
     def free(self, blocks: Iterable[int]) -> None:
-        """One user less for each block. Of one sequence's blocks the last goes first when room is needed."""
+        """Remove one user from each block. The last block of a sequence becomes the first to be evicted."""
         for block in reversed(list(blocks)):
-            assert self._users[block] > 0, f"block {block} is freed more often than it was reserved"
+            assert self._users[block] > 0, f"block {block} is freed more often than it was allocated"
             self._users[block] -= 1
             if self._users[block]:
                 continue
@@ -133,28 +132,24 @@ class KVCache:
             own = self._cached_of.setdefault(mix, OrderedDict())
             self._cached[block] = own[block] = None
             if len(own) > self._limit:
-                self._forget(next(iter(own)))
+                self._evict(next(iter(own)))
 
     def clear(self) -> None:
-        """Forget what is cached; blocks in use keep their users and lose their names."""
+        """Evict all cached blocks and unregister the used ones."""
         for block in list(self._cached):
-            self._forget(block)
-        self.disown(range(self.blocks))
+            self._evict(block)
+        self.unregister(range(self.blocks))
 
     def _uncache(self, block: int) -> None:
         mix = self._mix[block]
-        assert mix is not None, "a cached block has a name"
+        assert mix is not None, "cached blocks have a mix"
         del self._cached[block]
         own = self._cached_of[mix]
         del own[block]
         if not own:
             del self._cached_of[mix]
 
-    def _forget(self, block: int) -> None:
-        """A cached block becomes a free one."""
+    def _evict(self, block: int) -> None:
         self._uncache(block)
-        key = self._key[block]
-        assert key is not None, "a cached block has a name"
-        del self._block_of[key]
-        self._key[block] = self._mix[block] = None
+        self.unregister((block,))
         self._free.append(block)

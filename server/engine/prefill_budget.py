@@ -1,8 +1,7 @@
-"""`PrefillBudget`: how many rows of prompts a step may have, so that it stays far within what a step that hangs takes.
+"""`PrefillBudget`: limits the prefill tokens of a step so that its time stays well below `step_limit`.
 
-Nothing is answered while a step runs, and a short step of one machine may be minutes on another, or with another base.
-So the rows that fit are learned from the steps that ran. Knows no requests: only rows, how many tokens come before
-them, and seconds.
+Nothing is delivered during a step, and the watchdog ends a process whose step exceeds the limit. The number of tokens
+that fit differs by machine and model, so it is estimated from recent steps.
 """
 
 from __future__ import annotations
@@ -12,23 +11,23 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-LEAST_ROWS = 16
-"""Rows of prompts that a step may have however slow it is: fewer save little, as each reads all of the weights."""
+MIN_TOKENS = 16
+"""Prefill tokens that every step may have. Fewer save little, because each step reads all weights."""
 
-FIRST_ROWS = 64
-"""Rows of prompts of the first step, of which nothing is known yet."""
+FIRST_TOKENS = 64
+"""Prefill tokens of the first step, before any measurement."""
 
-RAISED = 8
-"""How many times the rows of a step that took little time another may have."""
+MAX_GROWTH = 8
+"""Largest factor by which the budget grows after one step."""
 
-AIM, LONG = 1 / 12, 1 / 6
-"""Parts of the limit: what a step is to take, and what is too long."""
+TARGET, TOO_LONG = 1 / 12, 1 / 6
+"""Shares of the limit: the intended time of a step, and the time from which the budget is lowered."""
 
-LEAST_STEP, MOST_AIM = 1.5, 0.4
-"""Where the smallest steps take long, a step is to take so many times as much, up to such a part of the limit."""
+MIN_STEP_FACTOR, MAX_TARGET = 1.5, 0.4
+"""If the smallest steps are slow, the target is this multiple of their time, up to this share of the limit."""
 
 DEPTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-"""Tokens before a row from which on it is of another class: it attends to twice as many."""
+"""Boundaries of depth classes. The depth of a token is the number of tokens before it, which it attends to."""
 
 
 def _class(depth: int) -> int:
@@ -36,75 +35,75 @@ def _class(depth: int) -> int:
 
 
 @dataclass
-class PrefillShare:
-    """What prompts have of a step, by class of depth: rows, and the part of the step that these fill, of 1 in all."""
+class PrefillLoad:
+    """Prefill tokens of one step: counts by depth class, and the share of the budget (1 in total) that they use."""
 
-    rows: Counter[int] = field(default_factory=Counter)
-    parts: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    tokens: Counter[int] = field(default_factory=Counter)
+    shares: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class PrefillBudget:
-    """Steps have up to `most` rows, and hang after `limit` seconds; where that is infinite, nothing is learned, and
-    every prompt has all rows.
+    """Estimates how many prefill tokens fit into a step, for each depth class.
 
-    A row's time depends on the tokens before it, and on the model, the processor and the kernels how much: so what is
-    learned is learned by classes of depth, and a depth of which nothing is known has half the rows of the one before.
+    An unknown class gets half the budget of the class before it.
+
+    Args:
+        max_tokens: Most tokens of a step.
+        step_limit: Seconds after which a step counts as stuck. If infinite, the budget is always `max_tokens`.
     """
 
-    def __init__(self, most: int, limit: float = math.inf) -> None:
-        self._most = most
-        self._limit = limit
-        self._fit: dict[int, float] = {0: min(most, FIRST_ROWS)}
-        """Rows that fill a step, by class of depth, where they are known."""
-        if math.isinf(limit):
-            self._fit = dict.fromkeys(range(len(DEPTHS) + 1), most)
-        self._long = set[int]()
-        """Classes whose last step was too long."""
-        self._before = 0.0
-        """Seconds of the last step."""
+    def __init__(self, max_tokens: int, step_limit: float = math.inf) -> None:
+        self._max = max_tokens
+        self._limit = step_limit
+        self._budget: dict[int, float] = {0: min(max_tokens, FIRST_TOKENS)}
+        if math.isinf(step_limit):
+            self._budget = dict.fromkeys(range(len(DEPTHS) + 1), max_tokens)
+        self._was_long = set[int]()
+        """Classes whose last step took too long."""
+        self._last = 0.0
         self._smallest = (0.0, 0.0)
-        """Seconds of the last two steps of hardly any rows of prompts, unless a larger one was shorter."""
+        """Seconds of the last two steps with almost no prefill, lowered by faster larger steps."""
 
-    def room(self, depth: int, share: PrefillShare) -> int:
-        """How many rows more a prompt may add to a step that has `share` of prompts, at `depth` tokens before them."""
-        left = math.floor(self._full(_class(depth)) * (1.0 - sum(share.parts.values())) + 1e-6)
-        return max(LEAST_ROWS - share.rows.total(), left)
+    def room(self, depth: int, load: PrefillLoad) -> int:
+        """Return how many tokens at `depth` can be added to a step that has `load`."""
+        left = math.floor(self._full(_class(depth)) * (1.0 - sum(load.shares.values())) + 1e-6)
+        return max(MIN_TOKENS - load.tokens.total(), left)
 
-    def add(self, depth: int, rows: int, share: PrefillShare) -> None:
-        """So many rows are added to it; or taken back, if below 0."""
+    def add(self, depth: int, tokens: int, load: PrefillLoad) -> None:
+        """Add tokens to the load of a step. A negative number removes them."""
         at = _class(depth)
-        share.rows[at] += rows
-        share.parts[at] += rows / self._full(at)
+        load.tokens[at] += tokens
+        load.shares[at] += tokens / self._full(at)
 
-    def learn(self, share: PrefillShare, seconds: float) -> None:
-        """A step with so much of prompts has taken so long, whatever else it had. It may have been planned before what
-        other steps have told since.
+    def update(self, load: PrefillLoad, seconds: float) -> None:
+        """Update the estimate from the time of a finished step.
 
-        One long step lowers nothing: the process may have been stopped within it. One short step raises nothing: of two
-        that follow each other without a pause, the second seems short if the first was read late.
+        One long step lowers nothing, because the process may have been suspended. One short step raises nothing,
+        because it may have been measured from a late start.
         """
-        if share.rows.total() <= LEAST_ROWS:
+        if load.tokens.total() <= MIN_TOKENS:
             self._smallest = (self._smallest[1], seconds)
         else:
             self._smallest = (min(self._smallest[0], seconds), min(self._smallest[1], seconds))
-        aim = max(self._limit * AIM, min(LEAST_STEP * min(self._smallest), self._limit * MOST_AIM))
-        is_long = seconds > max(self._limit * LONG, aim)
-        times = aim / max(seconds, 1e-9)
-        """How many of this step would take what one is to take."""
-        raised = min(RAISED, aim / max(seconds, self._before, 1e-9))
-        self._before = seconds
-        filled = min(1.0, sum(share.parts.values()))
-        for at, rows in share.rows.items():
-            if rows and is_long and at in self._long:
-                full = rows / share.parts[at] * filled
-                self._fit[at] = min(self._full(at), max(LEAST_ROWS, full * times))
-            elif rows and is_long:
-                self._long.add(at)
-            elif rows:
-                self._long.discard(at)
-                self._fit[at] = max(self._full(at), min(self._most, rows * raised))
+        target = max(self._limit * TARGET, min(MIN_STEP_FACTOR * min(self._smallest), self._limit * MAX_TARGET))
+        is_long = seconds > max(self._limit * TOO_LONG, target)
+        shrink = target / max(seconds, 1e-9)
+        growth = min(MAX_GROWTH, target / max(seconds, self._last, 1e-9))
+        self._last = seconds
+        used = min(1.0, sum(load.shares.values()))
+        for at, tokens in load.tokens.items():
+            if not tokens:
+                continue
+            if not is_long:
+                self._was_long.discard(at)
+                self._budget[at] = max(self._full(at), min(self._max, tokens * growth))
+            elif at in self._was_long:
+                full = tokens / load.shares[at] * used
+                self._budget[at] = min(self._full(at), max(MIN_TOKENS, full * shrink))
+            else:
+                self._was_long.add(at)
 
     def _full(self, at: int) -> float:
-        """Rows that fill a step. Twice as deep ones are taken to cost twice as much as long as they are not known."""
-        known = self._fit.get(at)
-        return max(LEAST_ROWS, self._full(at - 1) / 2.0) if known is None else known
+        """Tokens of a class that fill a step."""
+        known = self._budget.get(at)
+        return max(MIN_TOKENS, self._full(at - 1) / 2.0) if known is None else known

@@ -1,14 +1,11 @@
-"""Where requests wait: the `RequestInbox` that any thread may put into, and the `FairQueue` that the scheduler
-takes from.
+"""`RequestInbox`, which accepts requests from any thread, and `FairQueue`, the scheduler's waiting queue.
 
-Owns order and bounds. Does not know blocks, slots or loads.
-
-The fair queue follows the virtual token counter of Sheng et al. (2024), "Fairness in Serving Large Language Models":
-each key has a counter of the service that it got, and the key with the least goes first. Theirs lets a key that has
-been away start at the least of those that wait. Where ever new keys come, all of them start there and hold it down, and
-whoever has been served once waits for ever; so here it starts at a clock as in fair queueing (Demers et al., 1989),
-which goes on by the share that each key that waits or runs has of the service. Who wants less than its share leaves
-the rest to others, whose counters get ahead of the clock; so it follows the least of those that wait, and the last one.
+The fair queue follows the Virtual Token Counter of Sheng et al. (2024), "Fairness in Serving Large Language Models":
+each key has a counter of the service it received, and the key with the lowest counter goes first. In the paper a
+returning key starts at the minimum of the waiting counters. With a steady stream of new keys that minimum never rises,
+and keys served once would starve. So a key starts at a virtual clock, as in fair queueing (Demers et al., 1989), which
+advances by each present key's share of the service. If the minimum of the waiting counters is ahead of the clock, the
+clock moves there.
 """
 
 from __future__ import annotations
@@ -25,34 +22,41 @@ from server.engine.request import Request
 from server.errors import NoCapacity, NotReady, QueueFull
 
 OUTPUT_COST = 2.0
-"""What a generated token counts for a key, a computed prompt token counting 1."""
+"""Service counted for a generated token. A computed prompt token counts 1."""
 
 REMEMBERED_KEYS = 1024
+"""Number of absent keys whose counters are kept."""
 
 Key = tuple[int, str]
-"""(priority, fair key); the lower priority number goes first."""
+"""(priority, fair key). Lower priority numbers go first."""
 
 
 @dataclass
 class Arrivals:
-    """What came since the last step."""
+    """What has arrived since the last step."""
 
     requests: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
-    forgotten: list[str] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
+    """Digests of adapters to unload."""
     wanted_bytes: int = 0
-    """How many bytes of adapters in idle slots should be let go."""
+    """RAM that idle adapter slots should release."""
 
 
 _NOTHING = Arrivals()
 
 
 class RequestInbox:
-    """The engine's door, for any thread. Bounds what waits, from here until it runs for the first time.
+    """Passes requests to the engine's thread, and limits how many wait until they run for the first time. Thread-safe.
 
-    A request finds a place taken only by those that are not less urgent than it. Where all are, one whose key has fewer
-    waiting than another of its priority still gets in. `overfull` then names the key whose newest request has to go:
-    of the least urgent, the one with most.
+    Requests of lower priorities take no room from higher ones. If the queue is full, a request is still accepted if its
+    key has fewer waiting requests than another key of its priority. `overfull_key` then names the key whose newest
+    request must be rejected: of the lowest priority, the one with most requests.
+
+    Args:
+        max_requests: Most waiting requests (--max-queue).
+        max_tokens: Most prompt tokens of waiting requests (--max-queue-tokens).
+        wake: Wakes the engine's thread.
     """
 
     def __init__(self, max_requests: int, max_tokens: int, wake: Callable[[], None]) -> None:
@@ -61,11 +65,11 @@ class RequestInbox:
         self._wake = wake
         self._lock = threading.Lock()
         self._arrivals = Arrivals()
-        self._waiting: Counter[Key] = Counter()
-        self._inside: set[Request] = set()
+        self._requests: set[Request] = set()
+        self._count_of: Counter[Key] = Counter()
         self._tokens = 0
         self._tokens_of: Counter[int] = Counter()
-        """By priority."""
+        """Prompt tokens by priority."""
         self._closed: str | None = "the engine has not been started"
         self._left_at: deque[float] = deque(maxlen=32)
 
@@ -74,12 +78,12 @@ class RequestInbox:
             self._closed = None
 
     def close(self, reason: str) -> None:
-        """From now on `put` raises NotReady with this reason."""
+        """Make `put` raise NotReady with this reason."""
         with self._lock:
             self._closed = reason
 
     def check(self, requests: int, tokens: int) -> None:
-        """Raises NoCapacity for so many requests, with so many prompt tokens, that never have place at one time."""
+        """Raise NoCapacity if the requests of one call, with `tokens` prompt tokens, can never wait together."""
         if requests > self._max_requests:
             raise NoCapacity(
                 f"the call makes {requests} requests, and the queue holds {self._max_requests} (--max-queue); "
@@ -88,114 +92,115 @@ class RequestInbox:
         if requests > 1 and tokens > self._max_tokens:
             raise NoCapacity(
                 f"the call makes {requests} requests with {tokens} prompt tokens, and the queue holds "
-                f"{self._max_tokens} of these (--max-queue-tokens); send fewer at a time"
+                f"{self._max_tokens} tokens (--max-queue-tokens); send fewer at a time"
             )
 
     def put(self, request: Request) -> None:
-        """Raises NotReady if closed, QueueFull if too much is waiting."""
+        """Add a request. Raises NotReady if closed, QueueFull if too many are waiting."""
         with self._lock:
             if self._closed is not None:
                 raise NotReady(self._closed, retry_after=1.0)
-            self._check_room(request)
-            self._inside.add(request)
+            if not self._accepts(request):
+                raise self.full()
+            self._requests.add(request)
+            self._count_of[_key(request)] += 1
             self._tokens += len(request.prompt)
             self._tokens_of[request.priority] += len(request.prompt)
-            self._waiting[_key(request)] += 1
             self._arrivals.requests.append(request)
         self._wake()
 
     def cancel(self, request_id: str) -> None:
-        """The request with that id shall end; one that is unknown or has ended is no error."""
+        """Cancel a request. Does nothing if it is unknown or has ended."""
         with self._lock:
             self._arrivals.cancelled.append(request_id)
         self._wake()
 
     def unload(self, digest: str) -> None:
-        """The adapter shall leave its slot as soon as no request holds it."""
+        """Unload an adapter as soon as no request uses it."""
         with self._lock:
-            self._arrivals.forgotten.append(digest)
+            self._arrivals.unloaded.append(digest)
         self._wake()
 
     def release_idle(self, nbytes: int) -> None:
-        """Slots that no request holds shall be emptied until adapters of `nbytes` are let go."""
+        """Empty unused adapter slots until `nbytes` are released."""
         with self._lock:
             self._arrivals.wanted_bytes = max(self._arrivals.wanted_bytes, nbytes)
         self._wake()
 
     def take(self) -> Arrivals | None:
-        """What came since the last call, None if nothing."""
+        """Return what has arrived since the last call, or None."""
         if self._arrivals == _NOTHING:
             return None
         with self._lock:
             arrivals, self._arrivals = self._arrivals, Arrivals()
         return arrivals
 
-    def left(self, request: Request) -> None:
-        """A request waits no more; no error if that has been said before."""
+    def remove(self, request: Request) -> None:
+        """A request no longer waits. Does nothing if it was removed before."""
         with self._lock:
-            if request not in self._inside:
+            if request not in self._requests:
                 return
-            self._inside.remove(request)
+            self._requests.remove(request)
             self._tokens -= len(request.prompt)
             self._tokens_of[request.priority] -= len(request.prompt)
             key = _key(request)
-            self._waiting[key] -= 1
-            if not self._waiting[key]:
-                del self._waiting[key]
+            self._count_of[key] -= 1
+            if not self._count_of[key]:
+                del self._count_of[key]
             self._left_at.append(time.monotonic())
-            if not self._inside:  # how long nobody waits says nothing of how long anybody will
+            if not self._requests:  # an idle time does not predict a waiting time
                 self._left_at.clear()
 
-    def overfull(self) -> Key | None:
-        """The key that has to give up a place while there are more requests than fit; None while all fit."""
-        if len(self._inside) <= self._max_requests and (self._tokens <= self._max_tokens or len(self._inside) <= 1):
+    def overfull_key(self) -> Key | None:
+        """Return the key that must lose a request because too many wait, or None."""
+        count = len(self._requests)
+        if count <= self._max_requests and (self._tokens <= self._max_tokens or count <= 1):
             return None
         with self._lock:
-            return max(self._waiting, key=lambda key: (key[0], self._waiting[key]))
+            return max(self._count_of, key=lambda key: (key[0], self._count_of[key]))
 
     @property
     def waiting(self) -> int:
-        """Requests that have been put and never ran."""
-        return len(self._inside)
+        """Number of requests that have not run yet."""
+        return len(self._requests)
 
-    def _check_room(self, request: Request) -> None:
-        priority, count, tokens = request.priority, len(self._inside), self._tokens
+    def _accepts(self, request: Request) -> bool:
+        priority, count, tokens = request.priority, len(self._requests), self._tokens
         if self._fits(request, count, tokens):
-            return
-        if count < 2 * self._max_requests:  # who has to go does so with the next step
-            if any(other > priority for other, _ in self._waiting):
-                count = sum(n for (other, _), n in self._waiting.items() if other <= priority)
-                tokens = sum(n for other, n in self._tokens_of.items() if other <= priority)
-                if self._fits(request, count, tokens):
-                    return
-            most = max((n for (other, _), n in self._waiting.items() if other == priority), default=0)
-            if self._waiting[_key(request)] + 1 < most:
-                return
-        raise self.full()
+            return True
+        if count >= 2 * self._max_requests:  # the engine rejects the surplus in its next step
+            return False
+        if any(other > priority for other, _ in self._count_of):
+            count = sum(n for (other, _), n in self._count_of.items() if other <= priority)
+            tokens = sum(n for other, n in self._tokens_of.items() if other <= priority)
+            if self._fits(request, count, tokens):
+                return True
+        most = max((n for (other, _), n in self._count_of.items() if other == priority), default=0)
+        return self._count_of[_key(request)] + 1 < most
 
     def _fits(self, request: Request, count: int, tokens: int) -> bool:
-        """Whether there is room for the request beside `count` others with so many prompt tokens."""
+        """Whether a request fits beside `count` others with `tokens` prompt tokens. Alone it always fits."""
         return count < self._max_requests and (tokens + len(request.prompt) <= self._max_tokens or not count)
 
     def full(self) -> QueueFull:
-        """The error for a request that finds no place."""
+        """Return the error for a rejected request."""
         return QueueFull(
-            f"{len(self._inside)} requests with {self._tokens} prompt tokens are waiting, and no more may than "
-            f"{self._max_requests} with {self._max_tokens} (--max-queue, --max-queue-tokens); come back later",
+            f"the queue is full: {len(self._requests)} requests with {self._tokens} prompt tokens wait, and the limits "
+            f"are {self._max_requests} and {self._max_tokens} (--max-queue, --max-queue-tokens); try again later",
             retry_after=self._retry_after(),
         )
 
     def _retry_after(self) -> float:
-        """Seconds until a quarter of what waits is likely to have left, at the rate of the last ones; from 1 to 30."""
+        """Seconds (1 to 30) until a quarter of the queue has left, at the rate of the last departures."""
         if len(self._left_at) < 2:
             return 1.0
         each = (time.monotonic() - self._left_at[0]) / len(self._left_at)
-        return float(min(30, max(1, math.ceil(each * len(self._inside) / 4))))
+        return float(min(30, max(1, math.ceil(each * len(self._requests) / 4))))
 
 
 @dataclass(eq=False)
 class _Lane:
-    """The waiting requests of one key and priority: those that were preempted go before the new ones."""
+    """Waiting requests of one key. Preempted ones go before new ones."""
 
     resumed: OrderedDict[Request, None] = field(default_factory=OrderedDict)
     fresh: OrderedDict[Request, None] = field(default_factory=OrderedDict)
@@ -209,18 +214,18 @@ class _Lane:
 
 
 class FairQueue:
-    """Waiting requests in the order in which they should be tried. For the engine's thread alone."""
+    """Waiting requests, ordered by priority, then by the service of their keys. Not thread-safe."""
 
     def __init__(self) -> None:
         self._lanes: dict[Key, _Lane] = {}
-        self._lanes_of: Counter[int] = Counter()
-        """By priority."""
+        self._num_lanes: Counter[int] = Counter()
+        """Number of lanes by priority."""
         self._running: Counter[Key] = Counter()
         self._present: defaultdict[int, set[Key]] = defaultdict(set)
-        """By priority: the keys that wait or run."""
+        """Keys that wait or run, by priority."""
         self._service: dict[Key, float] = {}
         self._clock: defaultdict[int, float] = defaultdict(float)
-        """By priority: what a key that comes is taken to have had, at least."""
+        """Virtual clock by priority: the lowest counter that a new key starts with."""
 
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
@@ -239,23 +244,23 @@ class FairQueue:
         return lane is not None and (request in lane.fresh or request in lane.resumed)
 
     @property
-    def priority(self) -> int:
-        """The best priority that waits. The queue must not be empty."""
-        return min(self._lanes_of)
+    def best_priority(self) -> int:
+        """The lowest priority number in the queue, which must not be empty."""
+        return min(self._num_lanes)
 
     def add(self, request: Request) -> None:
-        """A new request, behind those of its key."""
+        """Add a new request behind those of its key."""
         self._lane(_key(request)).fresh[request] = None
 
-    def put_back(self, request: Request) -> None:
-        """One that ran and was preempted: before all of its key."""
+    def requeue(self, request: Request) -> None:
+        """Add a preempted request before those of its key."""
         lane = self._lane(_key(request))
         lane.resumed[request] = None
         lane.resumed.move_to_end(request, last=False)
         self.leave(request)
 
     def remove(self, request: Request) -> None:
-        """Take a request out, wherever it is. Raises KeyError if it does not wait."""
+        """Remove a request. Raises KeyError if it does not wait."""
         key = _key(request)
         lane = self._lanes[key]
         if request in lane.resumed:
@@ -265,56 +270,56 @@ class FairQueue:
         if not lane:
             priority = key[0]
             del self._lanes[key]
-            self._lanes_of[priority] -= 1
-            if not self._lanes_of[priority]:
-                del self._lanes_of[priority]
+            self._num_lanes[priority] -= 1
+            if not self._num_lanes[priority]:
+                del self._num_lanes[priority]
                 self._clock[priority] = max(self._clock[priority], self._service[key])
-            self._note(key)
+            self._update_present(key)
 
-    def enter(self, request: Request) -> None:
-        """Take a request out that runs now, until `put_back` or `leave`. Raises KeyError if it waits nowhere."""
+    def admit(self, request: Request) -> None:
+        """Remove a request that runs from now on, until `requeue` or `leave`. Raises KeyError if it does not wait."""
         self.remove(request)
         key = _key(request)
         self._running[key] += 1
-        self._note(key)
+        self._update_present(key)
 
     def leave(self, request: Request) -> None:
-        """One that ran does so no more."""
+        """A running request no longer runs."""
         key = _key(request)
         self._running[key] -= 1
         if not self._running[key]:
             del self._running[key]
-            self._note(key)
+            self._update_present(key)
 
     def newest(self, key: Key) -> Request | None:
-        """The last one of a key that has not run yet."""
+        """Return the newest request of a key that has not run yet."""
         lane = self._lanes.get(key)
         return next(reversed(lane.fresh), None) if lane is not None else None
 
     def charge(self, request: Request, tokens: float) -> None:
-        """Count service that the request's key got."""
+        """Count service for the request's key."""
         key = _key(request)
         priority = key[0]
         self._service[key] = self._service.get(key, self._clock[priority]) + tokens
         self._clock[priority] += tokens / max(1, len(self._present[priority]))
 
     def in_order(self) -> Iterator[Request]:
-        """Every waiting request, fairest first. The caller may take out and charge what it is given as it goes."""
+        """Yield the waiting requests, fairest first. The caller may admit and charge each as it is yielded."""
         service, lanes = self._service, dict(self._lanes)
-        # Mostly one or two are taken of hundreds of keys: what is worked out for all of them is how they rank.
+        # Usually one or two of hundreds of keys are used, so only the order of the keys is computed in advance.
         heads = [
             (key[0], service[key], next(iter(lane.resumed or lane.fresh)).submitted, key) for key, lane in lanes.items()
         ]
         heapq.heapify(heads)
-        begun: dict[Key, Iterator[Request]] = {}
+        iterators: dict[Key, Iterator[Request]] = {}
         following: dict[Key, Request] = {}
         while heads:
             key = heads[0][-1]
-            if key not in begun:
-                begun[key] = iter(lanes[key])
-                following[key] = next(begun[key])
+            if key not in iterators:
+                iterators[key] = iter(lanes[key])
+                following[key] = next(iterators[key])
             yield following[key]
-            request = next(begun[key], None)
+            request = next(iterators[key], None)
             if request is None:
                 heapq.heappop(heads)
             else:
@@ -329,26 +334,25 @@ class FairQueue:
             self._clock[priority] = max(self._clock[priority], min(waiting, default=0.0))
             self._service[key] = max(self._service.get(key, 0.0), self._clock[priority])
             lane = self._lanes[key] = _Lane()
-            self._lanes_of[priority] += 1
-            self._note(key)
-            self._forget_idle()
+            self._num_lanes[priority] += 1
+            self._update_present(key)
+            self._forget_absent()
         return lane
 
-    def _note(self, key: Key) -> None:
-        """A key may have come or gone."""
+    def _update_present(self, key: Key) -> None:
         present = self._present[key[0]]
         if key in self._lanes or key in self._running:
             present.add(key)
         else:
             present.discard(key)
 
-    def _forget_idle(self) -> None:
-        """Bound what is remembered of keys that neither wait nor run: those behind the clock earn nothing by it."""
+    def _forget_absent(self) -> None:
+        """Limit the number of counters. Absent keys that are behind the clock lose nothing."""
         if len(self._service) <= 2 * REMEMBERED_KEYS:
             return
-        idle = [key for key in self._service if key not in self._present[key[0]]]
-        idle.sort(key=lambda key: self._service[key] - self._clock[key[0]])
-        for key in idle[: max(0, len(self._service) - REMEMBERED_KEYS)]:
+        absent = [key for key in self._service if key not in self._present[key[0]]]
+        absent.sort(key=lambda key: self._service[key] - self._clock[key[0]])
+        for key in absent[: max(0, len(self._service) - REMEMBERED_KEYS)]:
             del self._service[key]
 
 

@@ -1,7 +1,4 @@
-"""The vocabulary of a run: what a request asks for, what it becomes, and what is delivered while it runs.
-
-Owns no behaviour beyond simple derived values. The scheduler and its loads alone change a request's state.
-"""
+"""What a request contains: sampling parameters, state while it runs, and the deliveries that carry its answer."""
 
 from __future__ import annotations
 
@@ -26,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when to stop. All bounds are checked by the API before this is built."""
+    """How tokens are sampled and when an answer stops. The API validates all values before it builds this."""
 
     max_tokens: int = 64
     min_tokens: int = 0
-    """Before so many an answer ends only where its constraint allows nothing else."""
+    """Minimum length of an answer. A constraint that allows only an end token overrides it."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -43,29 +40,29 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
-    """None: none wanted. k from 0 to 20: the chosen token's and the k best's."""
+    """None: no log-probabilities. k (0 to 20): those of the sampled token and of the k most likely tokens."""
 
     @cached_property
     def is_simple(self) -> bool:
-        """Whether tokens alone are wanted, by temperature and limits alone."""
-        plain = self.repetition_penalty == 1.0 and self.presence_penalty == 0.0 and self.frequency_penalty == 0.0
-        return plain and self.logprobs is None
+        """Whether sampling needs no penalties and no log-probabilities."""
+        no_penalty = self.repetition_penalty == 1.0 and self.presence_penalty == 0.0 and self.frequency_penalty == 0.0
+        return no_penalty and self.logprobs is None
 
 
 class Constraint(Protocol):
-    """A limit on the next token that depends on those before it. Called on the engine's thread, so it must be quick."""
+    """Restricts the next token, for example to a grammar. Runs on the engine's thread, so it must be fast."""
 
     def mask(self) -> npt.NDArray[np.generic]:
-        """A bit for each id, 1 if it may come next: contiguous, id i is bit i % 8 of byte i // 8."""
+        """Return a contiguous bit mask of the allowed ids: id i is bit i % 8 of byte i // 8."""
         ...
 
     def accept(self, token: int) -> None:
-        """`token` has been chosen."""
+        """Advance by a sampled token."""
         ...
 
 
 class State(enum.Enum):
-    """Where a request is. QUEUED -> (LOADING) -> RUNNING -> DONE; a preempted one is QUEUED again."""
+    """QUEUED -> (LOADING) -> RUNNING -> DONE. A preempted request is QUEUED again."""
 
     QUEUED = "queued"
     LOADING = "loading"
@@ -75,7 +72,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural log-softmax of the raw logits, before temperature, penalties and masks. `top` is best first."""
+    """Natural log-softmax of the raw logits, before temperature, penalties and masks. `top` is sorted, best first."""
 
     id: int
     logprob: float
@@ -83,9 +80,10 @@ class TokenLogprob:
 
 
 class Delivery(NamedTuple):
-    """What one step adds to a request. `text` never ends within a character or within the start of a stop string.
+    """What one step adds to an answer.
 
-    The last one has `finish_reason` ("stop", "length", "cancelled", "error") and, if that is "error", `error`.
+    `text` contains only whole characters and never the start of a stop string. The last delivery has a
+    `finish_reason` ("stop", "length", "cancelled" or "error") and, for "error", the `error`.
     """
 
     text: str = ""
@@ -97,82 +95,80 @@ class Delivery(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """One sequence. The API builds it, hands it to `Engine.submit`, and hears of it through `deliver`.
+    """One sequence. The caller builds it, passes it to `Engine.submit` and receives its answer through `deliver`.
 
-    `deliver` is called on the engine's thread, at most once a step, and must not block; after the last delivery the
-    request has neither it nor its `constraint` any more. `scored` is the number of last prompt tokens whose
-    log-probabilities are wanted (label scoring); such a request generates nothing and its one delivery carries them.
-    Times are `time.monotonic()` seconds, nan until they happen.
+    Only the scheduler and the adapter loader change the state. Times are `time.monotonic()` seconds, NaN until known.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling
     deliver: Callable[[Delivery], None]
+    """Called on the engine's thread, at most once per step. Must not block."""
     mix: Mix = BASE_MIX
     check_fits: Callable[[], None] = lambda: None
-    """Raises NoRoom once the mix can never be in RAM any more, since its lease keeps nothing else from being pinned.
-
-    Called on the engine's thread, so it must be quick.
-    """
+    """Raises NoRoom if the mix can never be in RAM, because other adapters are pinned. Must be fast."""
     fair_key: str = ""
-    """Who shares a place in the fair queue: the task's name, else the mix's."""
+    """Key for fair queueing: the task's name, or the mix's."""
     tenant: str = ""
     priority: int = 0
-    """Lower goes first; evaluation traffic has 1."""
+    """Lower numbers run first. Evaluation traffic has priority 1."""
     deadline: float = math.inf
     scored: int = 0
+    """Number of last prompt tokens to score (label scoring). Such a request generates nothing."""
     constraint: Constraint | None = None
-    """What limits the tokens of this answer, such as a grammar."""
 
-    # written by the engine
+    # Set by the engine.
     state: State = State.QUEUED
-    begun: Future[tuple[LoraWeights, ...]] | None = None
-    """The load of its adapters, until the engine's thread has heard of the request."""
+    prefetch: Future[tuple[LoraWeights, ...]] | None = None
+    """Adapter load that `Engine.submit` has started, until the engine's thread takes it over."""
     output: list[int] = field(default_factory=list)
     computed: int = 0
-    """Tokens of prompt + output whose keys and values are in the cache."""
+    """Tokens of prompt and output whose keys and values are in the KV cache (vLLM: num_computed_tokens)."""
     cached: int = 0
-    """Prompt tokens that came from the prefix cache at the first admission."""
+    """Prompt tokens found in the prefix cache at the first admission."""
     blocks: array[int] = field(default_factory=lambda: array("i"))
-    keys: list[bytes] = field(default_factory=list)
-    """The prefix cache's names for its full blocks, as far as they have been worked out; the first is the root."""
-    kept: int = 0
-    """How many of its blocks have been offered to the prefix cache, or came from it."""
+    """Block table: the KV blocks of the sequence, in order."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Prefix-cache hashes computed so far: the root's, then one for each full block."""
+    num_hashed_blocks: int = 0
+    """How many of `blocks` are registered in the prefix cache or came from it."""
     slots: tuple[tuple[int, float], ...] = ()
+    """(adapter slot, weight) pairs of the mix while the request runs."""
     seed: int = 0
-    """`sampling.seed`, or one that was drawn."""
+    """`sampling.seed`, or a random one."""
     scores: list[TokenLogprob] = field(default_factory=list)
-    reader: Detokenizer | None = None
+    detokenizer: Detokenizer | None = None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float = math.nan
     load_seconds: float = 0.0
+    """Seconds spent waiting for adapters before the first admission."""
     first_token: float = math.nan
     finished: float = math.nan
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Length of prompt and output together."""
         return len(self.prompt) + len(self.output)
 
     def slice(self, start: int, stop: int) -> Sequence[int]:
-        """Tokens `start` to `stop` of prompt and output together."""
+        """Return tokens `start` to `stop` of prompt and output together."""
         n = len(self.prompt)
         if stop <= n:
             return self.prompt[start:stop]
         return (*self.prompt[start:], *self.output[max(0, start - n) : stop - n])
 
     @property
-    def goal(self) -> int:
-        """Tokens whose keys and values have to be in the cache before there is something to deliver."""
+    def required(self) -> int:
+        """Number of tokens to compute before the next delivery."""
         return len(self.prompt) + len(self.output) - (self.scored > 0)
 
     @property
     def first_logit(self) -> int:
-        """The first position whose logits are needed, and so the most tokens that the prefix cache may spare."""
-        return self.tokens - 1 - self.scored
+        """First position whose logits are needed. The prefix cache can skip only positions before it."""
+        return self.num_tokens - 1 - self.scored
 
     @property
-    def most_tokens(self) -> int:
-        """Tokens that the cache has to hold at the end, at most: the last one is never put in."""
+    def max_cache_tokens(self) -> int:
+        """Most tokens in the KV cache at the end. The last output token is never computed."""
         return len(self.prompt) - 1 + (0 if self.scored else self.sampling.max_tokens)

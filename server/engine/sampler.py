@@ -1,10 +1,8 @@
-"""From logits to tokens: greedy, sampled, penalized, constrained; and the log-probabilities that are told.
+"""`Sampler`: selects tokens from logits, and computes log-probabilities.
 
-Each row is treated alone, in buffers of one alignment, and its noise is a function of (seed, index of the token): what
-a request draws does not depend on the batch. Knows nothing of blocks, slots or text.
-
-The order is: raw logits -> log-probabilities that are told -> penalties -> masks -> temperature -> top_k -> top_p ->
-min_p -> one uniform number against the distribution's sum over ids, ascending.
+Order of operations: raw logits -> reported log-probabilities -> penalties -> masks -> temperature -> top_k -> top_p ->
+min_p -> one uniform random number against the cumulative probabilities, by ascending id. Each row is treated alone, and
+its random number is a function of (seed, token index), so a request's answer does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ Row = npt.NDArray[np.float32]
 
 
 class DeviceSamples(Protocol):
-    """Tokens that a runner has been told to draw."""
+    """Tokens that the runner samples asynchronously."""
 
     def read(self) -> npt.NDArray[np.int32]:
-        """int32 [L], -1 for a row that is not finite. Waits for a device."""
+        """Wait for the tokens: int32 [L], -1 for a row that is not finite."""
 
 
-class DrawnLargest(NamedTuple):
-    """The largest of each row, of a runner that finds it with the step."""
+class GreedySamples(NamedTuple):
+    """The maxima of all rows, if the runner computes them with the step."""
 
     logits: Logits
 
@@ -40,20 +38,24 @@ class DrawnLargest(NamedTuple):
 
 
 DeviceSampler = Callable[[Logits, npt.NDArray[np.float32], npt.NDArray[np.int32]], DeviceSamples]
-"""Of a step's logits where the runner has them, a float32 [L, 4] of temperature (0: the largest), top_p, min_p and
-noise, and an int32 [L] of top_k: the tokens, without waiting for them."""
+"""Starts sampling on the device.
+
+Arguments: a step's logits; float32 [L, 4] with temperature (0 is greedy), top_p, min_p and a uniform random number;
+int32 [L] with top_k.
+"""
 
 _STRIDE = 256
-"""Ids whose probabilities are summed before the sums are: the draw then looks into one stretch alone."""
+"""Probabilities are summed in groups of this size, so that sampling searches one group only."""
 
 _TINY = float(np.finfo(np.float32).tiny)
-"""Temperatures below it are 0: no logit can be divided by them in float32."""
+"""Temperatures below this are greedy. Dividing by them overflows float32."""
+
 _BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
-"""The most noise of float32, to which that of 53 bits above it is not rounded: 1 would be no share of anything."""
+"""Largest float32 below 1."""
 
 
 class SampledToken(NamedTuple):
-    """What one row of logits came to: a token, its log-probability if wanted, or the error that ends the request."""
+    """Result for one row: a token with its log-probability if requested, or the error that ends the request."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -61,91 +63,93 @@ class SampledToken(NamedTuple):
 
 
 class Sampler:
-    """Picks tokens for `vocab` ids. `eos_ids` are masked while a request is under its min_tokens.
+    """Samples tokens for a step.
 
-    Where a constraint allows nothing but an end, min_tokens is lifted and the answer ends.
-    With `draw`, rows that want no more than a token are drawn by the runner, and only the others come here.
+    Args:
+        vocab: Number of logits of a row.
+        eos_ids: Ids that are masked before a request's `min_tokens`. If a constraint allows only an end, the answer
+            ends earlier.
+        draw: The runner's sampler. It samples the rows that need only a token.
     """
 
     def __init__(self, vocab: int, eos_ids: frozenset[int], draw: DeviceSampler | None = None) -> None:
-        self._draw_there = draw
+        self._device_sampler = draw
         self._eos = np.asarray(sorted(eos_ids), np.int64)
         self._row = np.empty(vocab, np.float32)
         self._weights = np.zeros(-(-vocab // _STRIDE) * _STRIDE, np.float32)
 
-    def pick(self, logits: Logits, work: Sequence[ScheduledRequest]) -> list[SampledToken]:
-        """One pick for each row of `logits`, whose rows are those that `work` asks for, in order."""
-        if self._draw_there is not None:
-            return self._pick_there(logits, work, self._draw_there)
-        return self._pick_here(logits, work)
+    def sample(self, logits: Logits, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
+        """Sample one token for each row of `logits`, whose rows are those of `scheduled`, in order."""
+        if self._device_sampler is not None:
+            return self._sample_on_device(logits, scheduled, self._device_sampler)
+        return self._sample_on_host(logits, scheduled)
 
-    def _pick_here(self, logits: Logits, work: Sequence[ScheduledRequest]) -> list[SampledToken]:
+    def sample_async(self, logits: Logits, scheduled: Sequence[ScheduledRequest]) -> DeviceSamples | None:
+        """Start sampling on the device. Returns None if that is impossible because a row needs more than a token."""
+        with_logits = [item for item in scheduled if item.logits]
+        if self._device_sampler is None or not all(is_simple(item.request) for item in with_logits):
+            return None
+        return self._launch(logits, with_logits, self._device_sampler)
+
+    def _sample_on_host(self, logits: Logits, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
         greedy = [SampledToken(token) if token >= 0 else _not_finite() for token in logits.largest.tolist()]
-        if all(item.logits == 0 or is_plain(item.request) for item in work):
+        if all(item.logits == 0 or is_greedy(item.request) for item in scheduled):
             return greedy
         rows = logits.rows.numpy(force=True)
-        picks: list[SampledToken] = []
-        for item in work:
+        samples: list[SampledToken] = []
+        for item in scheduled:
             for i in range(item.logits):
-                row = len(picks)
-                picks.append(greedy[row] if is_plain(item.request) else self._pick_row(rows[row], item.request, i))
-        return picks
+                row = len(samples)
+                samples.append(greedy[row] if is_greedy(item.request) else self._sample_row(rows[row], item.request, i))
+        return samples
 
-    def ahead(self, logits: Logits, work: Sequence[ScheduledRequest]) -> DeviceSamples | None:
-        """The tokens of a step, drawn on the device while others go on; None if a row wants more than a token."""
-        asked = [item for item in work if item.logits]
-        if self._draw_there is None or not all(is_simple(item.request) for item in asked):
-            return None
-        return self._ask(logits, asked, self._draw_there)
-
-    def _pick_there(self, logits: Logits, work: Sequence[ScheduledRequest], draw: DeviceSampler) -> list[SampledToken]:
-        asked = [item for item in work if item.logits]
-        if not any(_is_to_draw(item.request, logits) for item in asked):
-            # both what is largest and the rows are looked at
-            return self._pick_here(logits if logits.knows_largest else Logits(logits.rows.cpu()), work)
-        tokens = self._ask(logits, asked, draw).read()
-        picks: list[SampledToken] = []
-        for item in asked:
-            row = len(picks)
+    def _sample_on_device(
+        self, logits: Logits, scheduled: Sequence[ScheduledRequest], sampler: DeviceSampler
+    ) -> list[SampledToken]:
+        """Sample simple rows on the device, and the others on the host."""
+        with_logits = [item for item in scheduled if item.logits]
+        if not any(_needs_device(item.request, logits) for item in with_logits):
+            return self._sample_on_host(logits if logits.has_largest else Logits(logits.rows.cpu()), scheduled)
+        tokens = self._launch(logits, with_logits, sampler).read()
+        samples: list[SampledToken] = []
+        for item in with_logits:
+            row = len(samples)
             if is_simple(item.request):
-                picks += drawn_picks(tokens[row : row + 1])
+                samples += to_sampled_tokens(tokens[row : row + 1])
             else:
-                picks += self._pick_here(logits.part(row, row + item.logits), [item])
-        return picks
+                samples += self._sample_on_host(logits.part(row, row + item.logits), [item])
+        return samples
 
     @staticmethod
-    def _ask(logits: Logits, asked: Sequence[ScheduledRequest], draw: DeviceSampler) -> DeviceSamples:
-        """Have the rows of simple requests drawn as they want it; the largest of the others, for nobody."""
+    def _launch(logits: Logits, with_logits: Sequence[ScheduledRequest], sampler: DeviceSampler) -> DeviceSamples:
+        """Start sampling all rows. Rows of requests that are not simple are greedy, and their tokens unused."""
         rows = 0
-        drawn: list[tuple[int, Request]] = []
-        for request, _, count in asked:
+        random: list[tuple[int, Request]] = []
+        for request, _, count in with_logits:
             if request.sampling.temperature >= _TINY and is_simple(request):
-                drawn.append((rows, request))
+                random.append((rows, request))
             rows += count
-        if logits.knows_largest and not drawn:
-            return DrawnLargest(logits)
-        how, top_k = np.zeros((rows, 4), np.float32), np.zeros(rows, np.int32)
-        for row, request in drawn:
+        if logits.has_largest and not random:
+            return GreedySamples(logits)
+        parameters, top_k = np.zeros((rows, 4), np.float32), np.zeros(rows, np.int32)
+        for row, request in random:
             sampling = request.sampling
-            how[row] = sampling.temperature, sampling.top_p, sampling.min_p, _noise(request)
+            parameters[row] = sampling.temperature, sampling.top_p, sampling.min_p, _noise(request)
             top_k[row] = sampling.top_k
-        return draw(logits, how, top_k)
+        return sampler(logits, parameters, top_k)
 
-    def _pick_row(self, raw: Row, request: Request, i: int) -> SampledToken:
+    def _sample_row(self, raw: Row, request: Request, i: int) -> SampledToken:
         if not np.isfinite(raw).all():
             return _not_finite()
         if request.scored:
-            return self._score(raw, request, i)
+            token = request.prompt[len(request.prompt) - request.scored + len(request.scores) + i]
+            return SampledToken(token, token_logprob(self._copy(raw), token, request.sampling.logprobs or 0))
         try:
             token = self._choose(raw, request)
         except InvalidRequest as e:
             return SampledToken(-1, error=e)
         k = request.sampling.logprobs
         return SampledToken(token, None if k is None else token_logprob(self._copy(raw), token, k))
-
-    def _score(self, raw: Row, request: Request, i: int) -> SampledToken:
-        token = request.prompt[len(request.prompt) - request.scored + len(request.scores) + i]
-        return SampledToken(token, token_logprob(self._copy(raw), token, request.sampling.logprobs or 0))
 
     def _copy(self, raw: Row) -> Row:
         np.copyto(self._row, raw)
@@ -159,13 +163,7 @@ class Sampler:
             allowed = np.unpackbits(request.constraint.mask().view(np.uint8), count=len(row), bitorder="little")
             row[allowed == 0] = -np.inf
         if len(request.output) < sampling.min_tokens:
-            ends = [*self._eos, *sampling.stop_token_ids]
-            kept = row[ends]
-            row[ends] = -np.inf
-            if request.constraint is not None and row.max() == -np.inf:
-                row[ends] = kept  # a token that would stop the answer later on is none of its ends yet
-                if row[[*self._eos]].max(initial=-np.inf) > -np.inf:  # it is whole: nothing can follow but the end
-                    request.sampling = replace(sampling, min_tokens=0)
+            self._mask_ends(row, request)
         best = int(row.argmax())
         if row[best] == -np.inf:
             raise InvalidRequest("no token is allowed here: the limits on this answer contradict each other")
@@ -173,67 +171,76 @@ class Sampler:
             return best
         return self._draw(row, row[best], sampling, _noise(request))
 
+    def _mask_ends(self, row: Row, request: Request) -> None:
+        """Mask the end tokens before `min_tokens`, unless a constraint allows nothing else."""
+        ends = [*self._eos, *request.sampling.stop_token_ids]
+        kept = row[ends]
+        row[ends] = -np.inf
+        if request.constraint is None or row.max() > -np.inf:
+            return
+        row[ends] = kept  # a stop token does not end the answer yet
+        if row[self._eos].max(initial=-np.inf) > -np.inf:  # the constraint is complete
+            request.sampling = replace(request.sampling, min_tokens=0)
+
     def _draw(self, row: Row, best: np.float32, sampling: Sampling, u: float) -> int:
-        """The id at which the summed probabilities pass `u`."""
+        """Return the id at which the cumulative probability exceeds `u`."""
         weights = self._weights[: len(row)]
         np.subtract(row, best, out=weights)
-        # a temperature that is very low makes -inf of all but the best, which is what is meant
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # very low temperatures give -inf for all but the best, as intended
             np.divide(weights, np.float32(sampling.temperature), out=weights)
         np.exp(weights, out=weights)
         if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0:
             ids = _candidates(weights, sampling)
             sums = np.cumsum(weights[ids], dtype=np.float64)
             return int(ids[min(int(np.searchsorted(sums, u * sums[-1], side="right")), len(ids) - 1)])
-        stretches = np.cumsum(self._weights.reshape(-1, _STRIDE).sum(1), dtype=np.float64)
-        goal = u * stretches[-1]
-        stretch = min(int(np.searchsorted(stretches, goal, side="right")), len(stretches) - 1)
-        inside = np.cumsum(self._weights[stretch * _STRIDE : (stretch + 1) * _STRIDE], dtype=np.float64)
-        inside += stretches[stretch - 1] if stretch else 0.0
+        groups = np.cumsum(self._weights.reshape(-1, _STRIDE).sum(1), dtype=np.float64)
+        goal = u * groups[-1]
+        group = min(int(np.searchsorted(groups, goal, side="right")), len(groups) - 1)
+        inside = np.cumsum(self._weights[group * _STRIDE : (group + 1) * _STRIDE], dtype=np.float64)
+        inside += groups[group - 1] if group else 0.0
         at = int(np.searchsorted(inside, goal, side="right"))
-        if at == _STRIDE:  # the two ways to sum round differently: take the last that has a chance
+        if at == _STRIDE:  # the two sums are rounded differently: take the last id with a probability
             at = int(np.searchsorted(inside, inside[-1], side="left"))
-        return stretch * _STRIDE + at
+        return group * _STRIDE + at
 
 
-def drawn_picks(tokens: npt.NDArray[np.int32]) -> list[SampledToken]:
-    """What a device has drawn, as picks."""
-    return [SampledToken(token) if token >= 0 else _not_finite() for token in tokens.tolist()]
+def to_sampled_tokens(ids: npt.NDArray[np.int32]) -> list[SampledToken]:
+    """Convert the ids of a device sampler, -1 for rows that are not finite."""
+    return [SampledToken(token) if token >= 0 else _not_finite() for token in ids.tolist()]
 
 
-def _is_to_draw(request: Request, logits: Logits) -> bool:
-    """Whether the runner has still to find the request's token, and can."""
-    return is_simple(request) and not (logits.knows_largest and is_plain(request))
+def _needs_device(request: Request, logits: Logits) -> bool:
+    """Whether the device still has to sample the request's token, and can."""
+    return is_simple(request) and not (logits.has_largest and is_greedy(request))
 
 
-def is_plain(request: Request) -> bool:
-    """Whether nothing but the largest logit is wanted now."""
+def is_greedy(request: Request) -> bool:
+    """Whether the request's next token is the one with the largest logit."""
     return request.sampling.temperature < _TINY and is_simple(request)
 
 
 def is_simple(request: Request) -> bool:
-    """Whether nothing but a token is wanted now, by temperature and limits alone."""
+    """Whether the request's next step needs only a token, without penalties, masks and log-probabilities."""
     s = request.sampling
     return s.is_simple and request.scored == 0 and request.constraint is None and len(request.output) >= s.min_tokens
 
 
 def _noise(request: Request) -> float:
-    """What the request's next token is drawn by: a number of float32, as runners take it. So a request draws the same
-    here as there, whatever else is wanted of its rows."""
+    """Return the random number for the request's next token, as float32, the same on host and device."""
     return float(np.float32(min(uniform(request.seed, len(request.output)), _BELOW_ONE)))
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) of 53 bits that is a function of the seed and the token's index alone (Philox)."""
+    """Return a number in [0, 1) with 53 random bits, a function of the seed and the token's index (Philox)."""
     raw = np.random.Philox(key=seed & (2**64 - 1), counter=[index, 0, 0, 0]).random_raw()
     return (int(raw) >> 11) * 2.0**-53
 
 
 def penalize(row: Row, request: Request) -> None:
-    """Apply the penalties in place: repetition counts prompt and output, presence and frequency the output alone."""
+    """Apply penalties in place. Repetition counts prompt and output, presence and frequency the output only."""
     s = request.sampling
     if s.repetition_penalty != 1.0:
-        seen = np.fromiter({*request.prompt, *request.output}, np.int64)  # half the time of sorting them
+        seen = np.fromiter({*request.prompt, *request.output}, np.int64)  # faster than np.unique
         values, factor = row[seen], np.float32(s.repetition_penalty)
         row[seen] = np.where(values > 0, values / factor, values * factor)
     if (s.presence_penalty or s.frequency_penalty) and request.output:
@@ -242,13 +249,12 @@ def penalize(row: Row, request: Request) -> None:
 
 
 def token_logprob(row: Row, token: int, k: int) -> TokenLogprob:
-    """The natural log-softmax of `row` at `token` and at its `k` largest, best first, lower ids first among equals."""
+    """Return the natural log-softmax at `token` and at the `k` largest, best first and lower ids first among equals."""
     top = row.max()
     total = float(top) + float(np.log(np.exp(row - top).sum(dtype=np.float64)))
     best: tuple[tuple[int, float], ...] = ()
     if k:
-        ids = _largest(row, k)
-        best = tuple((int(i), float(row[i]) - total) for i in ids)
+        best = tuple((int(i), float(row[i]) - total) for i in _largest(row, k))
     return TokenLogprob(token, float(row[token]) - total, best)
 
 
@@ -257,13 +263,13 @@ def _not_finite() -> SampledToken:
 
 
 def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:
-    """The ids, ascending, that top_k, then top_p, then min_p leave; among equals the lower ids stay.
+    """Return the ids, ascending, that top_k, then top_p, then min_p keep. Among equals the lower ids are kept.
 
-    `weights` are probabilities up to a factor, the largest being 1. Values are sorted, never ids, which is many times
-    faster where a flat distribution leaves thousands of them.
+    `weights` are probabilities up to a factor, with a maximum of 1. Sorting values instead of ids is many times faster
+    for flat distributions.
     """
     k, total = len(weights), 0.0
-    limited, top_p = 0 < sampling.top_k < k, float(np.float32(sampling.top_p))  # as runners take it
+    limited, top_p = 0 < sampling.top_k < k, float(np.float32(sampling.top_p))  # float32, as on the device
     if not limited and top_p >= 1.0:
         return np.flatnonzero(weights >= np.float32(sampling.min_p))
     if limited:
@@ -271,7 +277,7 @@ def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:
         values = np.sort(np.partition(weights, len(weights) - k)[len(weights) - k :])[::-1]
     else:
         total = float(weights.sum(dtype=np.float64))
-        # what is below this adds up to less than what top_p leaves out
+        # values below this bound add up to less than top_p excludes
         values = np.sort(weights[weights >= (1.0 - top_p) * total / len(weights)])[::-1]
     count = len(values)
     if top_p < 1.0:
@@ -287,12 +293,8 @@ def _candidates(weights: Row, sampling: Sampling) -> npt.NDArray[np.int64]:
 
 
 def _largest(row: Row, k: int) -> npt.NDArray[np.int64]:
-    """The ids of the `k` largest, the largest first, lower ids first among equals."""
-    if k >= len(row):
-        return _by_size(row, np.arange(len(row)))
-    at_least = np.partition(row, len(row) - k)[len(row) - k]
-    return _by_size(row, np.flatnonzero(row >= at_least))[:k]
-
-
-def _by_size(row: Row, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return ids[np.argsort(-row[ids], kind="stable")]
+    """Return the ids of the `k` largest, best first, lower ids first among equals."""
+    ids = np.arange(len(row))
+    if k < len(row):
+        ids = np.flatnonzero(row >= np.partition(row, len(row) - k)[len(row) - k])
+    return ids[np.argsort(-row[ids], kind="stable")][:k]

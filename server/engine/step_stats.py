@@ -1,7 +1,4 @@
-"""What the engine remembers of its steps, in a few numbers: counts, seconds, and how many rows a step had.
-
-Written by the engine's thread, read by any; a reader may see a step half counted.
-"""
+"""`StepStats`: counters and times of the engine's steps. Written by the engine's thread, read by any."""
 
 from __future__ import annotations
 
@@ -12,138 +9,139 @@ from typing import Any, Literal, TypeVar
 
 from adapters.weights import SHORT_DIGEST
 from server.engine.batch import ScheduledRequest
-from server.engine.step_plan import StepPlan
+from server.engine.scheduler_output import SchedulerOutput
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 FAILING_SECONDS = 10.0
-"""How long a failed step counts if none is tried after it: who is told of it sends no request that could show more."""
+"""How long the engine counts as failing after a failed step if no other step runs."""
 
-_NO_PLAN = StepPlan()
+_NO_STEP = SchedulerOutput()
 
 T = TypeVar("T")
 
 
 class StepStats:
-    """Totals since the start. `seconds` are those of steps, of which `runner_seconds` were spent in the runner.
+    """Totals since the start, and the current step.
 
-    `tell` hears in a line whose steps run from now on, whenever other requests run together than before.
+    `seconds` is the time of all steps, `runner_seconds` the part of it spent in the runner.
+
+    Args:
+        on_batch_change: Receives a line with the requests of a step whenever they differ from those of the last.
     """
 
-    def __init__(self, tell: Callable[[str], None] = lambda text: None) -> None:
-        self._tell = tell
-        self._together: list[str] = []
-        """Ids of the requests that ran together last."""
-        self._prompt = 0
-        """Rows of the current step that are of prompts."""
+    def __init__(self, on_batch_change: Callable[[str], None] = lambda text: None) -> None:
+        self._on_batch_change = on_batch_change
+        self._batch_ids: list[str] = []
+        self._prompt_rows = 0
+        """Prompt tokens of the current step."""
         self.steps = 0
         self.failures = 0
         self.rows = 0
         self.logits = 0
         self.generated = 0
-        """Tokens that answers were given: the engine counts them as it delivers."""
+        """Generated tokens, counted by the engine when it delivers them."""
         self.prompt = 0
-        """Tokens of prompts that were computed."""
+        """Computed prompt tokens."""
         self.seconds = 0.0
         self.last_seconds = 0.0
         self.runner_seconds = 0.0
         self.last_batch = 0
         self.histogram = [0] * (len(ROW_BUCKETS) + 1)
-        self._failed: float | None = None
-        """When the last step that was tried has failed, if it has."""
+        self._failed_at: float | None = None
         self._began: float | None = None
         self._since = 0.0
-        """When the current step began, or an earlier one came to its end within it."""
-        self._plan = _NO_PLAN
+        """When the current step began, or an earlier one finished within it."""
+        self._current = _NO_STEP
 
     def begin(self) -> float:
-        """A step is tried from now on; answers the time."""
+        """A step begins. Returns the time."""
         self._began = self._since = now = time.monotonic()
         return now
 
-    def nothing(self) -> Literal[False]:
+    def cancel(self) -> Literal[False]:
         """There was nothing to run."""
         self._began = None
         return False
 
-    def run(self, plan: StepPlan, runner: Callable[[], T]) -> T:
-        """What the runner's part of the step answers, timed."""
-        self._plan = plan
-        self._prompt = sum(_of_prompt(item) for item in plan.work)
-        together = [item.request.id for item in plan.work]
-        if together != self._together:
-            self._together = together
-            self._tell(", ".join(f"{item.request.id}{_digests(item)}" for item in plan.work))
+    def run(self, step: SchedulerOutput, runner: Callable[[], T]) -> T:
+        """Call the runner for a new step, timed."""
+        self._current = step
+        self._prompt_rows = sum(_prompt_rows(item) for item in step.scheduled)
+        ids = [item.request.id for item in step.scheduled]
+        if ids != self._batch_ids:
+            self._batch_ids = ids
+            self._on_batch_change(", ".join(f"{item.request.id}{_digests(item)}" for item in step.scheduled))
         return self.wait(runner)
 
     def wait(self, runner: Callable[[], T]) -> T:
-        """What the runner answers, timed as its part: of this step, or what it owes of the one before."""
+        """Call the runner, and count the time as the runner's."""
         began = time.monotonic()
-        answer = runner()
+        result = runner()
         self.runner_seconds += time.monotonic() - began
-        return answer
+        return result
 
-    def land(self, plan: StepPlan, read: Callable[[], T]) -> T:
-        """What an earlier step still owes. If that fails, or does not end, it is this step that is told of."""
-        current, self._plan = self._plan, plan
-        answer = self.wait(read)
-        self._plan, self._since = current, time.monotonic()
-        return answer
+    def wait_for_previous(self, step: SchedulerOutput, read: Callable[[], T]) -> T:
+        """Wait for an earlier step. If this fails or hangs, `current_step` names the earlier step."""
+        current, self._current = self._current, step
+        result = self.wait(read)
+        self._current, self._since = current, time.monotonic()
+        return result
 
-    def landed(self) -> Literal[True]:
-        """Nothing new was run; what the runner owed has come."""
-        assert self._began is not None, "it has begun"
+    def end_previous(self) -> Literal[True]:
+        """An earlier step was completed, and no new one was started."""
+        assert self._began is not None, "begin comes first"
         self.seconds += time.monotonic() - self._began
         self._began = None
         return True
 
     def end(self) -> Literal[True]:
-        """The step is over."""
-        plan, began = self._plan, self._began
-        assert began is not None, "a step that ends has begun"
+        """The step has ended."""
+        step, began = self._current, self._began
+        assert began is not None, "begin comes first"
         self.steps += 1
-        self.rows += plan.tokens
-        self.logits += plan.logits
-        self.prompt += self._prompt
-        self.last_batch = len(plan.work)
-        self.histogram[bisect_left(ROW_BUCKETS, plan.tokens)] += 1
+        self.rows += step.num_tokens
+        self.logits += step.num_logits
+        self.prompt += self._prompt_rows
+        self.last_batch = len(step.scheduled)
+        self.histogram[bisect_left(ROW_BUCKETS, step.num_tokens)] += 1
         self.last_seconds = time.monotonic() - began
         self.seconds += self.last_seconds
-        self._failed = None
-        self._began, self._plan = None, _NO_PLAN
+        self._failed_at = None
+        self._began, self._current = None, _NO_STEP
         return True
 
-    def failed(self) -> None:
-        """The step has raised."""
+    def fail(self) -> None:
+        """The step has raised an error."""
         self.failures += 1
-        self._failed = time.monotonic()
-        self._began, self._plan = None, _NO_PLAN
+        self._failed_at = time.monotonic()
+        self._began, self._current = None, _NO_STEP
 
     @property
     def failing(self) -> bool:
-        """Whether the last step that was tried has failed, not long ago."""
-        failed = self._failed
-        return failed is not None and time.monotonic() - failed < FAILING_SECONDS
+        """Whether the last step failed, not long ago."""
+        failed_at = self._failed_at
+        return failed_at is not None and time.monotonic() - failed_at < FAILING_SECONDS
 
     @property
-    def plan(self) -> StepPlan:
-        """The step that runs or is read; one without work if there is none."""
-        return self._plan
+    def current(self) -> SchedulerOutput:
+        """The step that runs or is read. Empty between steps."""
+        return self._current
 
     def stuck_for(self) -> float:
-        """Seconds since the current step began, or an earlier one came to its end within it; 0 between steps."""
+        """Seconds since the current step began, or an earlier one finished within it. 0 between steps."""
         return 0.0 if self._began is None else time.monotonic() - self._since
 
     def current_step(self) -> str:
-        """The current step in a line for the log: its size, its requests and the digests of their adapters."""
-        plan = self._plan
-        if not plan.work:
+        """Describe the current step for the log: its size, requests and adapters."""
+        step = self._current
+        if not step.scheduled:
             return "no step"
-        parts = [f"{item.request.id}[{item.tokens} tokens{_digests(item)}]" for item in plan.work]
-        return f"a step of {plan.tokens} rows: {' '.join(parts)}"
+        parts = [f"{item.request.id}[{item.tokens} tokens{_digests(item)}]" for item in step.scheduled]
+        return f"a step of {step.num_tokens} rows: {' '.join(parts)}"
 
     def snapshot(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """Return the totals as JSON."""
         return {
             "steps": self.steps,
             "failures": self.failures,
@@ -159,12 +157,10 @@ class StepStats:
         }
 
 
-def _of_prompt(item: ScheduledRequest) -> int:
-    """Its rows that are of its prompt, before it has run."""
+def _prompt_rows(item: ScheduledRequest) -> int:
     request = item.request
     return max(0, min(item.tokens, len(request.prompt) - request.computed))
 
 
 def _digests(item: ScheduledRequest) -> str:
-    """The adapters of a request, for a line."""
     return "".join(f" {digest[:SHORT_DIGEST]}" for digest in item.request.mix.digests)

@@ -1,7 +1,4 @@
-"""What a picked token means for its request: the text that it makes visible, and whether the answer ends with it.
-
-Owns the rules of stopping. Does not know where the token came from, or blocks and slots.
-"""
+"""Applies sampled tokens to requests and decides when an answer ends."""
 
 from __future__ import annotations
 
@@ -9,40 +6,40 @@ from server.engine.request import Delivery, Request
 from server.engine.sampler import SampledToken
 
 
-def accept(request: Request, pick: SampledToken, eos_ids: frozenset[int]) -> Delivery:
-    """Add a picked token to the request and say what there is to deliver.
+def append_token(request: Request, sample: SampledToken, eos_ids: frozenset[int]) -> Delivery:
+    """Append a sampled token to the request and return what to deliver.
 
-    End tokens and stop strings do not count before `min_tokens` are there. The end token has no text. One that a
-    constraint has let through ends the answer even where end tokens are ignored: nothing that it allows can follow.
+    End tokens and stop strings have no effect before `min_tokens`. End tokens have no text. An end token that a
+    constraint allows ends the answer even with `ignore_eos`, because nothing can follow it.
     """
-    if pick.error is not None:
-        return Delivery(finish_reason="error", error=pick.error)
-    sampling, reader, token = request.sampling, request.reader, pick.token
-    assert reader is not None, "the engine gives every request its reader"
+    if sample.error is not None:
+        return Delivery(finish_reason="error", error=sample.error)
+    sampling, detokenizer, token = request.sampling, request.detokenizer, sample.token
+    assert detokenizer is not None, "Engine.submit sets the detokenizer"
     request.output.append(token)
     count = len(request.output)
     if request.constraint is not None:
         request.constraint.accept(token)
     text, reason = "", None
-    ends = token in eos_ids and (request.constraint is not None or not sampling.ignore_eos)
-    if count > sampling.min_tokens and (ends or token in sampling.stop_token_ids):
-        text, reason = reader.rest(), "stop"
+    is_end = token in eos_ids and (request.constraint is not None or not sampling.ignore_eos)
+    if count > sampling.min_tokens and (is_end or token in sampling.stop_token_ids):
+        text, reason = detokenizer.rest(), "stop"
     else:
-        text = reader.add(token, search=count > sampling.min_tokens)
-        if reader.stopped:
+        text = detokenizer.add(token, search=count > sampling.min_tokens)
+        if detokenizer.stopped:
             reason = "stop"
         elif count >= sampling.max_tokens:
-            text, reason = text + reader.rest(), "length"
-    return Delivery(text, (token,), () if pick.logprob is None else (pick.logprob,), reason)
+            text, reason = text + detokenizer.rest(), "length"
+    return Delivery(text, (token,), () if sample.logprob is None else (sample.logprob,), reason)
 
 
-def score(request: Request, picks: list[SampledToken]) -> Delivery | None:
-    """Add the log-probabilities of scored prompt tokens; the one delivery when all are there."""
-    for pick in picks:
-        if pick.error is not None:
-            return Delivery(finish_reason="error", error=pick.error)
-        assert pick.logprob is not None, "a scored row comes with its log-probability"
-        request.scores.append(pick.logprob)
+def append_scores(request: Request, samples: list[SampledToken]) -> Delivery | None:
+    """Append log-probabilities of scored prompt tokens. Return the one delivery when all are known, else None."""
+    for sample in samples:
+        if sample.error is not None:
+            return Delivery(finish_reason="error", error=sample.error)
+        assert sample.logprob is not None, "scored rows have a log-probability"
+        request.scores.append(sample.logprob)
     if len(request.scores) < request.scored:
         return None
     return Delivery(logprobs=tuple(request.scores), finish_reason="stop")

@@ -314,14 +314,14 @@ def test_pausing_killing_and_restarting_change_no_bit(
 
     past(client, job.id, 5)
     pid = child_of(job.id)
-    assert live.services.engine._scheduler.lending, "a process that trains gets processors between steps"
+    assert live.services.engine._scheduler.cpu_sharing.enabled, "a process that trains gets processors between steps"
     assert os.sched_getscheduler(pid) == os.SCHED_IDLE
     assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
     client.fine_tuning.jobs.pause(job.id)
     assert until(client, job.id, "paused").status == "paused"
     kept = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].step_number
     assert kept == live.http.get(f"/jobs/{job.id}").json()["step"], "it can go on from there"
-    assert not live.services.engine._scheduler.lending
+    assert not live.services.engine._scheduler.cpu_sharing.enabled
     time.sleep(0.3)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
     gate.name(25)

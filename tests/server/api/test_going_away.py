@@ -153,7 +153,7 @@ def test_loading_work_stops_while_its_adapter_is_on_its_way(
     live: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     never: Future[Any] = Future()
-    monkeypatch.setattr(live.services.engine._scheduler.loads, "_fetch", lambda mix: never)
+    monkeypatch.setattr(live.services.engine._scheduler.loader, "_fetch", lambda mix: never)
     connection = send(live, "/generate", {**LONG, "stream": stream})
     until(lambda: live.stats()["loading"])
     connection.close()

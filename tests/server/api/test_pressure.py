@@ -132,16 +132,16 @@ def test_an_adapter_that_is_slow_to_load_delays_nobody_else(
         submit(request)
 
     monkeypatch.setattr(engine, "submit", counting)
-    plan = engine._scheduler.plan
+    schedule = engine._scheduler.schedule
 
     def watching(*args: Any, **more: Any) -> Any:
-        made = plan(*args, **more)
+        made = schedule(*args, **more)
         waited.extend(
-            engine.stats()["steps"] - entered[request.id] for request in made.entered if request.id in entered
+            engine.stats()["steps"] - entered[request.id] for request in made.admitted if request.id in entered
         )
         return made
 
-    monkeypatch.setattr(engine._scheduler, "plan", watching)
+    monkeypatch.setattr(engine._scheduler, "schedule", watching)
     told: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: told.append(live.generate("y", max_tokens=2, adapters=[{"name": "cold"}])))
     thread.start()

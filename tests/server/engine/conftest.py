@@ -303,10 +303,10 @@ class Bench:
         assert stats["kv_blocks"]["used"] == 0
         assert stats["slots"]["in_use"] == 0
         assert not self.engine._live
-        assert len(self.engine._scheduler.loads) == 0
+        assert len(self.engine._scheduler.loader) == 0
         assert not any(self.engine._scheduler.waiting._present.values())
-        assert not self.engine._scheduler._blocked and not self.engine._scheduler._coming
-        assert self.engine._inbox.waiting == 0 and self.engine._inbox._tokens == 0 and not self.engine._inbox._waiting
+        assert not self.engine._scheduler.aging and not self.engine._scheduler.pending_prefixes
+        assert self.engine._inbox.waiting == 0 and self.engine._inbox._tokens == 0 and not self.engine._inbox._count_of
 
 
 def solo(heard: Heard, vocab: int, count: int | None = None) -> list[int]:
@@ -346,7 +346,7 @@ def text() -> ModelTokenizer:
 def bench(text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
     """A function that makes a `Bench`; options are those of `Engine`, and `fetch`."""
     late: list[Delivery] = []
-    monkeypatch.setattr("server.engine.engine._nobody", late.append)
+    monkeypatch.setattr("server.engine.engine._ignore", late.append)
     yield lambda **options: Bench(text, **options)
     assert not late, "a request hears nothing after its end"
 

@@ -28,20 +28,20 @@ def test_what_is_idle_goes_when_bytes_are_needed(slots: AdapterSlots, tools: Any
     for name, mix in (("a4", four), ("a5", five)):
         assert slots.reserve(mix, weights_of(tools, name)) is not None
     assert slots.reserve(six, weights_of(tools, "a6")) is None, "both are in use"
-    slots.free(four)
+    slots.release(four)
     assert slots.reserve(six, weights_of(tools, "a6")) is None, "40 of 60 bytes could be had"
-    slots.free(five)
+    slots.release(five)
     assert slots.reserve(six, weights_of(tools, "a6")) is not None
     assert slots.has(six) and slots.in_use == 1
     assert slots.resident == [tools.digest_of("a6")] and slots.evictions == 2
-    slots.free(six)
+    slots.release(six)
     slots.unload(tools.digest_of("a6"))
     assert slots.evictions == 2, "what has gone by itself has made no room"
 
 
 def test_a_mix_that_could_never_fit_is_refused(slots: AdapterSlots, tools: Any) -> None:
     mix = tools.mix_of("a6", "a7")
-    with pytest.raises(NoCapacity, match="130 bytes of GPU memory, and there is room for 100"):
+    with pytest.raises(NoCapacity, match="130 bytes of GPU memory, and the limit is 100"):
         slots.reserve(mix, weights_of(tools, "a6", "a7"))
     assert slots.in_use == 0 and slots.resident == []
     assert slots.reserve(tools.mix_of("a4", "a6"), weights_of(tools, "a4", "a6")) is not None, "all of it may be taken"
@@ -52,7 +52,7 @@ def test_so_many_idle_slots_are_emptied_as_bytes_are_needed(tools: Any) -> None:
     for name in ("a1", "a2", "a3", "a4"):
         slots.reserve(tools.mix_of(name), [tools.adapter(name)])
     for name in ("a2", "a3", "a4"):
-        slots.free(tools.mix_of(name))
+        slots.release(tools.mix_of(name))
     each = tools.adapter("a1").nbytes
     slots.release_idle(each)
     assert slots.resident == [tools.digest_of(name) for name in ("a1", "a3", "a4")] and slots.evictions == 1
@@ -64,21 +64,21 @@ def test_small_adapters_never_outnumber_the_slots(slots: AdapterSlots, tools: An
     for name in ("a1", "a2", "a0", "a3", "a1"):
         mix = tools.mix_of(name)
         slots.reserve(mix, None if slots.has(mix) else weights_of(tools, name))
-        slots.free(mix)
+        slots.release(mix)
     assert len(slots.resident) <= 4
 
 
 def test_what_is_offered_takes_room_that_nobody_holds_or_waits_for(slots: AdapterSlots, tools: Any) -> None:
     four, five, six = (tools.mix_of(name) for name in ("a4", "a5", "a6"))
     assert slots.reserve(five, weights_of(tools, "a5")) is not None
-    slots.offer(six, weights_of(tools, "a6"), ())
-    slots.free(five)
-    slots.offer(six, weights_of(tools, "a6"), {tools.digest_of(name) for name in ("a5", "a6")})
+    slots.prefetch(six, weights_of(tools, "a6"), ())
+    slots.release(five)
+    slots.prefetch(six, weights_of(tools, "a6"), {tools.digest_of(name) for name in ("a5", "a6")})
     assert slots.resident == [tools.digest_of("a5")], "60 bytes are not free, and who is needed as soon does not go"
-    slots.offer(six, weights_of(tools, "a6"), {tools.digest_of("a6")})
+    slots.prefetch(six, weights_of(tools, "a6"), {tools.digest_of("a6")})
     assert slots.has(six) and not slots.has(five) and slots.in_use == 0 and slots.evictions == 1
     slots.unload(tools.digest_of("a6"))
-    slots.offer(four, weights_of(tools, "a4"), ())
+    slots.prefetch(four, weights_of(tools, "a4"), ())
     assert slots.has(four) and slots.in_use == 0
     assert slots.reserve(four, None) is not None and slots.in_use == 1
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_copied_ahead_has_no_slot(tools: Any) -> None:
 
     slots = AdapterSlots(4, place, lambda slot: None, AdapterMemory(100, lambda w: 10))
     with pytest.raises(ValueError, match="no such linear"):
-        slots.offer(tools.mix_of("a4"), weights_of(tools, "a4"), ())
+        slots.prefetch(tools.mix_of("a4"), weights_of(tools, "a4"), ())
     assert not slots.has(tools.mix_of("a4")) and slots.resident == []
 
 
@@ -197,7 +197,7 @@ def test_so_many_small_adapters_as_there_are_slots_and_no_more(tools: Any) -> No
     slots = AdapterSlots(2, lambda slot, weights: None, lambda slot: None, AdapterMemory(100, lambda weights: 1))
     for name in ("a1", "a2", "a3"):
         assert slots.reserve(tools.mix_of(name), weights_of(tools, name)) is not None
-        slots.free(tools.mix_of(name))
+        slots.release(tools.mix_of(name))
     assert slots.resident == [tools.digest_of("a2"), tools.digest_of("a3")]
 
 
@@ -243,21 +243,21 @@ def test_what_is_forgotten_goes_with_its_last_request_and_is_like_any_other_afte
     slots.reserve(mix, weights_of(tools, "a1"))
     slots.unload(tools.digest_of("a1"))
     assert slots.has(mix)
-    slots.free(mix)
+    slots.release(mix)
     assert not slots.has(mix)
     slots.reserve(mix, weights_of(tools, "a1"))
-    slots.free(mix)
+    slots.release(mix)
     assert slots.has(mix), "it was wanted again"
 
 
 def test_idle_slots_are_emptied_for_ram_where_they_hold_it_alone(tools: Any) -> None:
     mix, weights = tools.mix_of("a1"), weights_of(tools, "a1")
     in_ram = AdapterSlots(2, lambda slot, weights: None, lambda slot: None)
-    in_ram.offer(mix, weights, ())
+    in_ram.prefetch(mix, weights, ())
     in_ram.release_idle(1)
     assert not in_ram.has(mix)
     copied = AdapterSlots(2, lambda slot, weights: None, lambda slot: None, AdapterMemory(100, lambda weights: 10))
-    copied.offer(mix, weights, ())
+    copied.prefetch(mix, weights, ())
     copied.release_idle(1)
     assert copied.has(mix)
 

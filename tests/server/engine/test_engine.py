@@ -16,11 +16,11 @@ import torch
 
 import server.engine.engine
 from adapters.errors import NoRoom
-from adapters.weights import BASE_MIX, Mix
+from adapters.weights import Mix
 from server.engine.adapter_slots import AdapterMemory
-from server.engine.engine import LONGEST_REST
+from server.engine.engine import MAX_IDLE_SECONDS
+from server.engine.policies import CpuSharing
 from server.engine.request import State
-from server.engine.scheduler import LENT_ROWS, REST
 from server.engine.step_stats import StepStats
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
 from server.model.tokenizer import ModelTokenizer
@@ -140,25 +140,27 @@ def test_what_is_lent_falls_with_the_load_and_changes_no_answer(bench: Any, tool
     scheduler = b.engine._scheduler
     heard = [b.submit(prompt(1, 50), max_tokens=40)]
     b.engine.step()
-    assert scheduler.rest == 0.0 and b.runner.steps[-1].rows == 50, "nothing is lent unless somebody wants it"
+    assert scheduler.idle_time == 0.0 and b.runner.steps[-1].rows == 50, "nothing is lent unless somebody wants it"
     b.engine.share_cpu(True)
-    heard.append(b.submit(prompt(2, 3 * LENT_ROWS), max_tokens=40))
-    for rows in (1 + LENT_ROWS, 2 + LENT_ROWS, LENT_ROWS):
+    heard.append(b.submit(prompt(2, 3 * CpuSharing.PREFILL_TOKENS), max_tokens=40))
+    for rows in (1 + CpuSharing.PREFILL_TOKENS, 2 + CpuSharing.PREFILL_TOKENS, CpuSharing.PREFILL_TOKENS):
         b.engine.step()
         assert b.runner.steps[-1].rows == rows
     rests = []
     for seed in range(3, 8):
-        rests.append(scheduler.rest)
+        rests.append(scheduler.idle_time)
         heard.append(b.submit(prompt(seed), max_tokens=40))
         b.engine.step()
-    assert rests == [REST, REST / 2, 0.0, 0.0, 0.0], "of two to six that run, where eight could"
+    assert rests == [CpuSharing.MAX_IDLE, CpuSharing.MAX_IDLE / 2, 0.0, 0.0, 0.0], (
+        "of two to six that run, where eight could"
+    )
     heard.append(b.submit(prompt(8, 50), max_tokens=4))
     b.engine.step()
-    assert scheduler.rest == 0.0 and b.runner.steps[-1].rows == 57, "a full server lends nothing"
+    assert scheduler.idle_time == 0.0 and b.runner.steps[-1].rows == 57, "a full server lends nothing"
     b.settle()
     assert all(h.tokens == tools.solo(h, b.runner.vocab) for h in heard)
     b.engine.share_cpu(False)
-    assert scheduler.rest == 0.0
+    assert scheduler.idle_time == 0.0
     b.check_empty()
 
 
@@ -172,7 +174,7 @@ def test_the_thread_rests_after_steps_while_it_lends(bench: Any, monkeypatch: py
     assert b.engine.stop(5.0)
     record = b.engine.stats()
     assert heard.reason == "length" and len(rests) == record["steps"]
-    assert sum(rests) == pytest.approx(REST * record["seconds"])
+    assert sum(rests) == pytest.approx(CpuSharing.MAX_IDLE * record["seconds"])
 
 
 def test_a_step_in_which_the_process_was_stopped_has_no_such_rest_after_it(
@@ -187,7 +189,7 @@ def test_a_step_in_which_the_process_was_stopped_has_no_such_rest_after_it(
     b.submit(prompt(1), max_tokens=2)
     b.engine.start()
     assert b.engine.stop(5.0)
-    assert rests and set(rests) == {LONGEST_REST}
+    assert rests and set(rests) == {MAX_IDLE_SECONDS}
 
 
 def test_no_rest_follows_a_step_that_was_planned_without_one(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +215,10 @@ def test_no_rest_follows_a_step_that_was_planned_without_one(bench: Any, monkeyp
     b.engine.start()
     until(lambda: late and all(h.reason for h in (*heard, *late)))
     assert b.engine.stop(30.0) and [h.reason for h in (*heard, *late)] == ["length"] * 5
-    assert max(step.rows for step in b.runner.steps) > LENT_ROWS + 8 and max(rests) <= LENT_ROWS + 8
+    assert (
+        max(step.rows for step in b.runner.steps) > CpuSharing.PREFILL_TOKENS + 8
+        and max(rests) <= CpuSharing.PREFILL_TOKENS + 8
+    )
 
 
 @pytest.mark.parametrize("overlapped", [False, True])
@@ -274,7 +279,7 @@ def test_answers_to_one_prompt_share_its_computation(bench: Any, tools: Any) -> 
     assert all(h.request.cached >= 36 for h in (*all_heard[1:], *labels))
     assert sum(batch.rows for batch in b.runner.steps) <= 40 + 20 + 6 * 4 + 6 + 5 * 7
     assert other.tokens == tools.solo(other, b.runner.vocab)
-    assert not b.engine._scheduler._coming
+    assert not b.engine._scheduler.pending_prefixes
     b.check_empty()
 
 
@@ -440,7 +445,7 @@ def test_cancel_in_every_state(bench: Any, tools: Any) -> None:
     running2 = b.submit(prompt(3), fair_key="y")
     b.engine.step()
     inbox = b.submit(prompt(4))
-    b.engine._scheduler._changed = True
+    b.engine._scheduler._can_admit = True
     for heard in (running, running2, inbox, loading):
         b.engine.cancel(heard.request.id)
         b.engine.step()
@@ -486,7 +491,7 @@ def test_deadlines(bench: Any, tools: Any) -> None:
     b.engine.step()
     for heard in (running, queued, loading):  # each where it is by now, however long that took
         heard.request.deadline = time.monotonic() + 0.02
-    b.engine._scheduler._first_deadline = 0.0
+    b.engine._scheduler._next_deadline = 0.0
     b.runner.before = lambda batch: time.sleep(0.005)
     b.run_until(lambda: all(h.reason for h in (running, queued, loading)))
     assert all(isinstance(h.error, DeadlineExceeded) for h in (running, queued, loading))
@@ -528,7 +533,7 @@ def test_a_failed_step_spares_those_that_wait(
 def test_when_planning_itself_fails_no_request_is_lost(bench: Any) -> None:
     b = bench()
     heard = b.submit(prompt(1))
-    b.engine._scheduler._enter = lambda now, plan: 1 / 0
+    b.engine._scheduler._admit = lambda now, plan: 1 / 0
     b.engine.start()
     until(lambda: heard.reason)
     assert isinstance(heard.error, EngineFailed)
@@ -927,16 +932,16 @@ def test_what_has_come_for_the_less_urgent_is_given_up_when_the_urgent_lack_room
     low = b.submit(prompt(1), mix=tools.mix_of("a1"), priority=1)
     shared = b.submit(prompt(3), mix=tools.mix_of("a3"), priority=1)
     b.run_until(lambda: len(fetch.pending) == 2)
-    loads = b.engine._scheduler.loads
+    loads = b.engine._scheduler.loader
     high = [b.submit(prompt(i), mix=tools.mix_of(f"a{i}")) for i in (2, 3)]
     fetch.finish(0)
     b.engine.step()
-    assert loads.came_for(low.request) and high[0].request.state is State.LOADING
+    assert loads.has_weights(low.request) and high[0].request.state is State.LOADING
     views = [weakref.ref(loads._loads[low.request.mix].future)]
     b.engine.release_idle(1)
     b.engine.step()
     gc.collect()
-    assert not loads.came_for(low.request) and views[0]() is None, "its pins on RAM are gone"
+    assert not loads.has_weights(low.request) and views[0]() is None, "its pins on RAM are gone"
     assert loads._loads.keys() == {h.request.mix for h in high}, "what an urgent one waits for too stays"
     fetch.ready = None
     while fetch.pending:
@@ -991,22 +996,6 @@ def test_copies_on_a_device_stay_and_are_run_on_when_ram_is_short(bench: Any, to
     b.settle()
     for heard in (low, read, there, other):
         assert heard.tokens == tools.solo(heard, b.runner.vocab)
-    b.check_empty()
-
-
-def test_the_less_urgent_run_on_where_their_end_would_give_no_room(bench: Any, tools: Any) -> None:
-    """One on the base alone, and one whose adapter a more urgent one uses too."""
-    fetch = tools.Fetcher(ready={"a1"})
-    b = bench(fetch=fetch, age_limit=0.02, context_length=256, blocks=128)
-    mixes = BASE_MIX, tools.mix_of("a1")
-    low = [b.submit(prompt(i), mix=mix, priority=1, max_tokens=200) for i, mix in enumerate(mixes)]
-    first = b.submit(prompt(3), mix=tools.mix_of("a1"), max_tokens=200)
-    b.engine.step()
-    lacks_ram_for_too_long(b, tools.mix_of("a2"))
-    b.engine.step()
-    assert all(h.request.state is State.RUNNING for h in (*low, first))
-    fetch.finish()
-    b.settle()
     b.check_empty()
 
 
@@ -1087,7 +1076,7 @@ def test_one_id_is_one_request(bench: Any, tools: Any) -> None:
     second = b.submit(prompt(2), mix=tools.mix_of("a1"))
     b.settle()
     assert fetch.pending[0][1].cancelled()
-    assert first.reason == "length" and second.reason == "error" and "runs already" in str(second.error)
+    assert first.reason == "length" and second.reason == "error" and "already running" in str(second.error)
     b.check_empty()
 
 

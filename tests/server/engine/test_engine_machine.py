@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from adapters.weights import LoraWeights, Mix
 from server.engine.adapter_slots import AdapterMemory, AdapterSlots
-from server.engine.kv_cache import KVCache, next_key, root_key
+from server.engine.kv_cache import KVCache, next_hash, root_hash
 from server.engine.request import State
 
 SMALL = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -39,16 +39,16 @@ class KVMachine(RuleBasedStateMachine):
 
     @rule(target=held, mix=st.sampled_from("AB"), tokens=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=10))
     def come(self, mix: str, tokens: list[int]) -> Any:
-        key, keys = root_key("base", Mix(((mix, 1.0),)), ""), []
+        key, keys = root_hash("base", Mix(((mix, 1.0),)), ""), []
         for i in range(len(tokens) // 2):
-            key = next_key(key, tokens[2 * i : 2 * i + 2])
+            key = next_hash(key, tokens[2 * i : 2 * i + 2])
             keys.append(key)
-        found = self.kv.match(keys)
+        found = self.kv.match_prefix(keys)
         for i, block in enumerate(found):
             assert self.content[block] == (mix, *tokens[: 2 * i + 2])
         need = self.kv.blocks_for(len(tokens)) - len(found)
         before = self.kv.available
-        fresh = self.kv.reserve(need)
+        fresh = self.kv.allocate(need)
         assert (fresh is None) == (need > before)
         if fresh is None:
             self.kv.free(found)
@@ -60,13 +60,13 @@ class KVMachine(RuleBasedStateMachine):
             if block in fresh:
                 self.content[block] = (mix, *tokens[: 2 * i + 2])
             if i < len(keys):
-                self.kv.keep(block, keys[i], Mix(((mix, 1.0),)))
+                self.kv.register(block, keys[i], Mix(((mix, 1.0),)))
         return blocks
 
     @rule(blocks=consumes(held), trusted=st.booleans())
     def go(self, blocks: list[int], trusted: bool) -> None:
         if not trusted:
-            self.kv.disown(blocks)
+            self.kv.unregister(blocks)
         self.kv.free(blocks)
         for block in blocks:
             self.users[block] -= 1
@@ -136,14 +136,14 @@ class SlotsMachine(RuleBasedStateMachine):
         before = set(self.placed.values())
         self.fail = fail
         try:
-            self.slots.offer(mix, [LoraWeights("n", d, {}) for d in mix.digests], spared)
+            self.slots.prefetch(mix, [LoraWeights("n", d, {}) for d in mix.digests], spared)
         except MemoryError:
             assert fail
         assert before & spared <= set(self.placed.values()) <= before | digests
 
     @rule(mix=consumes(held))
     def free(self, mix: Mix) -> None:
-        self.slots.free(mix)
+        self.slots.release(mix)
         for digest in mix.digests:
             self.holders[digest] -= 1
 
@@ -261,7 +261,7 @@ def engine_machine(bench: Any, tools: Any, **options: Any) -> type[RuleBasedStat
             assert scheduler.kv.counts["used"] == len({b for r in scheduler.running for b in r.blocks})
             assert self.bench.engine._slots.in_use == len({d for r in scheduler.running for d in r.mix.digests})
             assert all(r.state is State.RUNNING for r in scheduler.running)
-            assert all(r.kept == r.computed // scheduler.kv.block_size for r in scheduler.running)
+            assert all(r.num_hashed_blocks == r.computed // scheduler.kv.block_size for r in scheduler.running)
             assert all(r.state in (State.QUEUED, State.LOADING) for r in scheduler.waiting)
             assert set(self.bench.engine._live.values()) == {*scheduler.running, *scheduler.waiting}
 

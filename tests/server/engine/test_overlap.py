@@ -174,11 +174,11 @@ def test_what_ends_while_its_token_is_on_its_way_has_no_trace_of_it(bench: Any, 
         made.engine.cancel(ended.request.id)
     elif how == "deadline":
         ended.request.deadline = time.monotonic()
-        made.engine._scheduler._first_deadline = 0.0
+        made.engine._scheduler._next_deadline = 0.0
     elif how == "failure":
         made.engine._recover(RuntimeError("kernel"))
     else:
-        made.engine._finish()
+        made.engine._end_all()
     if how != "stop":
         made.settle()
     # What was drawn before a step failed, or the engine stopped, is told still.
@@ -204,7 +204,7 @@ def failing(made: Any, error: Exception, part: str = "run") -> None:
         if part == "run":
             patch.setattr(made.runner, "before", fails)
         else:
-            patch.setattr(made.engine._sampler, "ahead" if hasattr(made.engine, "_flight") else "pick", fails)
+            patch.setattr(made.engine._sampler, "sample_async" if hasattr(made.engine, "_pending") else "sample", fails)
         made.engine.step()
     made.engine._recover(raised.value)
 
@@ -263,7 +263,7 @@ def test_where_the_tokens_of_the_step_before_are_lost_too_nobody_goes_on_without
     made.engine.step()
     with monkeypatch.context() as patch:
         patch.setattr(tools.LateTokens, "read", lost)
-        made.engine._finish()
+        made.engine._end_all()
     assert again.reason == "error" and again.request.output == again.tokens
 
 
@@ -304,7 +304,7 @@ def test_a_step_that_is_read_late_is_the_one_that_is_told_of(
         return read(drawn)
 
     monkeypatch.setattr(tools.LateTokens, "read", reading)
-    monkeypatch.setattr(made.runner, "wait_until_nearly_done", lambda: seen.append(made.engine.what_runs()))
+    monkeypatch.setattr(made.runner, "wait_until_nearly_done", lambda: seen.append(made.engine.current_step()))
     made.settle()
     assert all(first.request.id in told for told in seen) and len(seen) == 4
     assert made.engine.current_step() == "no step"

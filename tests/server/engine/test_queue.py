@@ -86,7 +86,7 @@ def test_a_key_that_waits_or_runs_has_its_share_of_the_clock() -> None:
     first, second = request("a"), request("b")
     for one in (first, second):
         q.add(one)
-        q.enter(one)
+        q.admit(one)
         q.charge(one, 100)
     q.leave(second)
     q.charge(first, 100)
@@ -103,7 +103,7 @@ def test_a_key_is_there_while_any_of_its_requests_waits_or_runs() -> None:
     q.charge(pair[0], 100)
     assert q._clock[0] == 100 / 2
     for one in pair:
-        q.enter(one)
+        q.admit(one)
     q.leave(pair[0])
     q.charge(pair[1], 100)
     assert q._clock[0] == 100 / 2 + 100 / 2
@@ -115,12 +115,12 @@ def test_who_comes_starts_at_the_least_of_those_that_wait_if_that_is_ahead_of_th
     q = FairQueue()
     for i in range(9):  # they run and want little, so that the clock is slow
         q.add(one := request(f"modest{i}"))
-        q.enter(one)
+        q.admit(one)
     for key, cost in (("a", 1000), ("b", 1100), ("a", 2000)):
         one = next((one for one in q if one.fair_key == key), None) or request(key)
         if one not in q:
             q.add(one)
-        q.enter(one)
+        q.admit(one)
         q.charge(one, cost)
         q.leave(one)
         q.add(request(key))
@@ -133,11 +133,11 @@ def test_who_takes_what_others_leave_owes_nothing_for_it() -> None:
     q = FairQueue()
     modest = request("modest")
     q.add(modest)
-    q.enter(modest)
+    q.admit(modest)
     for _ in range(100):
         one = request("busy")
         q.add(one)
-        q.enter(one)
+        q.admit(one)
         q.charge(one, 100)
         q.charge(modest, 2)
         q.leave(one)
@@ -151,16 +151,16 @@ def test_one_key_is_first_come_first_served_and_resumed_go_before() -> None:
     q = FairQueue()
     first, second, third = request(), request(), request()
     q.add(third)
-    q.enter(third)
+    q.admit(third)
     q.add(first)
     q.add(second)
-    q.put_back(third)
+    q.requeue(third)
     assert list(q.in_order()) == [third, first, second]
     assert third in q and q.newest((0, "k")) is second
-    q.enter(third)
-    q.enter(first)
-    q.put_back(first)
-    q.put_back(third)
+    q.admit(third)
+    q.admit(first)
+    q.requeue(first)
+    q.requeue(third)
     assert list(q.in_order()) == [third, first, second], "who was preempted last entered first"
     q.remove(third)
     assert third not in q and "x" not in q
@@ -174,7 +174,7 @@ def test_urgency_before_fairness() -> None:
     q.add(low)
     q.add(high)
     q.charge(high, 1e9)
-    assert q.priority == 0 and list(q.in_order()) == [high, low]
+    assert q.best_priority == 0 and list(q.in_order()) == [high, low]
     assert q.newest((1, "a")) is low and q.newest((0, "a")) is None and q.newest((0, "c")) is None
 
 
@@ -231,10 +231,10 @@ def test_what_has_left_makes_room_once() -> None:
     inside = [request() for _ in range(4)]
     for one in inside:
         inbox.put(one)
-    with pytest.raises(QueueFull, match=r"4 requests .* than 4 with 100 \(--max-queue"):
+    with pytest.raises(QueueFull, match=r"4 requests .* limits are 4 and 100 \(--max-queue"):
         inbox.put(request())
-    inbox.left(inside[0])
-    inbox.left(inside[0])
+    inbox.remove(inside[0])
+    inbox.remove(inside[0])
     inbox.put(request())
     with pytest.raises(QueueFull):
         inbox.put(request())
@@ -260,13 +260,13 @@ def test_whatever_comes_wakes_the_engine() -> None:
 def test_one_request_may_have_more_tokens_than_the_queue() -> None:
     inbox = opened(requests=4, tokens=100)
     inbox.put(request(length=101))
-    assert inbox.overfull() is None
-    with pytest.raises(QueueFull, match="101 prompt tokens .* than 4 with 100 "):
+    assert inbox.overfull_key() is None
+    with pytest.raises(QueueFull, match="101 prompt tokens wait, and the limits are 4 and 100 "):
         inbox.put(request())
     inbox.check(1, 101)
     inbox.check(4, 100)
     for requests, tokens, said in (
-        (2, 101, "2 requests with 101 prompt tokens, and the queue holds 100 of these"),
+        (2, 101, "2 requests with 101 prompt tokens, and the queue holds 100 tokens"),
         (5, 5, r"5 requests, and the queue holds 4 \(--max-queue\)"),
     ):
         with pytest.raises(NoCapacity, match=said):
@@ -282,13 +282,13 @@ def test_who_finds_no_place_is_told_when_a_quarter_will_have_left(monkeypatch: p
         inbox.put(one)
     assert inbox.full().retry_after == 1.0
     for one in inside[:4]:
-        inbox.left(one)
+        inbox.remove(one)
         now += 3.0
     assert inbox.full().retry_after == 3.0 * 8 / 4
     now += 1000.0
     assert inbox.full().retry_after == 30.0
     for one in inside[4:]:
-        inbox.left(one)
+        inbox.remove(one)
     now += 1000.0
     for one in inside[:8]:
         inbox.put(one)
@@ -300,22 +300,22 @@ def test_the_less_urgent_take_no_place_of_the_more_urgent() -> None:
     low = [request("t", priority=1, length=10) for _ in range(3)]
     for one in low:
         inbox.put(one)
-    assert inbox.overfull() is None
+    assert inbox.overfull_key() is None
     with pytest.raises(QueueFull):
         inbox.put(request("t", priority=1, length=10))
     high = [request("t", length=10) for _ in range(3)]
     for one in high:
         inbox.put(one)
-        assert inbox.overfull() == (1, "t")
-        inbox.left(low.pop())
-    assert inbox.overfull() is None
+        assert inbox.overfull_key() == (1, "t")
+        inbox.remove(low.pop())
+    assert inbox.overfull_key() is None
     with pytest.raises(QueueFull):
         inbox.put(request("t", length=10))
     with pytest.raises(QueueFull):
         inbox.put(request("other", priority=1))
     for one in high:
-        inbox.left(one)
-    assert not inbox.waiting and not inbox._waiting and not any(inbox._tokens_of.values())
+        inbox.remove(one)
+    assert not inbox.waiting and not inbox._count_of and not any(inbox._tokens_of.values())
 
 
 def test_tokens_of_the_more_urgent_are_not_displaced() -> None:
@@ -325,7 +325,7 @@ def test_tokens_of_the_more_urgent_are_not_displaced() -> None:
     with pytest.raises(QueueFull):
         inbox.put(request("b", length=11))
     inbox.put(request("b", length=10))
-    assert inbox.overfull() == (1, "e")
+    assert inbox.overfull_key() == (1, "e")
 
 
 def test_arrivals_are_taken_once() -> None:
@@ -338,7 +338,7 @@ def test_arrivals_are_taken_once() -> None:
     inbox.release_idle(5)
     inbox.release_idle(3)
     taken: Any = inbox.take()
-    assert (taken.requests, taken.cancelled, taken.forgotten, taken.wanted_bytes) == ([one], ["x"], ["d"], 5)
+    assert (taken.requests, taken.cancelled, taken.unloaded, taken.wanted_bytes) == ([one], ["x"], ["d"], 5)
     assert inbox.take() is None
 
 
@@ -350,8 +350,8 @@ def test_keys_with_equal_service_go_by_their_oldest_request() -> None:
         q.add(one)
     order = [made[at] for at in (("a", 1.0), ("b", 2.0), ("b", 3.0), ("a", 4.0))]
     assert list(q.in_order()) == order
-    q.enter(order[0])
-    q.put_back(order[0])
+    q.admit(order[0])
+    q.requeue(order[0])
     assert list(q.in_order()) == order
 
 
@@ -361,11 +361,11 @@ def test_even_those_that_get_in_beside_a_full_queue_are_no_more_than_it_holds() 
         inbox.put(request(key))
     with pytest.raises(QueueFull):
         inbox.put(request("f"))
-    assert inbox.overfull() == (0, "many")
+    assert inbox.overfull_key() == (0, "many")
 
 
 def test_of_two_that_have_too_many_tokens_together_the_less_urgent_goes() -> None:
     inbox = opened(tokens=30)
     inbox.put(request("e", priority=1, length=30))
     inbox.put(request("t", length=30))
-    assert inbox.overfull() == (1, "e")
+    assert inbox.overfull_key() == (1, "e")

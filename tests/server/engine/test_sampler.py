@@ -30,7 +30,7 @@ def request(output: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2), seed
 
 def pick(logits: Any, *requests: Request) -> list[SampledToken]:
     rows = torch.from_numpy(np.atleast_2d(np.asarray(logits, np.float32)))
-    return Sampler(rows.shape[1], frozenset({EOS})).pick(Logits(rows), [ScheduledRequest(r, 1, 1) for r in requests])
+    return Sampler(rows.shape[1], frozenset({EOS})).sample(Logits(rows), [ScheduledRequest(r, 1, 1) for r in requests])
 
 
 def noise(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
@@ -238,22 +238,24 @@ def test_tokens_are_drawn_where_the_logits_are() -> None:
     requests = [request(), request(temperature=0.5, top_k=3, top_p=0.9, seed=7), request(logprobs=2)]
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     work, sampler = [ScheduledRequest(r, 1, 1) for r in requests], Sampler(20, frozenset(), draw)
-    picks = sampler.pick(Logits(logits), work)
-    assert sampler.ahead(Logits(logits), work) is None, "a row wants more than a token"
+    picks = sampler.sample(Logits(logits), work)
+    assert sampler.sample_async(Logits(logits), work) is None, "a row wants more than a token"
     [(rows, how, top_k)] = draw.asked
     assert rows == 3 and how[0].tolist() == [0.0, 0.0, 0.0, 0.0] and top_k.tolist() == [0, 3, 0]
     assert how[1].tolist() == pytest.approx([0.5, 0.9, 0.0, uniform(requests[1].seed, 0)])
     assert picks[0].token == 11 and picks[1].error is not None
     assert picks[2].token == int(logits[2].argmax()) and picks[2].logprob is not None
-    assert sampler.ahead(Logits(logits[:2]), work[:2]) is not None and draw.asked[1][0] == 2
-    assert Sampler(20, frozenset()).ahead(Logits(logits[:2]), work[:2]) is None, "nobody draws there"
+    assert sampler.sample_async(Logits(logits[:2]), work[:2]) is not None and draw.asked[1][0] == 2
+    assert Sampler(20, frozenset()).sample_async(Logits(logits[:2]), work[:2]) is None, "nobody draws there"
 
 
 def test_noise_that_float32_would_round_to_one_is_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the last token that has a chance there may be others."""
     monkeypatch.setattr("server.engine.sampler.uniform", lambda seed, index: 1 - 2.0**-53)
     draw = Draws(1)
-    Sampler(20, frozenset(), draw).pick(Logits(torch.randn(1, 20)), [ScheduledRequest(request(temperature=1.0), 1, 1)])
+    Sampler(20, frozenset(), draw).sample(
+        Logits(torch.randn(1, 20)), [ScheduledRequest(request(temperature=1.0), 1, 1)]
+    )
     [(_, how, _)] = draw.asked
     assert how[0, 3] == np.nextafter(np.float32(1), np.float32(0))
 
@@ -267,7 +269,7 @@ def test_what_is_drawn_here_is_drawn_by_the_noise_that_runners_are_told(
     row = np.zeros(VOCAB)
     row[100:110] = 50.0
     draw, chosen = Draws(0), request(temperature=1.0)
-    Sampler(VOCAB, frozenset(), draw).pick(Logits(torch.zeros(1, VOCAB)), [ScheduledRequest(chosen, 1, 1)])
+    Sampler(VOCAB, frozenset(), draw).sample(Logits(torch.zeros(1, VOCAB)), [ScheduledRequest(chosen, 1, 1)])
     [(_, how, _)] = draw.asked
     assert how[0, 3] == 0.5
     assert pick(row, request(temperature=1.0, **more))[0].token == 105
@@ -276,7 +278,7 @@ def test_what_is_drawn_here_is_drawn_by_the_noise_that_runners_are_told(
 def test_a_temperature_below_all_floats_is_none() -> None:
     """In float32 it divides to what is no number, there as here."""
     draw = Draws(3)
-    Sampler(20, frozenset(), draw).pick(
+    Sampler(20, frozenset(), draw).sample(
         Logits(torch.zeros(1, 20)), [ScheduledRequest(request(temperature=1e-39), 1, 1)]
     )
     [(_, how, _)] = draw.asked

@@ -8,17 +8,17 @@ import pytest
 
 from server.engine.request import Request, Sampling
 from server.engine.sampler import SampledToken
-from server.engine.stop_conditions import accept
+from server.engine.stop_conditions import append_token
 from server.model.tokenizer import Detokenizer, ModelTokenizer
 
 
 def answered(text: ModelTokenizer, tokens: list[int], **sampling: Any) -> tuple[str, str | None, int]:
     """The text that is delivered of these tokens, why it ended, and after how many."""
     request = Request("r", (3,), Sampling(**sampling), lambda delivery: None)
-    request.reader = Detokenizer(text, request.sampling.stop)
+    request.detokenizer = Detokenizer(text, request.sampling.stop)
     shown = ""
     for token in tokens:
-        delivery = accept(request, SampledToken(token), text.vocabulary.eos_ids)
+        delivery = append_token(request, SampledToken(token), text.vocabulary.eos_ids)
         shown += delivery.text
         if delivery.finish_reason is not None:
             return shown, delivery.finish_reason, len(request.output)

@@ -74,7 +74,9 @@ def requests_of(count: int, **options: Any) -> list[Request]:
 def pick(rows: np.ndarray, requests: list[Request], *, native: bool, threads: int = 2) -> list[SampledToken]:
     logits = torch.from_numpy(rows)
     draw = runner_of(rows.shape[1], threads).draw if native else None
-    return Sampler(rows.shape[1], frozenset(), draw).pick(Logits(logits), [ScheduledRequest(r, 1, 1) for r in requests])
+    return Sampler(rows.shape[1], frozenset(), draw).sample(
+        Logits(logits), [ScheduledRequest(r, 1, 1) for r in requests]
+    )
 
 
 def rows_of(kind: str, count: int, vocab: int) -> np.ndarray:

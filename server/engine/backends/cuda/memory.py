@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.engine.batch import most_logits, most_tokens
+from server.engine.batch import step_logit_limit, step_token_limit
 from server.errors import NoCapacity
 from server.model.config import ModelConfig
 
@@ -85,11 +85,11 @@ def work_bytes(config: ModelConfig, max_step_tokens: int, max_batch: int) -> int
     row = 4 * 3 * config.hidden_size + 6 * (heads + keys) + (4 * 2 + 2) * config.intermediate_size
     # The largest matrix that is dequantized for many rows; once more for graphs of as many, whose memory is their own.
     outputs = 2 * config.intermediate_size
-    if min(most_tokens(max_step_tokens, max_batch), most_logits(max_batch)) >= DENSE_ROWS:
+    if min(step_token_limit(max_step_tokens, max_batch), step_logit_limit(max_batch)) >= DENSE_ROWS:
         outputs = max(outputs, config.vocab_size)
     dense = 2 * outputs * config.hidden_size * (2 if max_batch >= DENSE_ROWS else 1)
     # Logits: kept ones, those of the graphs, and of a step without a graph, whose scored rows may be twice as many.
-    logits = 4 * config.vocab_size * 2 * (max_batch + most_logits(max_batch))
+    logits = 4 * config.vocab_size * 2 * (max_batch + step_logit_limit(max_batch))
     parts = 4 * max_batch * config.num_attention_heads * KEYS_SPLIT * (config.head_dim + 1)  # of attention's split keys
     return RESERVE + max_step_tokens * row + logits + parts + dense
 

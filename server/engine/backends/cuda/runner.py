@@ -33,7 +33,7 @@ from server.engine.backends.cuda.batch import (
 )
 from server.engine.backends.cuda.device_model import DeviceModel, DeviceStep
 from server.engine.backends.cuda.memory import MOST_OF_A_GRAPH, MemoryShares, lacks_memory, left_for_training, share_out
-from server.engine.batch import Batch, Logits, most_logits, most_tokens
+from server.engine.batch import Batch, Logits, step_logit_limit, step_token_limit
 from server.errors import NoCapacity
 from server.kernels.cuda import sampling
 from server.kernels.cuda.launch import keep_apart
@@ -178,8 +178,8 @@ class CudaRunner:
             self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._numbers = torch.zeros(1, dtype=torch.int32, device=device)
         self._step_memory = StepMemory(1, device)
-        self._max_step_tokens = most_tokens(max_step_tokens, max_batch)
-        self._max_logits = most_logits(max_batch)
+        self._max_step_tokens = step_token_limit(max_step_tokens, max_batch)
+        self._max_logits = step_logit_limit(max_batch)
         self._zeros = torch.zeros(4 * self._max_logits, dtype=torch.int32, device=device)
         """What greedy rows are told."""
         self._block_size = self._width = 0
