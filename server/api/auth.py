@@ -1,7 +1,4 @@
-"""Who may call what: keys, the Host and Origin headers. Default-deny: a route that is not listed needs an admin key.
-
-Owns the access table of all routes and the keys' lifetime. Keys are kept as SHA-256 digests, compared in constant time.
-"""
+"""Access control: API keys, and the Host and Origin headers. Routes that are not listed here need an admin key."""
 
 from __future__ import annotations
 
@@ -16,20 +13,17 @@ from urllib.parse import urlsplit
 
 from starlette.routing import Match
 
-from server.api.errors import NO_ROUTE, answer
-from server.api.middleware import refuse
+from server.api.errors import error_reply
+from server.api.middleware import discard_body, send_reply
 from server.api.types import ASGIApp, Receive, Scope, Send
-from server.errors import BadSetting, Forbidden, ServerError, Unauthorized, UnknownName
+from server.errors import BadSetting, Forbidden, ServerError, Unauthorized
 from server.settings import Settings, parse_keys
 
 log = logging.getLogger(__name__)
 
-NAME = "[^/]+"
-_CONTROL = re.compile(r"[\0-\x1f\x7f]")
-
 
 class Access(enum.Enum):
-    """What a route asks of its caller."""
+    """What a route requires of its caller."""
 
     OPEN = "open"
     METRICS = "metrics"
@@ -38,8 +32,7 @@ class Access(enum.Enum):
 
 
 def _paths(*templates: str) -> re.Pattern[str]:
-    return re.compile("|".join(re.sub(r"\{\w+\}", NAME, re.escape(t).replace(r"\{", "{").replace(r"\}", "}"))
-                               for t in templates))  # fmt: skip
+    return re.compile("|".join(re.sub(r"\{\w+\}", "[^/]+", t.replace(".", r"\.")) for t in templates))
 
 
 OPEN = {"GET": _paths("/health", "/health/live", "/health/ready", "/", "/web/{file}", "/web/{folder}/{file}")}
@@ -48,14 +41,12 @@ INFERENCE = {
         *("/adapters", "/adapters/{name}", "/tasks", "/tasks/{task}", "/tasks/{task}/performance", "/v1/models"),
         *("/v1/models/{model}", "/jobs", "/jobs/{id}", "/stats", "/docs", "/openapi.json"),
     ),
-    "POST": _paths(
-        *("/generate", "/classify", "/v1/completions", "/v1/chat/completions", "/tasks/{task}/feedback"),
-    ),
+    "POST": _paths("/generate", "/classify", "/v1/completions", "/v1/chat/completions", "/tasks/{task}/feedback"),
 }
 
 
 def access(method: str, path: str) -> Access:
-    """What `path` asks of a caller. The tables above are the only ones that open anything."""
+    """What a method and path require. Anything that is not in the tables above requires an admin key."""
     if method in OPEN and OPEN[method].fullmatch(path):
         return Access.OPEN
     if method == "GET" and path == "/metrics":
@@ -67,64 +58,71 @@ def access(method: str, path: str) -> Access:
 
 @dataclass(frozen=True)
 class Key:
-    """A caller's key: `id` names the tenant."""
+    """A key. `id` is the tenant."""
 
     id: str
     digest: bytes
 
 
 class KeyRing:
-    """Keys of one kind: from a setting and from a file that is read again whenever it changes."""
+    """Keys of one kind, from a setting and from a file that is read again when it changes.
+
+    Only SHA-256 digests are kept, and they are compared in constant time.
+    """
 
     def __init__(self, text: str, file: Path | None, param: str) -> None:
         self._fixed = _digests(parse_keys(text, param))
+        self._from_file: list[Key] = []
         self._file = file
-        self._param = param
-        self._stamp: tuple[int, ...] | None = None
-        self._told: tuple[tuple[int, ...] | None, str] | None = None
-        """Which state of the file is wrong, and how, as the log has been told."""
-        self._read: list[Key] = []
+        self._param = f"{param}_file"
+        self._stamp = None if file is None else _file_stamp(file)
         if file is not None:
-            self._refresh(first=True)
+            try:
+                self._from_file = self._read(file)
+            except (OSError, UnicodeDecodeError, BadSetting) as error:
+                raise BadSetting(f"{self._param} cannot be read: {error}", self._param) from None
 
     def __bool__(self) -> bool:
-        """Whether keys of this kind are asked for at all. An empty file locks out; it does not open."""
+        """Whether keys of this kind are configured. An empty key file means that nobody has access."""
         return bool(self._fixed) or self._file is not None
 
     def find(self, digest: bytes) -> Key | None:
-        """The key of a token's digest. Looks at every key, whatever it finds."""
+        """The key with this digest. Compares all keys, so that the time does not depend on the result."""
         if self._file is not None:
-            self._refresh()
+            self._refresh(self._file)
         found = None
-        for key in (*self._fixed, *self._read):
+        for key in (*self._fixed, *self._from_file):
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
 
-    def _refresh(self, first: bool = False) -> None:
-        """Read the file if it is another one than before. A file that cannot be read leaves the keys as they were."""
-        assert self._file is not None
-        stamp = None
+    def _refresh(self, file: Path) -> None:
+        """Read the file if it changed. If it cannot be read, log that once and keep the keys."""
+        stamp = _file_stamp(file)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
         try:
-            stat = self._file.stat()
-            # Archives bring their files' own times, and a new file may get the inode of the one it replaces.
-            stamp = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
-            if stamp == self._stamp:
-                return
-            self._read = _digests(parse_keys(self._file.read_text(encoding="utf-8-sig"), f"{self._param}_file"))
-            self._stamp, self._told = stamp, None
-            if not first:
-                log.info("%s_file was read again: %d keys", self._param, len(self._read) // 2)
+            self._from_file = self._read(file)
+            log.info("%s was read again: %d keys", self._param, len(self._from_file) // 2)
         except (OSError, UnicodeDecodeError, BadSetting) as error:
-            if first:
-                raise BadSetting(f"{self._param}_file cannot be read: {error}", f"{self._param}_file") from None
-            if (stamp, str(error)) != self._told:
-                log.error("%s_file cannot be read, the keys stay as they were: %s", self._param, error)
-            self._stamp, self._told = None, (stamp, str(error))
+            log.error("%s cannot be read, the keys stay unchanged: %s", self._param, error)
+
+    def _read(self, file: Path) -> list[Key]:
+        return _digests(parse_keys(file.read_text(encoding="utf-8-sig"), self._param))
+
+
+def _file_stamp(file: Path) -> tuple[int, ...] | None:
+    """Changes whenever the file does; None if there is no file."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 def _digests(keys: dict[str, str]) -> list[Key]:
-    """A client may send the secret alone, or `id:secret`."""
+    """Two digests for each key: clients may send the secret or `id:secret`."""
     return [
         Key(name, hashlib.sha256(token.encode()).digest())
         for name, secret in keys.items()
@@ -133,7 +131,7 @@ def _digests(keys: dict[str, str]) -> list[Key]:
 
 
 class Keys:
-    """All keys of a server, and the rule of who may call what."""
+    """All keys of a server, and who may call what."""
 
     def __init__(self, settings: Settings) -> None:
         self.inference = KeyRing(settings.api_keys.get_secret_value(), settings.api_keys_file, "api_keys")
@@ -142,13 +140,13 @@ class Keys:
         self.metrics_public = settings.metrics_public
 
     def check(self, needed: Access, authorization: str | None) -> str:
-        """The tenant of a caller who may do this. Raises Unauthorized, Forbidden."""
+        """The tenant of the caller. Raises Unauthorized, Forbidden."""
         if needed is Access.OPEN or (needed is Access.METRICS and self.metrics_public):
             return ""
         if not self.inference and not self.admin and not (self.metrics and needed is Access.METRICS):
-            return ""
-        kind, _, token = (authorization or "").partition(" ")
-        if kind.lower() != "bearer" or not token.strip():
+            return ""  # the server has no keys
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
             raise Unauthorized("a key is needed: send it as `Authorization: Bearer <key>`")
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
         admin, inference, metrics = self.admin.find(digest), self.inference.find(digest), self.metrics.find(digest)
@@ -156,21 +154,18 @@ class Keys:
             return admin.id
         if inference is not None:
             if needed is Access.ADMIN:
-                raise Forbidden(
-                    "this route needs an admin key"
-                    if self.admin
-                    else "this route needs an admin key, and the server has none; set LORAMUX_ADMIN_KEYS"
-                )
+                missing = "" if self.admin else ", and the server has none; set LORAMUX_ADMIN_KEYS"
+                raise Forbidden(f"this route needs an admin key{missing}")
             return inference.id
         if metrics is not None:
             if needed is Access.METRICS:
                 return metrics.id
-            raise Forbidden("this key opens /metrics and nothing else")
+            raise Forbidden("this key is for /metrics only")
         raise Unauthorized("the key is not known")
 
 
 class AuthMiddleware:
-    """Middleware: Host, Origin, then the key. Refuses before a byte of the body is looked at."""
+    """Checks Host, Origin and key before the body is read. Sets `tenant` in the request state."""
 
     def __init__(self, app: ASGIApp, keys: Keys, hosts: frozenset[str]) -> None:
         self.app = app
@@ -178,71 +173,58 @@ class AuthMiddleware:
         self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        try:
-            scope.setdefault("state", {})["tenant"] = self.check(scope)
-        except ServerError as error:
-            await refuse(answer(error), scope, receive, send)
-            return
+        if scope["type"] == "http":
+            try:
+                scope.setdefault("state", {})["tenant"] = self.check(scope)
+            except ServerError as error:
+                await discard_body(receive)
+                await send_reply(error_reply(error), scope, send)
+                return
         await self.app(scope, receive, send)
 
     def check(self, scope: Scope) -> str:
-        """The caller's tenant. Raises Unauthorized, Forbidden, UnknownName."""
-        headers: dict[bytes, list[str]] = {}
-        for name, value in scope["headers"]:
-            if name in (b"host", b"origin", b"sec-fetch-site", b"authorization"):
-                headers.setdefault(name, []).append(value.decode("latin-1"))
-        hosts = headers.get(b"host", [])
-        if not self._known(hosts):
-            raise Forbidden("this server does not go by that name; add it with --allowed-hosts")
-        if scope["method"] != "GET" and headers.get(b"sec-fetch-site") != ["same-origin"]:
-            for origin in headers.get(b"origin", []):
-                if not _is_origin(origin, hosts):
-                    raise Forbidden(
-                        "pages of another origin may not call this server; let a server of yours call it for them, and "
-                        "for its own page let the proxy in between pass on the Host header with its port"
-                    )
-        authorization = headers.get(b"authorization", [])
-        given = authorization[0] if len(authorization) == 1 else None
+        """The caller's tenant. Raises Unauthorized, Forbidden."""
+        hosts = _header(scope, b"host")
+        if len(hosts) != 1 or not self._is_own_host(hosts[0]):
+            raise Forbidden("the server does not accept this Host header; add the name with --allowed-hosts")
+        if scope["method"] != "GET" and _header(scope, b"sec-fetch-site") != ["same-origin"]:
+            if any(not _is_same_origin(origin, hosts[0]) for origin in _header(scope, b"origin")):
+                raise Forbidden(
+                    "pages of other origins may not call this server; call it from your own backend. If this is the "
+                    "server's own page behind a proxy, let the proxy pass on the Host header with its port"
+                )
         needed = access(scope["method"], scope["path"])
-        broken = _CONTROL.search(scope["path"])  # the router would take a path and a line's end for that path
-        if needed is Access.ADMIN and (broken or not _routed(scope)):
-            needed = Access.INFERENCE  # whoever may ask at all hears that there is no such route, or not that method
-        tenant = self.keys.check(needed, given)
-        if broken:
-            raise UnknownName(NO_ROUTE)
-        return tenant
+        if needed is Access.ADMIN and not _has_route(scope):
+            needed = Access.INFERENCE  # any key gets 404 or 405 instead of 403
+        given = _header(scope, b"authorization")
+        return self.keys.check(needed, given[0] if len(given) == 1 else None)
 
-    def _known(self, hosts: list[str]) -> bool:
-        """Whether the server goes by the one name that it is asked by. A client of HTTP/1.0 may tell none."""
-        if len(hosts) != 1:
-            return not hosts and "*" in self.hosts
-        name = hosts[0].lower()
+    def _is_own_host(self, host: str) -> bool:
+        name = host.lower()
         name = name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
         return name in self.hosts or "*" in self.hosts
 
 
-def _routed(scope: Scope) -> bool:
-    """Whether the application has a route for this method and path."""
+def _header(scope: Scope, wanted: bytes) -> list[str]:
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == wanted]
+
+
+def _has_route(scope: Scope) -> bool:
     return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
-def _is_origin(origin: str, hosts: list[str]) -> bool:
-    """Whether an Origin header names the host that was asked. The port that its scheme has anyway is told by some."""
+def _is_same_origin(origin: str, host: str) -> bool:
+    """Whether an Origin header names the requested host. Either may leave out the default port."""
     try:
         url = urlsplit(origin)
     except ValueError:
         return False
-    default = {"http": ":80", "https": ":443"}.get(url.scheme)
-    if default is None:
-        return False
-    return [url.netloc.lower().removesuffix(default)] == [host.lower().removesuffix(default) for host in hosts]
+    port = {"http": ":80", "https": ":443"}.get(url.scheme)
+    return port is not None and url.netloc.lower().removesuffix(port) == host.lower().removesuffix(port)
 
 
 def known_hosts(settings: Settings) -> frozenset[str]:
-    """The values of the Host header, without a port, that the server goes by."""
+    """Accepted values of the Host header, without port."""
     own = settings.host.strip("[]").lower()
     own = f"[{own}]" if ":" in own else own
     return frozenset({"localhost", "127.0.0.1", "[::1]", own, *(h.lower() for h in settings.allowed_hosts)})

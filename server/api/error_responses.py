@@ -1,4 +1,4 @@
-"""The error answers that a route may give, for the OpenAPI document."""
+"""The error responses of routes, for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 from server.api.schemas import ErrorBody
 
-_TEXTS = {
-    400: "invalid in a way that the schema can not tell",
-    401: "no key, or a wrong one",
-    403: "the key, the host or the origin is not allowed",
+_DESCRIPTIONS = {
+    400: "invalid request",
+    401: "missing or unknown key",
+    403: "key, host or origin not allowed",
     404: "unknown name",
-    408: "the body takes too long to arrive",
-    409: "in use, or in another state; retrying does not help",
-    412: "compare-and-set failed",
-    413: "the body is too large",
-    422: "the schema refuses it",
-    429: "too much is waiting already; `Retry-After` says when to come back",
-    500: "a failure of ours; the log has more under the id that is told",
-    503: "loading or draining; `Retry-After` says when to come back",
-    504: "the deadline passed",
-    507: "no room within a budget or on the disk",
+    408: "the body arrives too slowly",
+    409: "in use, or in another state; do not retry",
+    412: "If-Match does not match",
+    413: "body too large",
+    422: "body or query does not match the schema",
+    429: "queue full or rate exceeded; retry after `Retry-After`",
+    500: "internal error; the log has details",
+    503: "loading or draining; retry after `Retry-After`",
+    504: "deadline exceeded",
+    507: "no room in a memory budget or on the disk",
 }
 ALWAYS = (401, 403, 408, 413)
 """Statuses that the middleware may answer on every route."""
@@ -29,5 +29,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def errors(*statuses: int) -> Responses:
-    """`responses=` of a route: these statuses and those of the middleware, all with the one body."""
-    return {status: {"model": ErrorBody, "description": _TEXTS[status]} for status in sorted({*statuses, *ALWAYS})}
+    """`responses=` of a route: these statuses and those of the middleware."""
+    return {
+        status: {"model": ErrorBody, "description": _DESCRIPTIONS[status]} for status in sorted({*statuses, *ALWAYS})
+    }

@@ -1,7 +1,4 @@
-"""Errors over HTTP: one table from exception classes to answers, and one shape for every body that is not 2xx.
-
-Every error of the server, the framework's own included, leaves through `answer`. Knows no route.
-"""
+"""Turns exceptions into HTTP error responses. Every error body has the same shape."""
 
 from __future__ import annotations
 
@@ -56,31 +53,28 @@ TABLE: Mapping[type[Exception], tuple[int, str, str]] = {
     server_errors.NoCapacity: (507, SERVER, "no_capacity"),
     server_errors.EngineFailed: (500, SERVER, "engine_failed"),
 }
-"""Exception class -> (status, type, code). The nearest class of an exception's ancestry counts."""
+"""Exception class -> (status, type, code). The nearest base class in the table counts."""
 
-ADVICE: Mapping[type[Exception], str] = {adapter_errors.UnknownAdapter: "; GET /adapters lists what is"}
-"""What a client may do next, of errors that are raised where no route is known."""
-STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request", 413: "body_too_large"}
+ADVICE: Mapping[type[Exception], str] = {adapter_errors.UnknownAdapter: "; GET /adapters lists all adapters"}
+"""Added to messages of errors that are raised below the API."""
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request", 413: "body_too_large"}
 INVALID_HTTP = "invalid_http"
-"""The code of the 400 for what is no request at all, which the protocol below the application answers."""
-NO_ROUTE = "there is no such route; /docs lists them all, none with a slash at its end"
+"""Code for malformed HTTP, which the server answers below the application."""
+NO_ROUTE = "there is no such route; /docs lists all routes (without a slash at the end)"
 UNREADABLE = "There was an error parsing the body"
-"""What the framework says of JSON that it cannot read; its other words for a 400 are of multipart bodies."""
+"""FastAPI's detail for a JSON body that it cannot parse."""
 METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
-"""Those that any route has."""
-UNION_PARTS = ("function-", "list[", "literal[", "constrained-")
-"""How the validator names the kinds of a field that takes several, which are no part of the field's name."""
-MIXES = frozenset({"adapters", "choice", "from"})
-"""The fields that hold a mix, and `MEMBER`, what one adapter of it looks like."""
-MEMBER = '{"name": "sentiment", "weight": 0.7}'
-PERMANENT = frozenset({409, 504, 507})
-"""Statuses that a client's own retry rules would retry, though it can not help, or would take the time that a call may
-have as often again."""
+UNION_PREFIXES = ("function-", "list[", "literal[", "constrained-")
+"""Pydantic adds the branch of a union to the location of an error, such as `list[int]`."""
+MIX_FIELDS = frozenset({"adapters", "choice", "from"})
+MIX_EXAMPLE = '{"name": "sentiment", "weight": 0.7}'
+NO_RETRY = frozenset({409, 504, 507})
+"""Statuses that OpenAI's clients would retry, although it cannot help or would take as long again."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a client is told about an error."""
+class ErrorReply:
+    """An error response."""
 
     status: int
     message: str
@@ -94,154 +88,145 @@ class Answer:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def encode(self) -> bytes:
-        """The JSON body. Lone surrogates of a client's input cannot break it: only ASCII is written."""
+        """The JSON body, in ASCII: messages may quote lone surrogates from the request."""
         return json.dumps(self.body).encode()
 
     def response(self) -> Response:
         return Response(self.encode(), self.status, self.headers, media_type="application/json")
 
 
-def answer(error: Exception, request_id: str = "", *, openai: bool = False) -> Answer:
-    """The answer to an exception. What is not in the table is a 500 that tells nothing but the request's id."""
+def error_reply(error: Exception, request_id: str = "", *, openai: bool = False) -> ErrorReply:
+    """The response for an exception. Exceptions that are not in the table are logged and answered with a bare 500."""
     if isinstance(error, RequestValidationError):
-        return _invalid(error.errors(), openai)
+        return _validation_reply(error.errors(), openai)
     if isinstance(error, HTTPException):
-        return _framework(error)
+        return _framework_reply(error)
     for kind in type(error).__mro__:
         if kind in TABLE:
-            return _known(error, *TABLE[kind])
+            return _table_reply(error, *TABLE[kind])
     log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
-    return Answer(500, f"internal error; the log has more under {request_id or 'this time'}", SERVER, None, "internal")
+    return ErrorReply(500, f"internal error; see the log for {request_id or 'details'}", SERVER, None, "internal")
 
 
-def _known(error: Any, status: int, kind: str, code: str) -> Answer:
+def _table_reply(error: Any, status: int, kind: str, code: str) -> ErrorReply:
     headers: dict[str, str] = {}
     if status in (429, 503):
         headers["retry-after"] = str(max(1, math.ceil(getattr(error, "retry_after", None) or 1.0)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if status == 408:
-        headers["connection"] = "close"  # what is still to come of the body would be read as a request
-    if status in PERMANENT:
+        headers["connection"] = "close"  # the rest of the body must not be read as the next request
+    if status in NO_RETRY:
         headers["x-should-retry"] = "false"
-    return Answer(status, error.message + ADVICE.get(type(error), ""), kind, error.param, code, headers)
+    return ErrorReply(status, error.message + ADVICE.get(type(error), ""), kind, error.param, code, headers)
 
 
-def _framework(error: HTTPException) -> Answer:
-    status = error.status_code
-    if str(error.detail).startswith(UNREADABLE):
-        message = "the body cannot be read; send valid JSON, in UTF-8 and not compressed, as application/json"
-        return Answer(status, message, INVALID, None, "invalid_json")
-    message = {
-        404: NO_ROUTE,
-        400: f"the upload cannot be read: {error.detail}",
-    }.get(status, str(error.detail))
-    code = STATUS_CODES.get(status, "invalid_request" if status < 500 else "internal")
-    return Answer(
-        status,
-        message,
-        INVALID if status < 500 else SERVER,
-        None,
-        code,
-        {k.lower(): v for k, v in (error.headers or {}).items()},
-    )
+def _framework_reply(error: HTTPException) -> ErrorReply:
+    status, detail = error.status_code, str(error.detail)
+    if detail.startswith(UNREADABLE):
+        message = "the body cannot be read; send valid JSON in UTF-8, uncompressed, as application/json"
+        return ErrorReply(status, message, INVALID, None, "invalid_json")
+    message = {404: NO_ROUTE, 400: f"the upload cannot be read: {detail}"}.get(status, detail)
+    code = HTTP_CODES.get(status, "invalid_request" if status < 500 else "internal")
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    return ErrorReply(status, message, INVALID if status < 500 else SERVER, None, code, headers)
 
 
-def _invalid(problems: Sequence[Any], openai: bool) -> Answer:
-    """A body or query that the schema refuses: the first few problems by the name of their field."""
-    problems = _applying(problems)
-    named = list(dict.fromkeys(("" if p["type"] == "json_invalid" else _where(p["loc"]), _what(p)) for p in problems))
-    shown = "; ".join(f"{where}: {what}" if where else what for where, what in named[:5])
-    more = f" (and {len(named) - 5} more)" if len(named) > 5 else ""
-    broken = bool(problems) and problems[0]["type"] == "json_invalid"
-    return Answer(
-        400 if openai else 422, shown + more, INVALID, named[0][0] or None if named else None,
-        "invalid_json" if broken else "invalid_request",
-    )  # fmt: skip
+def _validation_reply(problems: Sequence[Any], openai: bool) -> ErrorReply:
+    """The response for a body or query that does not match its schema: the first five problems."""
+    named = list(dict.fromkeys((_field(p), _explain(p)) for p in _relevant(problems)))
+    message = "; ".join(f"{name}: {text}" if name else text for name, text in named[:5])
+    if len(named) > 5:
+        message += f" (and {len(named) - 5} more)"
+    code = "invalid_json" if problems and problems[0]["type"] == "json_invalid" else "invalid_request"
+    return ErrorReply(400 if openai else 422, message, INVALID, named[0][0] or None if named else None, code)
 
 
-def _applying(problems: Sequence[Any]) -> list[Any]:
-    """The problems, of a field that takes several kinds those of what its value is nearest to: a long list is no bad
-    text, and a list of numbers no bad list of texts.
-    """
-    kinds = [_kind(p) for p in problems]
-    misses: dict[Any, dict[Any, int]] = {}
-    for place, kind, miss in kinds:
-        there = misses.setdefault(place, {})
-        there[kind] = max(miss, there.get(kind, 0))
+def _relevant(problems: Sequence[Any]) -> list[Any]:
+    """For each field with a union type, the problems of the branch that is closest to the value."""
+    branches = [_union_branch(p) for p in problems]
+    distances: dict[Any, dict[Any, int]] = {}
+    for place, branch, distance in branches:
+        of_field = distances.setdefault(place, {})
+        of_field[branch] = max(distance, of_field.get(branch, 0))
     return [
         p
-        for p, (place, kind, _) in zip(problems, kinds, strict=True)
-        if misses[place][kind] == min(misses[place].values())
+        for p, (place, branch, _) in zip(problems, branches, strict=True)
+        if distances[place][branch] == min(distances[place].values())
     ]
 
 
-def _kind(problem: Mapping[str, Any]) -> tuple[Sequence[Any] | None, str, int]:
-    """The place of a field of several kinds that a problem lies in, if it does, the kind, and how far the value is from
-    being one: 2 where it is none at all, 1 where something inside of it is not.
-    """
+def _union_branch(problem: Mapping[str, Any]) -> tuple[Sequence[Any] | None, str, int]:
+    """The location of the union field, the branch, and a distance: 2 wrong type, 1 wrong type inside, 0 wrong value."""
     location = tuple(problem["loc"])
     for i, part in enumerate(location):
-        if isinstance(part, str) and part.startswith(UNION_PARTS):
-            missed = problem["type"].endswith(("_type", "literal_error"))
-            return location[:i], part, (2 if i + 1 == len(location) else 1) if missed else 0
+        if isinstance(part, str) and part.startswith(UNION_PREFIXES):
+            wrong_type = problem["type"].endswith(("_type", "literal_error"))
+            return location[:i], part, (2 if i + 1 == len(location) else 1) if wrong_type else 0
     return None, "", 0
 
 
-def _where(location: Sequence[Any]) -> str:
-    parts = [p for p in location[1:] if not (isinstance(p, str) and p.startswith(UNION_PARTS))]
-    return ".".join(str(p)[:64] for p in parts) if location[:1] != ("body",) or len(location) > 1 else ""
-
-
-def _what(problem: Mapping[str, Any]) -> str:
+def _field(problem: Mapping[str, Any]) -> str:
+    """The name of a field as clients write it, such as `adapters.0.weight`."""
+    location = problem["loc"]
     if problem["type"] == "json_invalid":
-        at = problem["loc"][1:]  # not a field: where in the body it breaks
-        return f"the body is not valid JSON{f', at character {at[0]}' if at else ''}"
-    if problem["type"] in ("model_type", "model_attributes_type") and tuple(problem["loc"]) == ("body",):
-        return "the body must be a JSON object, sent as application/json"
-    if problem["type"] == "list_type" and problem["loc"][-1] in MIXES:
-        return f"Input should be a list, such as [{MEMBER}]"
-    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "Input should be a JSON object" + (f", such as {MEMBER}" if problem["loc"][-2:][0] in MIXES else "")
-    if problem["type"] == "string_pattern_mismatch":
-        return f"String should be {PATTERNS[problem['ctx']['pattern']]}"
-    if problem["type"] == "extra_forbidden" and problem["loc"][-1] == PICKLE_FILE:
-        return "it is a pickle, which can run code when it is read, and is refused; save adapter_model.safetensors"
-    if problem["type"] == "extra_forbidden":
-        return "there is no such field; /docs lists those that there are"
-    if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):
+        return ""
+    parts = [p for p in location[1:] if not (isinstance(p, str) and p.startswith(UNION_PREFIXES))]
+    return ".".join(str(p)[:64] for p in parts)
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a field and what to send instead."""
+    kind, location = problem["type"], tuple(problem["loc"])
+    not_object = kind in ("model_type", "model_attributes_type", "dict_type")
+    if kind == "json_invalid":
+        return "the body is not valid JSON" + (f", at character {location[1]}" if location[1:] else "")
+    if location == ("body",) and kind == "missing":
         return "a JSON body is needed, sent as application/json"
+    if location == ("body",) and not_object:
+        return "the body must be a JSON object, sent as application/json"
+    if kind == "list_type" and location[-1] in MIX_FIELDS:
+        return f"Input should be a list, such as [{MIX_EXAMPLE}]"
+    if not_object:
+        return "Input should be a JSON object" + (f", such as {MIX_EXAMPLE}" if location[-2:][0] in MIX_FIELDS else "")
+    if kind == "string_pattern_mismatch":
+        return f"String should be {PATTERNS[problem['ctx']['pattern']]}"
+    if kind == "extra_forbidden" and location[-1] == PICKLE_FILE:
+        return "pickle files can run code when they are read; save the adapter as adapter_model.safetensors"
+    if kind == "extra_forbidden":
+        return "there is no such field; /docs lists all fields"
     return str(problem["msg"]).removeprefix("Value error, ").replace("Field required", "it is missing")
 
 
-def _methods(request: Request) -> list[str]:
-    """What a path knows, over all routes that match it: the framework tells of the first one alone."""
-    asked = ((method, {**request.scope, "method": method}) for method in METHODS)
-    return [method for method, scope in asked if any(r.matches(scope)[0] is Match.FULL for r in request.app.routes)]
-
-
 def is_openai(path: str) -> bool:
-    """Whether a path follows OpenAI's conventions, by which a malformed body is 400."""
+    """Whether a path follows OpenAI's conventions: a malformed body is 400 there, not 422."""
     return path.startswith("/v1/")
 
 
-def install(app: FastAPI, unread: Callable[[str, str, int], None]) -> None:
-    """Answer every exception that reaches the framework's own layer by the table.
+def install(app: FastAPI, on_refused: Callable[[str, str, int], None]) -> None:
+    """Answer all exceptions of routes with `error_reply`.
 
-    `unread` hears of each request that the framework refuses before a route sees it: method, path and status.
+    Args:
+        on_refused: called with method, path and status of requests that were refused before their route ran.
     """
 
     async def handler(request: Request, error: Exception) -> Response:
         request_id = request.scope.get("state", {}).get("request_id", "")
-        told = answer(error, request_id, openai=is_openai(request.url.path))
-        if told.status == 405:
-            known = ", ".join(_methods(request))
-            message = f"this route does not know {request.method[:16]}; what it knows: {known}"
-            told = replace(told, message=message, headers={**told.headers, "allow": known})
-        request.scope.setdefault("state", {})["code"] = told.code
+        reply = error_reply(error, request_id, openai=is_openai(request.url.path))
+        if reply.status == 405:
+            allowed = ", ".join(_allowed_methods(request))
+            message = f"this route does not support {request.method[:16]}; it supports {allowed}"
+            reply = replace(reply, message=message, headers={**reply.headers, "allow": allowed})
+        request.scope.setdefault("state", {})["code"] = reply.code
         if isinstance(error, RequestValidationError | HTTPException | server_errors.NotServing):
-            unread(request.method, request.url.path, told.status)
-        return told.response()
+            on_refused(request.method, request.url.path, reply.status)
+        return reply.response()
 
     for kind in (RequestValidationError, HTTPException, adapter_errors.AdapterError, server_errors.ServerError):
         app.add_exception_handler(kind, handler)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """The methods of all routes with this path; Starlette names those of the first one only."""
+    scopes = ((method, {**request.scope, "method": method}) for method in METHODS)
+    return [method for method, scope in scopes if any(r.matches(scope)[0] is Match.FULL for r in request.app.routes)]

@@ -20,7 +20,7 @@ from server.api import fine_tuning_schemas as schemas
 from server.api.error_responses import errors
 from server.api.generate import json_response
 from server.api.state import Services, ServicesDep, StateDep
-from server.api.uploads import disk_errors, form_of, parts_of
+from server.api.uploads import disk_errors, form_fields, read_form
 from server.errors import InvalidRequest, UnknownName, UnsupportedParameter
 from server.jobs.file_store import File
 
@@ -75,8 +75,8 @@ _FORM = {
 async def upload(request: Request, runtime: StateDep, parts: ServicesDep) -> Response:
     """Upload a file of examples, JSON or JSONL. What is in it is looked at when a job uses it."""
     with disk_errors("the upload"):
-        async with form_of(request, runtime.settings, max_files=1) as form:
-            added = await _add(parts, parts_of(form))
+        async with read_form(request, runtime.settings, max_files=1) as form:
+            added = await _add(parts, form_fields(form))
     return json_response(_shown(added))
 
 

@@ -1,6 +1,6 @@
-"""Middleware around every request: its id, its errors, how large its body may be and how slow. Plain ASGI throughout.
+"""ASGI middleware around every request: request id, error responses, access log, body limits.
 
-`BaseHTTPMiddleware` would hide a client's disconnect from the routes, and with it the moment to stop working.
+It is plain ASGI because Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
 """
 
 from __future__ import annotations
@@ -11,45 +11,43 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
 
 from server.api.error_responses import ALWAYS
-from server.api.errors import Answer, answer, is_openai
+from server.api.errors import ErrorReply, error_reply, is_openai
 from server.api.types import ASGIApp, Message, Receive, Scope, Send
-from server.errors import SHUTTING_DOWN, BodyTooLarge, BodyTooSlow, NotReady
+from server.errors import SHUTTING_DOWN, BodyTooLarge, BodyTooSlow, NotReady, ServerError
 
 log = logging.getLogger(__name__)
 
-DRAINED = 64 << 20
-"""Bytes of a refused body that are read and thrown away, so that the client gets to see the answer."""
-DRAIN_SECONDS = 20.0
-GONE = 499
-"""The status of a request whose client has left, in the log for machines: that of nginx, as HTTP has none."""
-PACE = 16 << 10
-"""Bytes of a body that buy its client a second more: slower than any line, and faster than who means to be slow."""
+MAX_DISCARDED = 64 << 20
+"""Bytes of a refused body that are read and discarded: a client that still sends does not read the answer."""
+DISCARD_SECONDS = 20.0
+CLIENT_CLOSED = 499
+"""Status in the access log of a request whose client disconnected, as in nginx."""
+BYTES_PER_SECOND = 16 << 10
+"""A client gets one more second for each so many bytes of its body."""
 MAX_KEYS = 1 << 18
-"""Of all objects in a JSON body. Nobody else is answered while they are read and checked, at some 300 a millisecond."""
-_KEY = re.compile(rb'(?<!\\)(?:\\\\)*"[\s\0]*:')  # no quotation mark within a text, and as UTF-16 has it too
+"""Most object keys in a JSON body. Parsing and validating them blocks the event loop: about 300 a millisecond."""
+_KEY = re.compile(rb'"[\s\0]*:')  # \0 because JSON may be UTF-16
 UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapters/[^/]+")}
-"""The routes that take files. A body that says so elsewhere is read whole, and held to what that may be."""
+"""Routes with the limit of uploads. Multipart bodies on other routes have the limit of JSON bodies."""
 _CLOSE = (b"connection", b"close")
 
 
 def new_request_id() -> str:
-    """An id by which the log knows a request, and its client too."""
     return f"req-{uuid.uuid4().hex}"
 
 
 class RequestBoundary:
-    """Outermost: gives the request its id and turns whatever escaped into an answer. HEAD is GET without the body.
+    """Outermost middleware: request id, error responses for exceptions, access log, HEAD as GET.
 
-    `unread` hears of each request that the middleware refuses: method, path and status. Once it `closes` each answer
-    is its connection's last, so that the client's next request finds another server; and what the server then cancels
-    because it waits no longer is answered first, if it has no answer yet. One before which a client was never told to
-    go on (`Expect: 100-continue`) is its connection's last too: it may send that body all the same, or a request.
+    While the server drains, responses close their connection, and a request that uvicorn cancels is answered with 503.
+
+    Args:
+        on_refused: called with method, path and status of requests that the middleware refused.
     """
 
     def __init__(
@@ -69,62 +67,58 @@ class RequestBoundary:
             await self.app(scope, receive, send)
             return
         if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # a copy: the server itself leaves the body of the answer out
-        if scope["path"].lower().startswith(("http://", "https://")):  # RFC 9112, 3.2.2: as one asks through a proxy
-            scope = {**scope, "path": "/" + scope["path"].partition("://")[2].partition("/")[2]}
+            scope = {**scope, "method": "GET"}  # uvicorn still leaves out the body
         request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
-        header, named_so = (b"x-request-id", request_id.encode()), {"request_id": request_id}
-        status, gone = 0, False
-        start = time.monotonic()
+        status, disconnected, start = 0, False, time.monotonic()
 
-        async def heard() -> Message:
-            nonlocal gone
+        async def receive_noting_disconnect() -> Message:
+            nonlocal disconnected
             message = await receive()
-            gone = gone or (not status and message["type"] == "http.disconnect")
+            disconnected = disconnected or (not status and message["type"] == "http.disconnect")
             return message
 
-        async def named(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
-                last = self.is_draining() or _withholds(scope)
-                if last and _CLOSE not in message["headers"]:
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if self.is_draining() and _CLOSE not in message["headers"]:
                     message["headers"].append(_CLOSE)
             await send(message)
 
         try:
-            await self.app(scope, heard, named)
+            await self.app(scope, receive_noting_disconnect, send_with_headers)
         except ClientDisconnect:
-            log.info("request %s: its client left before it could be answered", request_id, extra=named_so)
+            log.info("request %s: the client disconnected", request_id, extra={"request_id": request_id})
         except asyncio.CancelledError:
             if self.is_draining() and not status:
-                late = answer(NotReady(SHUTTING_DOWN, retry_after=2.0))
-                await refuse(late, scope, receive, named, more=False)
+                await send_error(NotReady(SHUTTING_DOWN, retry_after=2.0), scope, send_with_headers)
             raise
         except Exception as error:
             if status:
-                log.exception("request %s failed after its answer had begun", request_id, extra=named_so)
+                log.exception(
+                    "request %s failed after its response began", request_id, extra={"request_id": request_id}
+                )
                 raise
-            await refuse(answer(error, request_id, openai=is_openai(scope["path"])), scope, receive, named, more=False)
+            await send_reply(error_reply(error, request_id, openai=is_openai(scope["path"])), scope, send_with_headers)
         finally:
             if status in ALWAYS:
                 self.on_refused(scope["method"], scope["path"], status)
             if self.access_log:
-                took = (time.monotonic() - start) * 1000
-                asked = {"method": scope["method"], "path": scope["path"]}
-                gone = gone or not status
-                told = (*asked.values(), "gone" if gone else status, took, request_id)
-                more = {key: scope["state"][key] for key in ("tenant", "code") if scope["state"].get(key)}
-                more |= {"status": GONE if gone else status, "ms": took}
-                log.info("%s %r %s %.1f ms %s", *told, extra={**named_so, **asked, **more})
+                _log_access(scope, CLIENT_CLOSED if disconnected or not status else status, start)
+
+
+def _log_access(scope: Scope, status: int, start: float) -> None:
+    ms = (time.monotonic() - start) * 1000
+    state = scope["state"]
+    fields = {key: state[key] for key in ("request_id", "tenant", "code") if state.get(key)}
+    fields |= {"method": scope["method"], "path": scope["path"], "status": status, "ms": ms}
+    log.info("%s %r %d %.1f ms %s", scope["method"], scope["path"], status, ms, state["request_id"], extra=fields)
 
 
 class BodyLimit:
-    """Reads a JSON body whole before the routes see it, and counts an upload while it streams. Waits for neither longer
-    than `body_time` seconds lets it.
-    """
+    """Limits the size of bodies and the time to receive them. JSON bodies are read before the route runs."""
 
     def __init__(self, app: ASGIApp, max_body: int, max_upload: int, body_time: float) -> None:
         self.app = app
@@ -135,158 +129,136 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-            return
-        upload = _is_upload(scope)
-        limit = self.max_upload if upload else self.max_body
-        declared = _content_length(scope)
-        if declared is not None and declared > limit:
-            await refuse(answer(_too_large(limit, upload)), scope, receive, send)
-        elif upload:
-            body = _Streamed(scope, receive, send, limit, self.body_time)
-            await self.app(scope, body.receive, body.send)
+        elif _is_upload(scope):
+            await self._stream_upload(scope, receive, send)
         else:
-            await self._whole(scope, receive, send, limit)
+            await self._read_body(scope, receive, send)
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        kept = patient(receive, self.body_time)
+    async def _read_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the whole body, then run the application with it."""
+        receive_in_time = with_time_limit(receive, self.body_time)
+        messages: list[Message] = []
         try:
-            first = await kept()
-            messages, size = [first], len(first.get("body", b""))
-            while messages[-1]["type"] == "http.request" and messages[-1].get("more_body") and size <= limit:
-                messages.append(await kept())
+            size = _content_length(scope)
+            if size > self.max_body:
+                await discard_body(receive)
+                raise _too_large(self.max_body, "--max-body")
+            size = 0
+            while not messages or messages[-1].get("more_body"):
+                messages.append(await receive_in_time())
+                if messages[-1]["type"] == "http.disconnect":
+                    return
                 size += len(messages[-1].get("body", b""))
-        except BodyTooSlow as error:
-            await refuse(answer(error), scope, receive, send, more=False)
-            return
-        if messages[-1]["type"] == "http.disconnect":
-            return
-        if size > limit:
-            rest = bool(messages[-1].get("more_body"))
-            await refuse(answer(_too_large(limit, False)), scope, receive, send, more=rest)
-            return
-        if _keys(messages) > MAX_KEYS:
-            many = BodyTooLarge(f"the body has over {MAX_KEYS:,} keys; send less at a time, or what is long as a file")
-            await refuse(answer(many), scope, receive, send, more=False)
+                if size > self.max_body:
+                    if messages[-1].get("more_body"):
+                        await discard_body(receive)
+                    raise _too_large(self.max_body, "--max-body")
+            if sum(len(_KEY.findall(message.get("body", b""))) for message in messages) > MAX_KEYS:
+                raise BodyTooLarge(f"the body has more than {MAX_KEYS:,} keys; split it, or upload a file instead")
+        except ServerError as error:
+            await send_error(error, scope, send)
             return
         messages.reverse()
 
-        async def replayed() -> Message:
+        async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
-        await self.app(scope, replayed, send)
+        await self.app(scope, replay, send)
+
+    async def _stream_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application, which reads the body itself. What it leaves unread is discarded before it answers."""
+        if _content_length(scope) > self.max_upload:
+            await discard_body(receive)
+            await send_error(_too_large(self.max_upload, "--max-upload"), scope, send)
+            return
+        receive_in_time = with_time_limit(receive, self.body_time)
+        size, unread = 0, True
+
+        async def receive_limited() -> Message:
+            nonlocal size, unread
+            unread = False  # after an error below the rest is not read
+            message = await receive_in_time()
+            size += len(message.get("body", b""))
+            more = bool(message.get("more_body"))
+            if size > self.max_upload:
+                if more:
+                    await discard_body(receive)
+                raise _too_large(self.max_upload, "--max-upload")
+            unread = more
+            return message
+
+        async def send_after_body(message: Message) -> None:
+            nonlocal unread
+            if unread and message["type"] == "http.response.start":
+                unread = False
+                await discard_body(receive)
+            await send(message)
+
+        await self.app(scope, receive_limited, send_after_body)
 
 
-async def refuse(reply: Answer, scope: Scope, receive: Receive, send: Send, more: bool = True) -> None:
-    """Answer, after the rest of the body was read and thrown away: a client that still writes never reads.
+async def send_error(error: ServerError, scope: Scope, send: Send) -> None:
+    """Send the error response for an exception."""
+    await send_reply(error_reply(error), scope, send)
 
-    One that asks first whether it may send its body (`Expect: 100-continue`) hears at once that it may not. To read
-    would tell it to.
-    """
+
+async def send_reply(reply: ErrorReply, scope: Scope, send: Send) -> None:
     scope.setdefault("state", {})["code"] = reply.code
     body = reply.encode()
     headers = [(name.encode(), value.encode("latin-1")) for name, value in reply.headers.items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if more and not _withholds(scope):
-        await _drain(receive)
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def _withholds(scope: Scope) -> bool:
-    """Whether the client keeps its body back until it is told to go on, which it has not been."""
-    return bool(scope.get("state", {}).get("withholds", bool)())
-
-
-async def _drain(receive: Receive) -> None:
+async def discard_body(receive: Receive) -> None:
+    """Read and discard the rest of a body, up to MAX_DISCARDED bytes and DISCARD_SECONDS."""
     size = 0
-    with contextlib.suppress(TimeoutError):  # a client this slow gets its answer all the same
-        async with asyncio.timeout(DRAIN_SECONDS):
-            while size <= DRAINED:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while size <= MAX_DISCARDED:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body"):
                     return
                 size += len(message.get("body", b""))
 
 
-class _Streamed:
-    """An upload, counted while a route reads it, and its answer. What a route that refuses it has left of the body is
-    read and thrown away before, as `refuse` does: a connection that is closed then would be reset, and the answer lost.
-    """
+def with_time_limit(receive: Receive, seconds: float) -> Receive:
+    """A `receive` that waits for the body at most `seconds` in total, plus one second per BYTES_PER_SECOND received.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, seconds: float) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
-        self._patient = patient(receive, seconds)
-        self._limit, self._size = limit, 0
-        self._rest = True
-        """Whether more of the body may come that is worth waiting for."""
-
-    async def receive(self) -> Message:
-        """Raises BodyTooLarge, BodyTooSlow."""
-        self._rest = False  # of who is too slow, or sends too much, no more is waited for
-        message = await self._patient()
-        self._size += len(message.get("body", b""))
-        if self._size > self._limit:
-            if message.get("more_body"):
-                await _drain(self._receive)
-            raise _too_large(self._limit, True)
-        self._rest = bool(message.get("more_body"))
-        return message
-
-    async def send(self, message: Message) -> None:
-        """The first part of an answer waits for the rest of the body."""
-        rest, self._rest = self._rest, False
-        if rest and message["type"] == "http.response.start" and not _withholds(self._scope):
-            await _drain(self._receive)
-        await self._send(message)
-
-
-def patient(receive: Receive, seconds: float) -> Receive:
-    """`receive` of a client that is waited for `seconds` in all within its body, and one more for each PACE bytes that
-    have come. Time between two calls is not the client's. Raises BodyTooSlow.
+    Only the time inside `receive` counts. It raises BodyTooSlow.
     """
     left, more = seconds, True
 
-    async def waiting() -> Message:
+    async def receive_in_time() -> Message:
         nonlocal left, more
         if not more:
             return await receive()
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             async with asyncio.timeout(left):
                 message = await receive()
         except TimeoutError:
-            raise BodyTooSlow("the body takes too long to arrive (--body-time); send it in one go") from None
-        left += len(message.get("body", b"")) / PACE - (time.monotonic() - begun)
+            raise BodyTooSlow("the body arrives too slowly (--body-time); send it without pauses") from None
+        left += len(message.get("body", b"")) / BYTES_PER_SECOND - (time.monotonic() - start)
         more = bool(message.get("more_body"))
         return message
 
-    return waiting
+    return receive_in_time
 
 
 def _is_upload(scope: Scope) -> bool:
-    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
-    multipart = bool(kinds) and kinds[0].lower().startswith(b"multipart/form-data")
-    return multipart and scope["method"] in UPLOADS and bool(UPLOADS[scope["method"]].fullmatch(scope["path"]))
+    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    if not kind.lower().startswith(b"multipart/form-data") or scope["method"] not in UPLOADS:
+        return False
+    return UPLOADS[scope["method"]].fullmatch(scope["path"]) is not None
 
 
-def _content_length(scope: Scope) -> int | None:
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit():
-            return int(value)
-    return None
+def _content_length(scope: Scope) -> int:
+    """The declared length of the body, 0 if there is none."""
+    value = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    return int(value) if value.isdigit() else 0
 
 
-def _keys(messages: Sequence[Message]) -> int:
-    """What looks like keys in a JSON body, if they might be too many."""
-    parts = [message.get("body", b"") for message in messages]
-    if sum(part.count(b":") for part in parts) <= MAX_KEYS:
-        return 0
-    found = 0
-    for part in parts:
-        found += sum(1 for _ in islice(_KEY.finditer(part), MAX_KEYS + 1 - found))
-    return found
-
-
-def _too_large(limit: int, upload: bool) -> BodyTooLarge:
-    flag = "--max-upload" if upload else "--max-body"
+def _too_large(limit: int, flag: str) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes ({flag})")

@@ -1,7 +1,7 @@
-"""The built-in page: `/` and `/web/...`, plain files of the package under a strict Content-Security-Policy.
+"""The built-in web page: static files under a strict Content-Security-Policy.
 
-The files are read once, as the application is made: a path from a client only ever looks one up and never opens
-anything, and what is installed over a server that runs mixes no other version's page with it.
+All files are read at startup, so a path from a client never reaches the file system, and an upgrade of the installed
+package does not mix two versions of the page.
 """
 
 from __future__ import annotations
@@ -38,42 +38,36 @@ class _File:
 
 
 def install(app: FastAPI) -> None:
-    """Read the page for this application."""
-    app.state.page = _files()
-
-
-def _files() -> dict[str, _File]:
-    """Every file of the page by its path within the folder."""
-    found = {}
-    for path in sorted(FOLDER.rglob("*")):
-        if path.is_file() and path.suffix in _TYPES:
+    """Read all files of the page, by path relative to the folder."""
+    app.state.page = {}
+    for path in FOLDER.rglob("*"):
+        if path.suffix in _TYPES:
             content = path.read_bytes()
             etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-            found[path.relative_to(FOLDER).as_posix()] = _File(content, _TYPES[path.suffix], etag)
-    return found
+            app.state.page[path.relative_to(FOLDER).as_posix()] = _File(content, _TYPES[path.suffix], etag)
 
 
 @router.get("/")
 async def index(request: Request) -> Response:
     """The page."""
-    return _answer("index.html", request)
+    return _file_response("index.html", request)
 
 
 @router.get("/web/{file}")
 async def file(file: str, request: Request) -> Response:
-    """One of the page's own files. Raises UnknownName."""
-    return _answer(file, request)
+    """A script, style sheet or icon of the page."""
+    return _file_response(file, request)
 
 
 @router.get("/web/{folder}/{file}")
 async def vendored(folder: str, file: str, request: Request) -> Response:
-    """One of the files of others that the page uses. Raises UnknownName."""
-    return _answer(f"{folder}/{file}", request)
+    """A third-party file of the page."""
+    return _file_response(f"{folder}/{file}", request)
 
 
-def _answer(path: str, request: Request) -> Response:
-    """A file, or 304 where the browser has it. It asks each time, so that no page is of two servers' files."""
-    found = request.app.state.page.get(path)
+def _file_response(path: str, request: Request) -> Response:
+    """The file, or 304 if the browser has it. Browsers revalidate on every load. Raises UnknownName."""
+    found: _File | None = request.app.state.page.get(path)
     if found is None:
         raise UnknownName("there is no such file")
     headers = {
@@ -83,13 +77,7 @@ def _answer(path: str, request: Request) -> Response:
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
     }
-    if _has(request.headers.getlist("if-none-match"), found.etag):
+    tags = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if found.etag in tags:
         return Response(status_code=304, headers=headers)
     return Response(found.content, media_type=found.media_type, headers=headers)
-
-
-def _has(tags: list[str], etag: str) -> bool:
-    """Whether If-None-Match tells of this tag, be it as a weak one: a proxy that compresses makes it one (RFC 9110,
-    13.1.2)."""
-    told = [tag.strip().removeprefix("W/") for line in tags for tag in line.split(",")]
-    return etag in told or "*" in told

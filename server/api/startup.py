@@ -17,7 +17,7 @@ from adapters.registry import Registry
 from adapters.store import AdapterStore
 from adapters.weights import Version
 from server.api.engine_setup import adapter_ram_bytes, build_engine
-from server.api.errors import answer
+from server.api.errors import error_reply
 from server.api.jobs_setup import build_jobs, training_context
 from server.api.state import BaseInfo, Services
 from server.api.watchdog import Watchdog
@@ -149,7 +149,7 @@ def build(
     prompts = Prompts(
         tokenizer, ContextLimit(context, tokenizer.size), longest_token(tokenizer), settings.max_queue_tokens
     )
-    inference = Inference(engine, registry, metrics, delivery, lambda error: answer(error).status)
+    inference = Inference(engine, registry, metrics, delivery, lambda error: error_reply(error).status)
     inference.admission = Admission(
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from server.api.errors import answer
+from server.api.errors import error_reply
 from server.api.types import Receive, Scope, Send
 from server.engine.request import Delivery
 from server.errors import NotReady
@@ -130,7 +130,7 @@ class EventStream(Response):
         except StopAsyncIteration:
             body += self.encoder.last() + DONE
         except Exception as error:
-            body += b"data: " + answer(error, request_id).encode() + b"\n\n"
+            body += b"data: " + error_reply(error, request_id).encode() + b"\n\n"
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _encode(self, arrived: list[tuple[int, Delivery]]) -> bytes:

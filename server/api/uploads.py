@@ -1,4 +1,4 @@
-"""Uploads: the files of a multipart body in a folder of our own, and what is said when the disk refuses them."""
+"""Multipart uploads: their fields, written to a temporary directory."""
 
 from __future__ import annotations
 
@@ -12,45 +12,41 @@ from pathlib import Path
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
-from adapters.atomic_files import refused
 from adapters.errors import MACHINE, StoreFailed
 from adapters.peft_format import OPTIONAL, REQUIRED
-from server.errors import InvalidRequest
 from server.settings import Settings
 
 MAX_FIELDS = 16
-"""More than there are, so that one which is not known can be named."""
-CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
-"""What an upload may say that its fields are written in."""
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}) | MACHINE
-"""Errors that are the disk's or the machine's, and no client's."""
+"""More than the known fields, so that an unknown one can be named."""
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}) | MACHINE
 
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Raises StoreFailed where the disk refuses `what`; other errors go on as they are."""
+    """Raise StoreFailed for errors of the disk, such as a full one. Other errors pass through."""
     try:
         yield
     except OSError as error:
-        if error.errno in DISK:
+        if error.errno in DISK_ERRORS:
             raise StoreFailed(f"the disk refuses {what}: {error.strerror}") from None
         raise
 
 
 @asynccontextmanager
 async def temporary(settings: Settings) -> AsyncIterator[Path]:
-    """A folder of our own that goes away again. Raises StoreFailed if the disk refuses."""
+    """A temporary directory inside the state directory. Raises StoreFailed."""
     root = settings.state_dir / "uploads"
 
     def make() -> Path:
         root.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=root))
 
-    with refused("an upload"):
+    try:
         folder = await asyncio.to_thread(make)
+    except OSError as error:
+        raise StoreFailed(f"the disk refuses an upload: {error.strerror}") from None
     try:
         yield folder
     finally:
@@ -59,57 +55,50 @@ async def temporary(settings: Settings) -> AsyncIterator[Path]:
 
 @asynccontextmanager
 async def uploaded(request: Request, settings: Settings, *, named: bool) -> AsyncIterator[tuple[str, Path]]:
-    """The name and a folder with the files of a multipart body.
+    """The name and a directory with the files of an adapter upload.
 
-    Raises RequestValidationError for other fields than an upload has or one that is there twice, InvalidRequest for
-    fields that are not in UTF-8, BodyTooLarge, StoreFailed.
+    Raises:
+        RequestValidationError: a field is missing, unknown or given twice.
+        BodyTooLarge, BodyTooSlow, StoreFailed: see the middleware and `disk_errors`.
     """
     async with temporary(settings) as folder:
         with disk_errors("the upload"):
-            async with form_of(request, settings, max_files=MAX_FIELDS) as form:
-                given = parts_of(form)
-                allowed = {*REQUIRED, *OPTIONAL, "name"}
-                for field in given.keys() - allowed:
-                    raise _malformed("extra_forbidden", str(field), "")
+            async with read_form(request, settings, max_files=MAX_FIELDS) as form:
+                given = form_fields(form)
+                for field in given.keys() - {*REQUIRED, *OPTIONAL, "name"}:
+                    raise _invalid("extra_forbidden", str(field), "")
                 for field in REQUIRED:
                     if field not in given:
-                        raise _malformed("missing", field, "an upload needs this file, and all of it")
+                        raise _invalid("missing", field, "an upload needs this file")
                 name = given.pop("name", "")
                 if named and (not isinstance(name, str) or not name):
-                    raise _malformed("missing", "name", "an upload needs this field")
+                    raise _invalid("missing", "name", "an upload needs this field")
                 for field, value in given.items():
                     await asyncio.to_thread(_write, folder / field, value)
                 yield str(name), folder
 
 
-def form_of(request: Request, settings: Settings, *, max_files: int) -> AbstractAsyncContextManager[FormData]:
-    """The form of a body. Raises InvalidRequest for fields that are said to be in anything but UTF-8.
-
-    They would be read on the event loop by whatever codec Python has of that name, and some take the square of the
-    length.
-    """
-    _, given = parse_options_header(request.headers.get("content-type"))
-    charset = given.get(b"charset", b"utf-8")
-    if charset.lower() not in CHARSETS:
-        shown = charset[:64].decode("latin-1")
-        raise InvalidRequest(
-            f"an upload's charset is utf-8, not {shown!r}; leave it out of Content-Type", "content-type"
-        )
+def read_form(request: Request, settings: Settings, *, max_files: int) -> AbstractAsyncContextManager[FormData]:
+    """The form of a multipart body."""
     return request.form(max_files=max_files, max_fields=MAX_FIELDS, max_part_size=settings.max_body)
 
 
-def parts_of(form: FormData) -> dict[str, UploadFile | str]:
-    """The parts of a form by name. Raises RequestValidationError for a name that is there twice."""
+def form_fields(form: FormData) -> dict[str, UploadFile | str]:
+    """The fields of a form by name. Raises RequestValidationError for a name that is given twice."""
     given: dict[str, UploadFile | str] = {}
     for field, value in form.multi_items():
         if field in given:
-            raise _malformed("value_error", field, "it is there twice")
+            raise _invalid("value_error", field, "it is given twice")
         given[field] = value
     return given
 
 
-def _malformed(kind: str, field: str, message: str) -> RequestValidationError:
-    """What the schema would say of a multipart body."""
+def is_multipart(request: Request) -> bool:
+    """Whether the body is an upload."""
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+def _invalid(kind: str, field: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": kind, "loc": ("body", field), "msg": message, "input": None}])
 
 
@@ -120,8 +109,3 @@ def _write(path: Path, value: UploadFile | str) -> None:
         else:
             value.file.seek(0)
             shutil.copyfileobj(value.file, out, 1 << 20)
-
-
-def is_multipart(request: Request) -> bool:
-    """Whether the body says that it is an upload."""
-    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")

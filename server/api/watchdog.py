@@ -1,8 +1,7 @@
-"""`Watchdog`: a step that is stuck ends the process, with a line that says what ran, so that something restarts it.
+"""Ends the process when the engine hangs or cannot run any more, so that a supervisor restarts it.
 
-A step runs in native code that nothing can interrupt; while it hangs, every request hangs with it. A device that has
-had a fault ends the process too: it computes nothing any more for a process that it has failed in. So does an engine
-whose thread has ended though nobody stopped it.
+A step runs in native code that cannot be interrupted: while it hangs, so does every request. A GPU that failed does not
+work again in the same process.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ EXIT_CODE = 70
 
 
 class Steps(Protocol):
-    """What is watched."""
+    """The watched engine."""
 
     def stuck_for(self) -> float: ...
 
     def current_step(self) -> str: ...
 
     def fatal_error(self) -> str | None:
-        """Why no step can run any more."""
+        """Why no step can run any more, None if steps can run."""
 
 
 class Watchdog:
-    """Looks at the engine's current step once a second, on a thread of its own."""
+    """Checks the engine's current step once a second, on its own thread.
+
+    Args:
+        limit: longest step in seconds.
+        end: ends the process.
+    """
 
     def __init__(
-        self,
-        steps: Steps,
-        *,
-        limit: float,
-        interval: float = 1.0,
-        end: Callable[[int], object] = os._exit,
+        self, steps: Steps, *, limit: float, interval: float = 1.0, end: Callable[[int], object] = os._exit
     ) -> None:
         self._steps = steps
         self._limit = limit
@@ -57,20 +56,18 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        """Counts the time between its own looks, of which none is long: a process that was paused (SIGSTOP, a
-        hypervisor) or got no processor has not hung, however old its step is by the clock.
-        """
-        seconds, looked = 0.0, time.monotonic()
+        stuck, last_check = 0.0, time.monotonic()
         while not self._stop.wait(self._interval):
-            age, since, looked = self._steps.stuck_for(), time.monotonic() - looked, time.monotonic()
-            seconds = min(age, seconds + min(since, 2 * self._interval))
-            why = self._steps.fatal_error()
-            if why is None and seconds > self._limit:
-                why = f"a step is stuck for {seconds:.0f} s (--step-limit): {self._steps.current_step()}"
-            if why is not None:
-                log.critical("the process ends: %s", why)
+            elapsed, last_check = time.monotonic() - last_check, time.monotonic()
+            # A paused process (SIGSTOP, hypervisor) is not stuck, so one check adds at most two intervals.
+            stuck = min(self._steps.stuck_for(), stuck + min(elapsed, 2 * self._interval))
+            reason = self._steps.fatal_error()
+            if reason is None and stuck > self._limit:
+                reason = f"a step is stuck for {stuck:.0f} s (--step-limit): {self._steps.current_step()}"
+            if reason is not None:
+                log.critical("the process ends: %s", reason)
                 for handler in logging.getLogger().handlers:
-                    with contextlib.suppress(OSError, ValueError):  # its stream may be closed or full
+                    with contextlib.suppress(OSError, ValueError):  # its stream may be closed
                         handler.flush()
                 self._end(EXIT_CODE)
                 return

@@ -16,7 +16,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.api.errors import INVALID_HTTP, Answer
+from server.api.errors import INVALID_HTTP, ErrorReply
 from server.api.middleware import new_request_id
 
 Event = Any
@@ -126,8 +126,6 @@ class Protocol(H11Protocol):
         meanwhile, and would not hear that the client has gone away; up to a bound, reading goes on.
         """
         super().handle_events()
-        if self.cycle is not None:  # which has yet to begin; it asks whether the client keeps its body back
-            self.cycle.scope["state"]["withholds"] = lambda: self.conn.they_are_waiting_for_100_continue
         if self.cycle is not None and not self.cycle.response_complete:  # else what comes is the rest of a refused body
             self._expected()
         waits = self.flow.read_paused and self.conn.their_state is h11.DONE
@@ -146,7 +144,7 @@ class Protocol(H11Protocol):
         # The rest of the message quotes what was sent, which may be a key or a prompt.
         reason = str(sys.exc_info()[1]).partition(": b")[0]
         log.info("request %s is no HTTP: %.200s", request_id, reason, extra={"request_id": request_id})
-        body = Answer(400, "this is no HTTP request: it cannot be read", code=INVALID_HTTP).encode()
+        body = ErrorReply(400, "this is no HTTP request: it cannot be read", code=INVALID_HTTP).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"x-request-id", request_id.encode()),

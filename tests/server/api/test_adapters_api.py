@@ -55,7 +55,7 @@ def test_a_query_that_nothing_reads_is_refused_and_changes_nothing(live: Any, me
     version = live.http.get("/adapters/a").json()["version"]
     refused = live.http.request(method, path, params={"version": version}, json={"prompt": "{input}"})
     assert refused.status_code == 422
-    assert refused.json()["error"]["message"] == "version: there is no such field; /docs lists those that there are"
+    assert refused.json()["error"]["message"] == "version: there is no such field; /docs lists all fields"
     assert live.http.get("/adapters/a").json()["version"] == version
     assert live.http.get("/tasks/mood").json()["source"] == "file"
 
@@ -551,12 +551,12 @@ def test_fields_that_an_upload_does_not_have_or_has_twice_are_named(live: Any, a
     pickle = live.http.post(
         "/adapters", files={**sent["files"], "adapter_model.bin": ("adapter_model.bin", b"x")}, data=sent["data"]
     )
-    assert pickle.status_code == 422 and "save adapter_model.safetensors" in pickle.json()["error"]["message"]
+    assert pickle.status_code == 422 and "as adapter_model.safetensors" in pickle.json()["error"]["message"]
     nameless = live.http.post("/adapters", files=sent["files"])
     assert nameless.status_code == 422 and nameless.json()["error"]["param"] == "name"
     for field, part in (("name", (None, "other")), ("adapter_config.json", ("x", b"{}"))):
         twice = live.http.post("/adapters", files=[*sent["files"].items(), ("name", (None, "up")), (field, part)])
-        assert twice.status_code == 422 and twice.json()["error"]["message"] == f"{field}: it is there twice"
+        assert twice.status_code == 422 and twice.json()["error"]["message"] == f"{field}: it is given twice"
     file = {"file": ("a.jsonl", b"{}")}
     theirs = live.http.post("/v1/files", files=file, data={"purpose": ["fine-tune", "fine-tune"]})
-    assert theirs.status_code == 400 and theirs.json()["error"]["message"] == "purpose: it is there twice"
+    assert theirs.status_code == 400 and theirs.json()["error"]["message"] == "purpose: it is given twice"

@@ -327,7 +327,7 @@ def test_more_answers_than_can_wait_are_refused_before_a_prompt_is_tokenized(
 
 
 ADVICE: list[tuple[Any, str]] = [
-    ({"input": "x"}, "prompt: it is missing; input: there is no such field; /docs lists those that there are"),
+    ({"input": "x"}, "prompt: it is missing; input: there is no such field; /docs lists all fields"),
     (
         {"prompt": "x", "adapters": {"a": 0.5}},
         'adapters: Input should be a list, such as [{"name": "sentiment", "weight"',
@@ -391,7 +391,7 @@ def test_a_body_full_of_mistakes_is_refused_for_few_of_them(live: Any) -> None:
         return str(live.http.post(path, json=body).json()["error"]["message"])
 
     many = dict.fromkeys(map(str, range(1000)), 1)
-    too_many = "1000 fields are too many; /docs lists those that there are"
+    too_many = "1000 fields are too many; /docs lists all fields"
     first = "0.input: Input should be a valid string; data.0.output: it is missing"
     assert told("/generate", many) == too_many
     assert told("/generate", {"prompt": "x", "adapters": [many]}) == f"adapters.0: {too_many}"

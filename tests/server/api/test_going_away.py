@@ -15,7 +15,7 @@ import httpx
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
-from server.api.errors import answer
+from server.api.errors import error_reply
 from server.api.generate import Call
 from server.errors import InvalidRequest
 from server.tasks.inference import Caller
@@ -272,7 +272,7 @@ def test_a_call_that_ends_before_the_engine_is_counted_with_the_status_of_its_an
 
     class Records:
         def record_rejection(self, target: None, error: Exception, caller: Caller) -> None:
-            counted.append(answer(error).status)
+            counted.append(error_reply(error).status)
 
         def record_disconnect(self, target: None, caller: Caller) -> None:
             counted.append("cancelled")

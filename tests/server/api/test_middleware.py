@@ -1,285 +1,271 @@
-"""Bodies at their limits, and what is logged of who leaves."""
+"""Body limits, slow and refused bodies, the access log, and the end of a server."""
 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
-from types import SimpleNamespace
+import select
+import socket
 from typing import Any
 
+import httpx
 import pytest
 
 from server.api import middleware
-from server.api.middleware import BodyLimit, RequestBoundary, patient
+from server.api.middleware import BodyLimit, RequestBoundary, with_time_limit
 from server.api.types import Message, Receive, Scope, Send
+from server.errors import BodyTooSlow
+from tests.waiting import until
 
 MULTIPART = [(b"content-type", b"multipart/form-data; boundary=x")]
 
 
-class House:
-    """An application behind the limit of ten bytes, and a client that sends `pieces`, then leaves or `goes_on`."""
+class Client:
+    """Sends `pieces` to an application behind a limit of ten bytes, then disconnects or sends `forever`."""
 
-    def __init__(self, pieces: list[bytes], goes_on: bool = False, whole: bool = True) -> None:
-        self.pieces, self.goes_on, self.whole = list(pieces), goes_on, whole
-        self.got: list[bytes] = []
-        self.asked = 0
+    def __init__(self, pieces: list[bytes], forever: bool = False) -> None:
+        self.pieces, self.forever = list(pieces), forever
+        self.received: list[bytes] = []
+        self.reads = 0
         self.sent: list[Message] = []
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         more = True
         while more:
             message = await receive()
-            assert message["type"] == "http.request", "no application hears of half a body"
-            self.got.append(message["body"])
+            assert message["type"] == "http.request", "the application never sees half a body"
+            self.received.append(message["body"])
             more = message["more_body"]
 
     async def receive(self) -> Message:
-        self.asked += 1
-        assert self.asked < 1000, "it is read on and on"
-        if self.goes_on and not self.pieces:
+        self.reads += 1
+        assert self.reads < 1000
+        if self.forever and not self.pieces:
             return {"type": "http.request", "body": b"x" * 10, "more_body": True}
         if not self.pieces:
             return {"type": "http.disconnect"}
-        piece = self.pieces.pop(0)
-        return {"type": "http.request", "body": piece, "more_body": bool(self.pieces) or self.goes_on or not self.whole}
+        return {"type": "http.request", "body": self.pieces.pop(0), "more_body": bool(self.pieces) or self.forever}
 
     async def send(self, message: Message) -> None:
         self.sent.append(message)
 
-    def ask(self, path: str = "/generate", headers: Any = ()) -> int | None:
-        """The status of the answer, if there is one."""
-        scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
-        limit = BodyLimit(self.app, max_body=10, max_upload=10, body_time=60.0)
-        asyncio.run(asyncio.wait_for(limit(scope, self.receive, self.send), 5))
+    def request(self, path: str = "/generate", headers: Any = (), app: Any = None, method: str = "POST") -> int | None:
+        """The status of the response, if there is one."""
+        scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
+        limit = BodyLimit(app or self.app, max_body=10, max_upload=20, body_time=60.0)
+        boundary = RequestBoundary(limit, lambda *_: None, lambda: False)
+        asyncio.run(asyncio.wait_for(boundary(scope, self.receive, self.send), 5))
         return self.sent[0]["status"] if self.sent else None
 
 
-@pytest.mark.parametrize(("path", "kind"), [("/generate", []), ("/adapters", MULTIPART)])
-@pytest.mark.parametrize("declared", [[(b"content-length", b"10")], []])
-def test_a_body_of_just_the_limit_is_let_in(path: str, kind: Any, declared: Any) -> None:
-    house = House([b"12345", b"67890"])
-    assert house.ask(path, [*kind, *declared]) is None and b"".join(house.got) == b"1234567890"
-
-
-@pytest.mark.parametrize("headers", [[], [(b"content-length", b"11")]])
-def test_of_a_body_without_an_end_no_more_is_read_than_is_thrown_away(
-    headers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(middleware, "DRAINED", 100)
-    house = House([], goes_on=True)
-    assert house.ask(headers=headers) == 413 and not house.got and house.asked <= 14
-
-
-@pytest.mark.parametrize("pieces", [[b"12345", b"678901"], [b"x" * 11, b"2", b"3"]])
-def test_a_body_over_the_limit_is_read_to_its_end_and_no_further(pieces: list[bytes]) -> None:
-    """Who has sent all of it says nothing more: its answer would wait for as long as a body is thrown away."""
-    house = House(pieces)
-    assert house.ask() == 413 and not house.got and house.asked == len(pieces)
-    upload = House(pieces)
-    with pytest.raises(middleware.BodyTooLarge, match="--max-upload"):
-        upload.ask("/adapters", MULTIPART)
-    assert upload.asked == len(pieces)
-
-
-def test_a_body_over_the_limit_that_stalls_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "DRAIN_SECONDS", 0.01)
-    house = House([b"x" * 11], whole=False)
-    receive = house.receive
-
-    async def stalls() -> Message:
-        if not house.pieces:
-            await asyncio.Event().wait()
-        return await receive()
-
-    house.receive = stalls  # type: ignore[method-assign]
-    assert house.ask() == 413
-
-
 @pytest.mark.parametrize(
-    ("method", "path", "kind", "most"),
+    ("method", "path", "kind", "limit"),
     [
-        ("POST", "/adapters", b"Multipart/Form-Data; boundary=x", 10),
-        ("PUT", "/adapters/mine", b"multipart/form-data; boundary=x", 10),
-        ("PUT", "/tasks/mine", b"multipart/form-data; boundary=x", 5),
-        ("POST", "/adapters/mine", b"multipart/form-data; boundary=x", 5),
-        ("POST", "/adapters", b"application/json", 5),
+        ("POST", "/generate", b"application/json", 10),
+        ("POST", "/adapters", b"Multipart/Form-Data; boundary=x", 20),
+        ("PUT", "/adapters/mine", b"multipart/form-data; boundary=x", 20),
+        ("PUT", "/tasks/mine", b"multipart/form-data; boundary=x", 10),
+        ("POST", "/adapters/mine", b"multipart/form-data; boundary=x", 10),
+        ("POST", "/adapters", b"application/json", 10),
     ],
 )
 @pytest.mark.parametrize("declared", [True, False])
-def test_an_upload_may_be_as_large_as_uploads_where_there_are_any(
-    method: str, path: str, kind: bytes, most: int, declared: bool
-) -> None:
-    for size in (most, most + 1):
-        house = House([b"x" * size])
+def test_body_limit_of_each_route(method: str, path: str, kind: bytes, limit: int, declared: bool) -> None:
+    for size in (limit, limit + 1):
+        client = Client([b"x" * (size - 3), b"yyy"])
         length = [(b"content-length", str(size).encode())] if declared else []
-        scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-type", kind), *length]}
-        boundary = RequestBoundary(BodyLimit(house.app, 5, 10, 60.0), lambda *_: None, lambda: False)
-        asyncio.run(boundary(scope, house.receive, house.send))
-        assert [sent["status"] for sent in house.sent if "status" in sent] == ([] if size == most else [413])
+        status = client.request(path, [(b"content-type", kind), *length], method=method)
+        assert status == (None if size == limit else 413)
+        assert size > limit or b"".join(client.received) == b"x" * (size - 3) + b"yyy"
+        assert not client.pieces, "a refused body is read to its end, so that the client reads the answer"
 
 
-async def stalls() -> Message:
-    await asyncio.Event().wait()
-    raise AssertionError("nobody sets it")
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"11")]])
+def test_endless_body_is_discarded_up_to_a_limit(headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MAX_DISCARDED", 100)
+    client = Client([], forever=True)
+    assert client.request(headers=headers) == 413 and not client.received and client.reads <= 14
 
 
-async def test_who_sends_nothing_more_is_answered_at_once() -> None:
-    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
-        raise ValueError("broken")
-
-    house = House([])
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
-    await asyncio.wait_for(BodyLimit(house.app, 10, 10, body_time=0.01)(dict(scope), stalls, house.send), 5)
-    await asyncio.wait_for(RequestBoundary(broken, lambda *_: None, lambda: False)(dict(scope), stalls, house.send), 5)
-    assert [sent["status"] for sent in house.sent if "status" in sent] == [408, 500]
-
-
-def test_a_client_that_leaves_within_its_body_is_not_heard() -> None:
-    house = House([b"{", b'"prompt"'], whole=False)
-    assert house.ask() is None and not house.got
-
-
-def test_an_upload_over_the_limit_is_read_to_its_end() -> None:
-    house = House([b"12345", b"678901", b"2", b"3"])
-    with pytest.raises(middleware.BodyTooLarge):
-        house.ask("/adapters", MULTIPART)
-    assert house.got == [b"12345"] and not house.pieces
-
-
-@pytest.mark.parametrize("looked_at", [0, 1, 3])
-@pytest.mark.parametrize("withholds", [False, True])
-def test_the_answer_of_a_route_that_leaves_an_upload_unread_waits_for_its_end(looked_at: int, withholds: bool) -> None:
-    """Else a connection that is to be closed is reset, and the answer lost. Who has not sent its body hears at once."""
-
+@pytest.mark.parametrize("reads", [0, 1, 3])
+def test_unread_rest_of_an_upload_is_discarded_before_the_answer(reads: int) -> None:
     async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
-        for _ in range(looked_at):
+        for _ in range(reads):
             await receive()
         await send({"type": "http.response.start", "status": 412, "headers": []})
-        left.append(len(house.pieces))
+        assert not client.pieces
         await send({"type": "http.response.body", "body": b"{}"})
 
-    house, left = House([b"1", b"2", b"3"]), list[int]()
-    scope = {"type": "http", "method": "PUT", "path": "/adapters/mine", "headers": MULTIPART}
-    scope["state"] = {"withholds": lambda: withholds}
-    limit = BodyLimit(refuses, max_body=10, max_upload=10, body_time=60.0)
-    asyncio.run(asyncio.wait_for(limit(scope, house.receive, house.send), 5))
-    assert left == [3 - looked_at if withholds else 0] and house.asked == 3 - left[0]
-    assert [message["type"] for message in house.sent] == ["http.response.start", "http.response.body"]
+    client = Client([b"1", b"2", b"3"])
+    assert client.request("/adapters", MULTIPART, app=refuses) == 412 and client.reads == 3
 
 
-async def test_of_an_upload_that_is_too_slow_no_more_is_waited_for() -> None:
-    async def told(scope: Scope, receive: Receive, send: Send) -> None:
-        with pytest.raises(middleware.BodyTooSlow):
-            await receive()
-        await send({"type": "http.response.start", "status": 408, "headers": []})
+def test_client_that_disconnects_within_its_body_starts_nothing() -> None:
+    client = Client([b"{"])
+    receive = client.receive
 
-    house, scope = House([]), {"type": "http", "method": "POST", "path": "/adapters", "headers": MULTIPART}
-    await asyncio.wait_for(BodyLimit(told, 10, 10, body_time=0.01)(scope, stalls, house.send), 5)
-    assert [message["status"] for message in house.sent] == [408]
+    async def half() -> Message:
+        return {**await receive(), "more_body": True}
 
-
-async def test_after_its_body_nobody_is_waited_for_too_long() -> None:
-    left: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
-
-    async def receive() -> Message:
-        if left:
-            return left.pop()
-        await asyncio.sleep(0.1)
-        return {"type": "http.disconnect"}
-
-    kept = patient(receive, 0.01)
-    assert [(await kept())["type"] for _ in range(2)] == ["http.request", "http.disconnect"]
+    client.receive = half  # type: ignore[method-assign]
+    assert client.request() is None and not client.received
 
 
-def test_who_leaves_after_the_answer_has_begun_is_not_logged_as_gone(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+async def stalled() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": json.dumps({}).encode()})
-        assert (await receive())["type"] == "http.disconnect"
 
-    house = House([])
-    boundary = RequestBoundary(app, lambda *_: None, lambda: False, access_log=True)
+async def test_stalled_body_is_408() -> None:
+    client = Client([])
     scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
-    asyncio.run(boundary(scope, house.receive, house.send))
-    assert "'/generate' 200 " in caplog.text and "gone" not in caplog.text
+    await asyncio.wait_for(BodyLimit(client.app, 10, 10, body_time=0.01)(scope, stalled, client.send), 5)
+    assert client.sent[0]["status"] == 408
 
 
-@pytest.mark.parametrize("answered", [True, False])
-def test_who_leaves_before_the_answer_has_begun_is_logged_as_gone(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, answered: bool
-) -> None:
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(middleware, "time", SimpleNamespace(monotonic=iter([3.0, 3.25]).__next__))
+@pytest.mark.parametrize(("sent", "pauses", "in_time"), [(1 << 20, [0, 0.1, 0.1], True), (1, [0, 0.06, 60], False)])
+async def test_received_bytes_extend_the_time_limit(sent: int, pauses: list[float], in_time: bool) -> None:
+    left = list(pauses)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"]["tenant"] = "team"
-        if answered:
-            assert (await receive())["type"] == "http.disconnect"
-            await send({"type": "http.response.start", "status": 200, "headers": []})
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(left.pop(0))
+        return {"type": "http.request", "body": b"x" * sent, "more_body": bool(left)}
 
-    house = House([])
-    boundary = RequestBoundary(app, lambda *_: None, lambda: False, access_log=True)
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
-    asyncio.run(boundary(scope, house.receive, house.send))
-    (record,) = (record for record in caplog.records if "'/generate' gone 250.0 ms" in record.getMessage())
-    told = record.__dict__
-    assert (told["status"], told["ms"], told["tenant"], told["path"]) == (499, 250.0, "team", "/generate")
-
-
-@pytest.mark.parametrize(("status", "heard"), [(200, False), (401, True), (404, False), (413, True)])
-def test_what_the_middleware_refuses_is_told_and_the_last_answer_of_a_connection_says_so(
-    status: int, heard: bool
-) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": []})
-
-    house, unread = House([]), list[tuple[str, str, int]]()
-    for closes in (False, True):
-        boundary = RequestBoundary(app, lambda *told: unread.append(told), lambda closes=closes: closes)  # type: ignore[misc]
-        scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
-        asyncio.run(boundary(scope, house.receive, house.send))
-        assert ((b"connection", b"close") in house.sent[-1]["headers"]) is closes
-    assert unread == [("GET", "/x", status)] * 2 * heard
+    limited = with_time_limit(receive, 0.05)
+    if in_time:
+        assert sum([len((await limited())["body"]) for _ in pauses]) == 3 * sent
+    else:
+        with pytest.raises(BodyTooSlow, match="--body-time"):
+            for _ in pauses:
+                await limited()
 
 
 @pytest.mark.parametrize(
-    ("closes", "begun", "statuses"), [(True, False, [503]), (True, True, [200]), (False, False, [])]
+    ("path", "kind", "begin"),
+    [
+        ("/generate", "application/json", b"{"),
+        ("/adapters", "multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\n'),
+    ],
 )
-async def test_what_a_server_that_leaves_cancels_is_answered_first(
-    closes: bool, begun: bool, statuses: list[int]
-) -> None:
-    """As all errors are; and whoever cancels still hears that it has ended by that."""
+def test_trickling_body_over_a_real_connection_is_408(start: Any, path: str, kind: str, begin: bytes) -> None:
+    live = start(body_time=0.1)
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
+        connection.sendall(head.encode() + begin)
+        while not select.select([connection], [], [], 0.01)[0]:
+            connection.sendall(b" ")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        error = json.loads(answer.read())["error"]
+    assert (answer.status, error["code"], answer.headers["connection"]) == (408, "body_too_slow", "close")
+    assert not list((live.state.settings.state_dir / "uploads").glob("*"))
 
+
+def test_large_bodies_are_answered_over_a_real_connection(start: Any) -> None:
+    live = start(max_body=10_000)
+    for size in (10_001, 12 << 20):
+        assert live.http.post("/generate", json={"prompt": "x" * size}).status_code == 413
+        streamed = live.http.post("/generate", content=iter([b"x" * 65536] * (size // 65536 + 1)))
+        assert streamed.status_code == 413 and "--max-body" in streamed.json()["error"]["message"]
+    assert live.generate("small").status_code == 200
+
+
+def test_body_with_too_many_keys_is_413(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MAX_KEYS", 50)
+    live = start()
+    for colon, code in ((":", "utf-8"), (" :", "utf-8"), (":", "utf-16-le")):
+        for more, status in ((49, 422), (50, 413)):
+            body = '{"prompt": "a:b, c:d"' + "".join(f',"{i}"{colon}0' for i in range(more)) + "}"
+            headers = {"content-type": "application/json"}
+            answer = live.http.post("/generate", content=body.encode(code), headers=headers)
+            assert answer.status_code == status
+    assert live.generate("a:" * 60, max_tokens=1).status_code == 200, "colons in texts are not keys"
+
+
+def test_head_is_get_without_the_body(start: Any) -> None:
+    live = start(api_keys="team:secret-one")
+    for path, status in (("/health/live", 200), ("/", 200), ("/stats", 401)):
+        head, get = live.http.head(path), live.http.get(path)
+        assert head.status_code == get.status_code == status and not head.content
+        assert head.headers["content-length"] == str(len(get.content)), path
+
+
+def test_access_log(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    live = start(api_keys="team:secret-one", access_log=True, max_body=1000)
+    key = {"authorization": "Bearer secret-one"}
+    live.http.get("/adapters")
+    live.http.get("/adapters", headers={"host": "evil.example"})
+    live.http.post("/generate", content=b"x" * 2000, headers=key)
+    live.slow_down(0.02)
+    with pytest.raises(httpx.ReadTimeout):
+        body = {"prompt": "a private matter", "max_tokens": 200, "ignore_eos": True}
+        live.http.post("/generate", json=body, timeout=0.3, headers=key)
+
+    def lines() -> list[tuple[Any, ...]]:
+        records = [r.__dict__ for r in caplog.records if r.name == middleware.__name__ and "status" in r.__dict__]
+        return [
+            (r["method"], r["path"], r["status"], r.get("code"), r.get("tenant"))
+            for r in records
+            if "/health" not in r["path"]
+        ]
+
+    until(lambda: len(lines()) >= 4)  # lines are written after the response
+    assert lines() == [
+        ("GET", "/adapters", 401, "invalid_api_key", None),
+        ("GET", "/adapters", 403, "forbidden", None),
+        ("POST", "/generate", 413, "body_too_large", "team"),
+        ("POST", "/generate", 499, None, "team"),
+    ]
+    assert "private" not in caplog.text and not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(("status", "counted"), [(200, False), (401, True), (404, False), (413, True)])
+def test_refusals_of_the_middleware_are_counted_and_draining_closes_connections(status: int, counted: bool) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+
+    client, refused = Client([]), list[tuple[str, str, int]]()
+    for draining in (False, True):
+        boundary = RequestBoundary(app, lambda *given: refused.append(given), lambda draining=draining: draining)  # type: ignore[misc]
+        scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+        asyncio.run(boundary(scope, client.receive, client.send))
+        assert ((b"connection", b"close") in client.sent[-1]["headers"]) is draining
+    assert refused == [("GET", "/x", status)] * 2 * counted
+
+
+@pytest.mark.parametrize(
+    ("draining", "begun", "statuses"), [(True, False, [503]), (True, True, [200]), (False, False, [])]
+)
+async def test_cancelled_request_is_503_while_draining(draining: bool, begun: bool, statuses: list[int]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if begun:
             await send({"type": "http.response.start", "status": 200, "headers": []})
         await receive()
 
-    house, scope = House([]), {"type": "http", "method": "POST", "path": "/generate", "headers": []}
-    asked = asyncio.create_task(RequestBoundary(app, lambda *_: None, lambda: closes)(scope, stalls, house.send))
+    client, scope = Client([]), {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    boundary = RequestBoundary(app, lambda *_: None, lambda: draining)
+    task = asyncio.create_task(boundary(scope, stalled, client.send))
     await asyncio.sleep(0)
-    asked.cancel()
+    task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(asked, 5)
-    assert [sent["status"] for sent in house.sent if "status" in sent] == statuses
+        await asyncio.wait_for(task, 5)
+    assert [sent["status"] for sent in client.sent if "status" in sent] == statuses
     if statuses == [503]:
-        told = json.loads(house.sent[-1]["body"])["error"]
-        assert told["code"] == "not_ready" and "shutting down" in told["message"]
-        assert {name for name, _ in house.sent[0]["headers"]} >= {b"retry-after", b"connection", b"x-request-id"}
+        assert "shutting down" in json.loads(client.sent[-1]["body"])["error"]["message"]
+        assert {name for name, _ in client.sent[0]["headers"]} >= {b"retry-after", b"connection", b"x-request-id"}
 
 
-def test_what_fails_after_its_answer_has_begun_is_not_answered_twice(caplog: pytest.LogCaptureFixture) -> None:
+def test_exception_after_the_response_began_is_not_answered_twice(caplog: pytest.LogCaptureFixture) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         raise ValueError("broken")
 
-    house = House([])
-    boundary = RequestBoundary(app, lambda *_: None, lambda: False)
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    client = Client([b"{}"])
     with pytest.raises(ValueError, match="broken"):
-        asyncio.run(boundary(scope, house.receive, house.send))
-    assert [message["type"] for message in house.sent] == ["http.response.start"]
-    assert "failed after its answer had begun" in caplog.text
+        client.request(app=app)
+    assert [message["type"] for message in client.sent] == ["http.response.start"]
+    assert "failed after its response began" in caplog.text
