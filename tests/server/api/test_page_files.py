@@ -18,9 +18,7 @@ def test_all_files_of_the_page_are_served_with_the_policy(start: Any) -> None:
     index = live.http.get("/")
     assert index.status_code == 200 and index.headers["content-type"] == "text/html; charset=utf-8"
     asked = {f"/{path}" for path in re.findall(r'(?:src|href)="(web/[^"]+)"', index.text)}
-    assert len(asked) >= 4 and not re.search(r'(?:src|href)="/', index.text), (
-        "a proxy may add a prefix"
-    )
+    assert len(asked) >= 4 and not re.search(r'(?:src|href)="/', index.text), "a proxy may add a prefix"
     for module in FOLDER.glob("*.js"):
         asked |= {f"/web/{name}" for name in re.findall(r'from "\./([\w.]+)"', module.read_text())}
     for path in sorted(asked):
