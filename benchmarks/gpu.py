@@ -50,9 +50,9 @@ import torch
 try:
     import triton.language.target_info
 except ImportError:  # it is not installed, or older than what brought this
-    from server.errors import to_install
+    from server.errors import install_command
 
-    sys.exit(f"the kernels are written in Triton, 3.5 or newer: {to_install('cuda')}")
+    sys.exit(f"the kernels are written in Triton, 3.5 or newer: {install_command('cuda')}")
 
 from adapters.atomic_files import replace_file
 from adapters.weights import LoraWeights

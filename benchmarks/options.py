@@ -25,8 +25,8 @@ PROMPT, NEW = 128, 64
 
 def extra() -> None:
     """Raises BadSetting where what clients and pictures need is not installed."""
-    from server.errors import BadSetting, to_install
+    from server.errors import BadSetting, install_command
 
     for module in ("aiohttp", "matplotlib"):
         if importlib.util.find_spec(module) is None:
-            raise BadSetting(f"{module} is missing, which this command needs: {to_install('bench')}", "bench")
+            raise BadSetting(f"{module} is missing, which this command needs: {install_command('bench')}", "bench")

@@ -1,26 +1,26 @@
-"""The exceptions of this package. Each message says what is wrong and what to do.
+"""Exceptions of the server. Each message says what is wrong and what to do.
 
 ServerError
-├── InvalidRequest           a value is wrong in a way that only the server can tell (400)
-│   ├── UnsupportedParameter    it would change the answer and is not served (400)
+├── InvalidRequest           a value is wrong (400)
+│   ├── UnsupportedParameter    it would change the answer and is not supported (400)
 │   └── ContextExceeded         prompt and answer are longer than the context (400)
-├── UnknownName              no task, model, file or job of that name (404)
-├── Conflict                 the thing is in use or in another state (409)
-├── Unauthorized             no key, or a wrong one (401)
-├── Forbidden                the key does not open this (403)
+├── UnknownName              no task, model, file or job has that name (404)
+├── Conflict                 the resource is in use or in another state (409)
+├── Unauthorized             missing or unknown key (401)
+├── Forbidden                the key, the host or the origin is not allowed (403)
 ├── BodyTooLarge             over --max-body or --max-upload (413)
-├── BodyTooSlow              it took longer to arrive than --body-time lets it (408)
-├── QueueFull                too much is waiting; come back after `retry_after` seconds (429)
-│   └── RateLimited             one key or one task has what it may have, whatever else waits
-├── NotReady                 loading, draining or restarting; come back after `retry_after` seconds (503)
-│   └── NotServing              the same, before a route has looked at the request
-├── DeadlineExceeded         the request's time was over before it could finish (504)
-├── NoCapacity               it could never fit into the budget (507)
-├── EngineFailed             a step failed; the request was lost and can be sent again (500)
-│   └── NotFinite               the numbers of this request alone were of no use
-├── RemoteError              the server that a command has called answers with this error of its own
-├── BadModel                 a model folder or file cannot be served; says why
-└── BadSetting               a setting is unknown or out of range; says which
+├── BodyTooSlow              over --body-time (408)
+├── QueueFull                too much is waiting; retry after `retry_after` seconds (429)
+│   └── RateLimited             a key or a task is over its limit (429)
+├── NotReady                 loading, draining or restarting; retry after `retry_after` seconds (503)
+│   └── NotServing              the same, before the route ran
+├── DeadlineExceeded         the deadline passed (504)
+├── NoCapacity               it can never fit into a memory budget (507)
+├── EngineFailed             a step failed; the request is lost and can be sent again (500)
+│   └── NotFinite               the logits of this request alone are not finite
+├── RemoteError              another server answered a command with an error
+├── BadModel                 a model cannot be served
+└── BadSetting               a setting is unknown or out of range
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ from typing import Any
 from adapters.errors import AdapterError
 
 SHUTTING_DOWN = "the server is shutting down"
-"""What whoever comes too late is told, wherever that is noticed."""
 
 
 class ServerError(Exception):
-    """Base of all errors of the server. `param` names the input at fault; `retry_after` is in seconds."""
+    """Base of all errors of the server.
+
+    Args:
+        param: name of the input at fault.
+        retry_after: seconds.
+    """
 
     def __init__(self, message: str, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -49,11 +53,11 @@ class ServerError(Exception):
 
 
 class InvalidRequest(ServerError):
-    """A value is wrong in a way that the schema cannot tell."""
+    """A value is wrong."""
 
 
 class UnsupportedParameter(InvalidRequest):
-    """A parameter that would change the answer is not served."""
+    """A parameter would change the answer and is not supported."""
 
 
 class ContextExceeded(InvalidRequest):
@@ -61,27 +65,27 @@ class ContextExceeded(InvalidRequest):
 
 
 class UnknownName(ServerError):
-    """No task, model, file or job is known by that name."""
+    """No task, model, file or job has that name."""
 
 
 class Conflict(ServerError):
-    """The thing is in use, or not in a state that allows this."""
+    """The resource is in use or in another state."""
 
 
 class Unauthorized(ServerError):
-    """No key was sent, or one that is not known."""
+    """The key is missing or unknown."""
 
 
 class Forbidden(ServerError):
-    """The key, the host or the origin is not allowed here."""
+    """The key, the host or the origin is not allowed."""
 
 
 class BodyTooLarge(ServerError):
-    """The body is over the limit."""
+    """The body is over its limit."""
 
 
 class BodyTooSlow(ServerError):
-    """The body takes longer to arrive than it may."""
+    """The body arrives too slowly."""
 
 
 class QueueFull(ServerError):
@@ -89,7 +93,7 @@ class QueueFull(ServerError):
 
 
 class RateLimited(QueueFull):
-    """A key or a task has used up its rate, or has as many requests in flight as it may have."""
+    """A key or a task is over its rate or its number of concurrent requests."""
 
 
 class NotReady(ServerError):
@@ -97,63 +101,62 @@ class NotReady(ServerError):
 
 
 class NotServing(NotReady):
-    """The same, found before a route has looked at the request."""
+    """The same, before the route ran."""
 
 
 class DeadlineExceeded(ServerError):
-    """The request's deadline passed."""
+    """The deadline of the request passed."""
 
 
 class NoCapacity(ServerError):
-    """The request could never fit into the memory that it needs."""
+    """The request can never fit into a memory budget."""
 
 
 class EngineFailed(ServerError):
-    """A step failed; its running requests are lost, the registry and the queue are not."""
+    """A step failed. Its running requests are lost; waiting ones and adapters are not."""
 
 
 class NotFinite(EngineFailed):
-    """The logits of a request are not finite, which no other request of the step had a part in."""
+    """The logits of one request are not finite. Other requests of the step are not affected."""
 
 
 class RemoteError(ServerError):
-    """A server has answered a command with an error, which is `told` as it came."""
+    """Another server answered with an error. `body` is its `error` object."""
 
-    def __init__(self, told: Mapping[str, Any]) -> None:
-        super().__init__(str(told["message"]), told.get("param"))
-        self.told = told
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__(str(body["message"]), body.get("param"))
+        self.body = body
 
 
 class BadModel(ServerError):
-    """A model folder, file or id cannot be served."""
+    """A model cannot be served."""
 
 
 class BadSetting(ServerError):
     """A setting is unknown, malformed or out of range."""
 
 
-_TORCH_WANTED = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
+_TORCH_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
 
 
-def too_little_memory(error: BaseException) -> str | None:
-    """In words what the processor's memory was too small for, None if the error is another one. torch has no class of
-    its own for it: what its allocator raises is a RuntimeError."""
+def out_of_memory_message(error: BaseException) -> str | None:
+    """A message for an error of too little RAM, None for other errors. torch raises a RuntimeError for it."""
     if isinstance(error, MemoryError):
-        return f"there is too little memory: {str(error) or 'none is left'}"
-    wanted = _TORCH_WANTED.search(str(error))
-    return wanted and f"there is too little memory: {int(wanted[1]) / 1e9:,.1f} GB were wanted at once"
+        return f"out of memory: {str(error) or 'an allocation failed'}"
+    wanted = _TORCH_OUT_OF_MEMORY.search(str(error))
+    return wanted and f"out of memory: an allocation of {int(wanted[1]) / 1e9:,.1f} GB failed"
 
 
-def to_install(extra: str) -> str:
-    """The command that brings an extra into the environment that runs: a bare `pip` may be another's."""
+def install_command(extra: str) -> str:
+    """The command that installs an extra into the running environment."""
     return f"{shlex.quote(sys.executable)} -m pip install 'loramux[{extra}]'"
 
 
 @contextmanager
-def called(**fields: str) -> Iterator[None]:
-    """Errors inside name the input as the request does: with `adapters="from"`, a mix that comes in as `from`."""
+def rename_params(**names: str) -> Iterator[None]:
+    """Rename the `param` of errors to the field of the request: `adapters="from"` if the mix came in as `from`."""
     try:
         yield
     except (AdapterError, ServerError) as error:
-        error.param = fields.get(error.param or "", error.param)
+        error.param = names.get(error.param or "", error.param)
         raise

@@ -26,7 +26,7 @@ from server.api.errors import UNREADABLE
 from server.api.generate import json_response
 from server.api.state import NO_QUERY, ServerState, Services, ServicesDep, StateDep
 from server.api.uploads import disk_errors, is_multipart, temporary, uploaded
-from server.errors import InvalidRequest, called
+from server.errors import InvalidRequest, rename_params
 
 router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=NO_QUERY)
 
@@ -124,7 +124,7 @@ async def publish(
     if body.version is not None:
         if body.version.partition("@")[0] != name:
             raise InvalidRequest(f"{body.version} is no version of {name!r}", "version")
-        with called(adapters="version"):
+        with rename_params(adapters="version"):
             published = await parts.registry.roll_back(name, body.version, if_match=expected)
     else:
         published = await publish_source(parts, name, body.source or "", if_match=expected)
@@ -183,13 +183,13 @@ async def _publish_sum(
     **options: Any,
 ) -> tuple[dict[str, Any], Published]:
     """Publish the sum of adapters; answers what is told of it, and what came of it. Raises what the registry does."""
-    with called(adapters="from"):
+    with rename_params(adapters="from"):
         lease = parts.registry.lease([(term.name, term.weight) for term in terms])
     with lease:
 
         def make(folder: Path) -> float:
             pairs = [(parts.registry.read_version(v), weight) for v, weight in lease.versions]
-            with called(adapters="from"):
+            with rename_params(adapters="from"):
                 made = composition.compose(pairs, name, rank=rank)
             save(made, folder)
             cut = made.metadata.get("pruning")

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from adapters.weights import MAX_TERMS
 from server.api.openai_schemas import V1, asked
-from server.api.schemas import NAME_PATTERN, REFERENCE_PATTERN, Body, Out, Weighted, few_fields
+from server.api.schemas import NAME_PATTERN, REFERENCE_PATTERN, Body, Out, Weighted, limit_fields
 from server.tasks import definitions as d
 from server.tasks import sampling as s
 
@@ -99,7 +99,7 @@ class FineTuningBody(V1):
     method: Annotated[Method | None, BeforeValidator(asked)] = None
     suffix: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     seed: Annotated[int, Field(ge=0, le=s.SEED[1])] | None = None
-    metadata: Annotated[Metadata, Field(max_length=MAX_METADATA), BeforeValidator(few_fields)] | None = None
+    metadata: Annotated[Metadata, Field(max_length=MAX_METADATA), BeforeValidator(limit_fields)] | None = None
     lora: LoraBody | None = None
 
 

@@ -15,7 +15,7 @@ from server.api import fine_tuning_schemas as schemas
 from server.api.error_responses import errors
 from server.api.generate import json_response
 from server.api.state import NO_QUERY, Services, ServicesDep
-from server.errors import called
+from server.errors import rename_params
 from server.jobs.evaluation_job import check_size
 from server.jobs.job_store import CURVES, EVALUATION, SUCCEEDED, Job
 from server.jobs.worker_messages import DATA
@@ -73,7 +73,7 @@ async def evaluate(
     """Run candidates of a task over examples with known answers, behind all other requests. Answers a job."""
     found = parts.tasks.get(task)
     candidates = _candidates(parts, found, body)
-    with called(adapters="candidates"):
+    with rename_params(adapters="candidates"):
         for choice in candidates:  # a mix that no request could have is told now, not by the job
             parts.engine.check_mix(parts.registry.mix(choice))
     request = {
@@ -94,7 +94,7 @@ def _add(parts: Services, task: str, request: dict[str, Any], examples: Sequence
     files = {DATA: lines} if lines else {}
     with parts.files.held(request["training_file"]):
         if request["training_file"] is not None:
-            with called(file_id="file"):
+            with rename_params(file_id="file"):
                 file = parts.files.get(request["training_file"])
             check_size(file.bytes, file.filename, "file")
         return parts.jobs.enter(parts.jobs.records.prepare(EVALUATION, task, request, "eval", files))

@@ -1,7 +1,4 @@
-"""The bodies of our own routes, in and out: field names, types and bounds, as the OpenAPI document shows them.
-
-Bounds are those of `tasks.sampling`. Knows nothing of how a request is answered.
-"""
+"""Request and response bodies of our own routes: fields, types and bounds, as the OpenAPI document shows them."""
 
 from __future__ import annotations
 
@@ -15,63 +12,60 @@ from server.tasks import sampling as s
 
 MAX_PROMPT_LENGTH = 8 << 20
 MAX_FIELDS = 100
-"""More than any body of ours has, so that those which are not known can be named."""
+"""More than any object of ours has. Each unknown field is an error, and collecting them blocks the event loop."""
 NAME_PATTERN = f"^{NAME.pattern}$"
 REFERENCE_PATTERN = f"^{NAME.pattern}({AT_DIGEST})?$"
 VERSION_PATTERN = f"^{NAME.pattern}{AT_DIGEST}$"
 INPUT_PATTERN = r"\{input\}"
-MIN_TOKENS = "no end before so many tokens, unless `response_format` allows nothing but the end"
 PATTERNS = {
     NAME_PATTERN: f"a name: {NAME_IN_WORDS}",
     REFERENCE_PATTERN: f"a name ({NAME_IN_WORDS}), or name@digest with {MIN_DIGEST} or more digits of the digest",
     VERSION_PATTERN: f"name@digest, with {MIN_DIGEST} or more digits of the digest",
-    INPUT_PATTERN: "a text with {input} where the request's prompt goes",
+    INPUT_PATTERN: "a text with {input} in place of the request's prompt",
 }
-"""Every pattern of these bodies, in words."""
+"""Every pattern, described for error messages and /docs."""
 
 
-def _characters(text: str) -> str:
-    """Raises ValueError for a text with half of a surrogate pair, which JSON can say and no tokenizer can read."""
+def _no_surrogates(text: str) -> str:
+    """Raises ValueError for lone surrogates: JSON can escape them, but no tokenizer can encode them."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
+        raise ValueError(f"character {error.start} is half of a surrogate pair") from None
     return text
 
 
-def few_fields(data: Any) -> Any:
-    """Raises ValueError for an object of too many fields: each may be a problem, and all requests wait while those of
-    one are gathered.
-    """
+def limit_fields(data: Any) -> Any:
+    """Raises ValueError for an object with more than MAX_FIELDS fields."""
     if isinstance(data, dict) and len(data) > MAX_FIELDS:
-        raise ValueError(f"{len(data)} fields are too many; /docs lists those that there are")
+        raise ValueError(f"{len(data)} fields are too many; /docs lists all fields")
     return data
 
 
-Text = Annotated[str, AfterValidator(_characters)]
-"""For texts without another bound: where there is one, pydantic looks at the characters itself."""
+Text = Annotated[str, AfterValidator(_no_surrogates)]
+"""A string without other bounds: with bounds pydantic checks surrogates itself."""
 AdapterName = Annotated[str, Field(pattern=NAME_PATTERN)]
 StopString = Annotated[str, Field(min_length=1, max_length=s.MAX_STOP_LENGTH)]
 Label = Annotated[str, Field(min_length=1, max_length=d.MAX_LABEL_LENGTH)]
 DeadlineMs = Annotated[
     int,
-    Field(ge=1, le=86_400_000, description="most milliseconds to take; more than the server's `--deadline` is that"),
+    Field(ge=1, le=86_400_000, description="time limit in milliseconds; at most the server's `--deadline`"),
 ]
 
 
 class Body(BaseModel):
-    """A body of ours: types as JSON has them, no unknown fields, no NaN."""
+    """A request body: JSON types without coercion, no unknown fields, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _few(cls, data: Any) -> Any:
-        return few_fields(data)
+    def _limit_fields(cls, data: Any) -> Any:
+        return limit_fields(data)
 
 
 class Out(BaseModel):
-    """A body that we send."""
+    """A response body."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -84,13 +78,9 @@ class ErrorDetail(Out):
 
 
 class ErrorBody(Out):
-    """Every body that is not 2xx."""
+    """The body of every response that is not 2xx."""
 
     error: ErrorDetail
-
-
-def _one_if_null(weight: Any) -> Any:
-    return 1.0 if weight is None else weight
 
 
 class Weighted(Body):
@@ -98,13 +88,15 @@ class Weighted(Body):
 
     name: Annotated[str, Field(pattern=REFERENCE_PATTERN)]
     weight: Annotated[
-        float, BeforeValidator(_one_if_null), Field(ge=-MAX_ABS_WEIGHT, le=MAX_ABS_WEIGHT, description="1 if left out")
+        float,
+        BeforeValidator(lambda weight: 1.0 if weight is None else weight),
+        Field(ge=-MAX_ABS_WEIGHT, le=MAX_ABS_WEIGHT, description="1 by default"),
     ] = 1.0
 
 
 Mix = Annotated[
     list[Weighted],
-    Field(max_length=MAX_TERMS, description="what answers; absent is the task's own mix, `[]` the base alone"),
+    Field(max_length=MAX_TERMS, description="the mix; by default the task's own, `[]` is the base alone"),
 ]
 
 
@@ -112,58 +104,61 @@ TopK = Annotated[int, Field(ge=0, le=s.MAX_TOKENS)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)]
 
 
-def _within(name: str, description: str | None = None) -> Any:
-    """The field of a number, by the bounds that task files are held to as well."""
-    of = s.NUMBERS[name]
-    above, least = (of.low, None) if of.above else (None, of.low)
-    return Field(gt=above, ge=least, le=of.high, description=description)
+def _bounds(name: str, description: str | None = None) -> Any:
+    """The bounds of a number, which task files share."""
+    number = s.NUMBERS[name]
+    above, least = (number.low, None) if number.above else (None, number.low)
+    return Field(gt=above, ge=least, le=number.high, description=description)
 
 
 class SamplingFields(BaseModel):
-    """How an answer is drawn, and when it ends: what a request may say, and a task for it."""
+    """How tokens are sampled and when the answer ends. Requests and task defaults have these fields."""
 
-    max_tokens: Annotated[int, _within("max_tokens")] | None = None
-    min_tokens: Annotated[int, _within("min_tokens", description=MIN_TOKENS)] | None = None
-    temperature: Annotated[float, _within("temperature")] | None = None
-    top_p: Annotated[float, _within("top_p")] | None = None
+    max_tokens: Annotated[int, _bounds("max_tokens")] | None = None
+    min_tokens: Annotated[int, _bounds("min_tokens", "no end of sequence before so many tokens")] | None = None
+    temperature: Annotated[float, _bounds("temperature")] | None = None
+    top_p: Annotated[float, _bounds("top_p")] | None = None
     top_k: TopK | None = None
-    min_p: Annotated[float, _within("min_p")] | None = None
-    seed: Annotated[int, _within("seed")] | None = None
+    min_p: Annotated[float, _bounds("min_p")] | None = None
+    seed: Annotated[int, _bounds("seed")] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
-    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
-    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
-    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
+    repetition_penalty: Annotated[float, _bounds("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, _bounds("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _bounds("frequency_penalty")] | None = None
 
 
 class GenerationFields(SamplingFields):
-    """The fields that every generator takes. Absent ones are the task's, then the server's."""
+    """Fields of all generation routes. The default of each is the task's, then the server's."""
 
-    max_completion_tokens: Annotated[int, _within("max_tokens")] | None = None
-    stream: Annotated[bool, Field(description="answer as server-sent events, the last `data: [DONE]`")] | None = None
+    max_completion_tokens: Annotated[int, _bounds("max_tokens")] | None = None
+    stream: Annotated[bool, Field(description="answer with server-sent events, ending with `data: [DONE]`")] | None = (
+        None
+    )
     adapters: Mix | None = None
     deadline_ms: DeadlineMs | None = None
 
 
 class TaskQuery(BaseModel):
-    """`?task=`. A query that says anything else is refused: a slip of the pen would be answered by the base."""
+    """`?task=`. Other parameters are refused: a typo would be answered by the base."""
 
     model_config = ConfigDict(extra="forbid")
 
-    task: Annotated[str, Field(max_length=64, description="without it the task `default`, else the base")] | None = None
+    task: (
+        Annotated[str, Field(max_length=64, description="task name; by default the task `default`, else the base")]
+        | None
+    ) = None
 
 
 class NoQuery(BaseModel):
-    """No query at all: `DELETE /adapters/a?version=...` would else retire all of `a`, not what was meant."""
+    """No query parameters: `DELETE /adapters/a?version=...` must not retire all of `a`."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class GenerateBody(GenerationFields, Body):
-    """`POST /generate`. What neither the request nor its task says: `max_tokens` 64, `temperature` 0, the most likely
-    token each time.
-    """
+    """`POST /generate`. Defaults of the server: `max_tokens` 64, `temperature` 0 (greedy)."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -179,7 +174,7 @@ class GenerateBody(GenerationFields, Body):
 
 
 class ClassifyBody(Body):
-    """`POST /classify`: `labels` may be left out where the task has them."""
+    """`POST /classify`. `labels` are the task's by default."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
     labels: Annotated[list[Label], Field(max_length=d.MAX_LABELS)] | None = None
@@ -197,7 +192,7 @@ class TokenEntry(TopToken):
 
 
 class ServedAdapter(Out):
-    """What served: in the order of the request."""
+    """An adapter that answered, in the order of the request."""
 
     name: str
     version: str
@@ -212,7 +207,7 @@ class Usage(Out):
 
 
 class Timings(Out):
-    """Milliseconds, and the rate after the first token."""
+    """Milliseconds; the rate excludes the first token."""
 
     queue_ms: float
     load_ms: float
@@ -241,7 +236,7 @@ class ClassifyAnswer(Served):
 
 
 class RegisterBody(Body):
-    """`POST /adapters`: `source` is a folder inside the adapter directory, `org/name@rev`, or an allowed URL."""
+    """`POST /adapters`. `source` is a folder inside the adapter directory, `org/name@rev`, or an allowed URL."""
 
     name: AdapterName
     source: Annotated[str, Field(min_length=1, max_length=1024)]
@@ -252,7 +247,7 @@ Rank = Annotated[int, Field(ge=1, le=4096)]
 
 
 class PublishBody(Body):
-    """`PUT /adapters/{name}`: new content, from a source or as a sum, or a version that the name had before."""
+    """`PUT /adapters/{name}`: one of new content from a source, a sum of adapters, or an earlier version."""
 
     source: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     version: Annotated[str, Field(pattern=VERSION_PATTERN)] | None = None
@@ -261,7 +256,7 @@ class PublishBody(Body):
 
 
 class ComposeBody(Body):
-    """`POST /adapters/compose`: the exact weighted sum as an adapter of its own, cut to `rank` if that is given."""
+    """`POST /adapters/compose`: stores the weighted sum as an adapter, truncated to `rank` if given."""
 
     name: AdapterName
     from_: Annotated[Terms, Field(alias="from")]
@@ -291,13 +286,13 @@ class AdapterAnswer(AdapterSummary):
 
 
 class UnservedAnswer(Out):
-    """A name that was set aside: it has no version that could be told of."""
+    """An adapter that was registered but not served."""
 
     name: str
 
 
 class ComposedAnswer(AdapterAnswer):
-    """`error` is the relative Frobenius error of the cut: 0 for the exact sum."""
+    """`error` is the relative Frobenius error of the truncation; 0 for the exact sum."""
 
     error: float
 
@@ -314,7 +309,7 @@ class AdapterList(Out):
 
 
 class Route(Body):
-    """Either `choice`, or `best` with its rule."""
+    """Either `choice`, or `best` with `metric`, `source` and `min_samples`."""
 
     choice: Annotated[list[Weighted], Field(max_length=MAX_TERMS)] | None = None
     best: Annotated[list[str], Field(min_length=2, max_length=d.MAX_CANDIDATES)] | None = None
@@ -324,13 +319,13 @@ class Route(Body):
 
 
 class TaskDefaults(SamplingFields, Body):
-    """Generation fields of a task."""
+    """Default sampling fields of a task."""
 
     logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
 
 
 class TaskBody(Body):
-    """`PUT /tasks/{task}`. `name`, `task` and `source` are those of an answer, and ignored."""
+    """`PUT /tasks/{task}`. `name`, `task` and `source` are ignored: answers have them."""
 
     prompt: Annotated[str, Field(max_length=d.MAX_PROMPT, pattern=INPUT_PATTERN)]
     format: Literal["raw", "chat"] | None = None
@@ -359,7 +354,7 @@ class TaskList(Out):
 
 
 class FeedbackBody(Body):
-    """`POST /tasks/{task}/feedback`: either a score from 0 to 1, or what the answer should have been."""
+    """`POST /tasks/{task}/feedback`: either a score from 0 to 1, or the expected answer."""
 
     id: Annotated[str, Field(min_length=1, max_length=128)]
     score: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -375,7 +370,7 @@ class Percentiles(Out):
 
 
 class QualityEntry(Out):
-    """Scores by one metric from one source; the interval holds at every moment at once."""
+    """Scores by one metric from one source, with a confidence interval that holds at all times."""
 
     metric: str
     source: d.ScoreSource
@@ -389,7 +384,7 @@ class VersionPerformance(Out):
     version: str
     adapters: list[dict[str, Any]]
     base: str
-    samples: Annotated[int, Field(description="of the metric and the source that have most")]
+    samples: Annotated[int, Field(description="of the metric and source with most samples")]
     quality: list[QualityEntry]
     ttft: Percentiles
     tpot: Percentiles
@@ -400,7 +395,7 @@ class VersionPerformance(Out):
 
 
 class Performance(Out):
-    """What is known of a task's versions, and which a `best` route has found."""
+    """Quality and latency of a task's versions, and the leader of a `best` route."""
 
     task: str
     versions: list[VersionPerformance]
@@ -412,7 +407,7 @@ class Health(Out):
 
 
 class Stats(Out):
-    """Memory by kind in bytes, the engine's counters, slots, and a table by task, where a mean of nothing is null."""
+    """Memory in bytes by kind, engine counters, slots, and totals by task. Means without samples are null."""
 
     base: dict[str, Any]
     memory: dict[str, int]

@@ -23,7 +23,7 @@ from server.cli import adapters, evaluate, generate, logs, merge, models, search
 from server.cli.options import LEFT_OUT
 from server.cli.output import in_json
 from server.cli.signals import INTERRUPTED, Interrupted, heard
-from server.errors import RemoteError, ServerError, too_little_memory
+from server.errors import RemoteError, ServerError, out_of_memory_message
 from server.settings import leave_threads_alone
 
 app = typer.Typer(
@@ -109,7 +109,7 @@ def _run() -> object:
     except SafetensorError as error:
         _fail(error, f"a file of tensors cannot be read or written: {error}")
     except (MemoryError, RuntimeError) as error:
-        if (words := too_little_memory(error)) is not None:
+        if (words := out_of_memory_message(error)) is not None:
             _fail(error, words)
         if "can't start new thread" not in str(error):
             raise
@@ -163,7 +163,7 @@ def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:
 def _tell(error: Exception, message: str, param: str | None = None) -> None:
     """An error for machines, where the command was asked for JSON; a server's own as it came."""
     if "--json" in sys.argv:
-        body = dict(error.told) if isinstance(error, RemoteError) else in_json(error, message, param)
+        body = dict(error.body) if isinstance(error, RemoteError) else in_json(error, message, param)
         with contextlib.suppress(OSError):  # it may be what has failed
             sys.stdout.write(json.dumps({"error": body}) + "\n")
             sys.stdout.flush()

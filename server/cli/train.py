@@ -18,7 +18,7 @@ from server.cli.local_engine import open_base, threads_of
 from server.cli.options import BASE, AsJson, path_option, with_settings
 from server.cli.output import in_json, out, print_json, progress, say_error, size
 from server.cli.signals import SAME_SIGNAL, heard
-from server.errors import NoCapacity, ServerError, too_little_memory
+from server.errors import NoCapacity, ServerError, out_of_memory_message
 from server.settings import Settings, keep_few_kernels
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _about(recipe: Recipe) -> Iterator[None]:
         after = "; the same command goes on from there" if isinstance(error, TrainingStopped) else ""
         raise type(error)(f"{recipe.name}: {error.message}{after}", error.param) from error
     except (MemoryError, RuntimeError) as error:
-        words = too_little_memory(error)
+        words = out_of_memory_message(error)
         if words is None and lacks_memory(error):
             words = f"the GPU has too little memory: {error}"
         if words is None:

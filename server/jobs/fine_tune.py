@@ -23,7 +23,7 @@ from adapters.errors import AdapterError, InvalidData, StoreFailed, TrainingStop
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.engine.backends.cuda.memory import lacks_memory
-from server.errors import too_little_memory
+from server.errors import out_of_memory_message
 from server.jobs.encoding import Template, encoder
 from server.jobs.errors import JobError
 from server.jobs.gpu_share import at, device_of, take
@@ -90,7 +90,7 @@ def fine_tune(spec: WorkerSpec, base: Base, folder: Path, tell: Tell, stop: Call
         with at(device):
             return _fine_tune(spec, placed, folder, tell, stop)
     except (MemoryError, RuntimeError) as error:
-        if (words := too_little_memory(error)) is not None:
+        if (words := out_of_memory_message(error)) is not None:
             raise JobError("no_memory", f"{words}; shorter examples or a smaller rank take less") from error
         if not lacks_memory(error):
             raise

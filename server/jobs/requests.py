@@ -18,7 +18,7 @@ from adapters.registry import Registry
 from adapters.store import AdapterStore
 from adapters.training import TrainingConfig
 from adapters.weights import RESERVED, Version
-from server.errors import InvalidRequest, UnknownName, called
+from server.errors import InvalidRequest, UnknownName, rename_params
 from server.jobs.errors import JobError
 from server.jobs.file_store import FileStore
 from server.jobs.job_store import TRAINING_ID
@@ -96,7 +96,7 @@ def checked(asked: TrainingRequest, ground: TrainingContext) -> dict[str, Any]:
         raise InvalidRequest("this server's base is in memory alone, and a training process could not map it", "model")
     for param in ("training_file", "validation_file"):
         id = getattr(asked, param)
-        with called(file_id=param):
+        with rename_params(file_id=param):
             if id is not None and ground.files.get(id).purpose != "fine-tune":
                 raise InvalidRequest(f"{param} must have been uploaded with the purpose fine-tune", param)
     if asked.suffix is not None and asked.suffix in RESERVED | {ground.base_name}:
@@ -150,7 +150,7 @@ def _check_ranks(asked: TrainingRequest, ground: TrainingContext) -> None:
         why = f", and auto_rank may give a module {AUTO_WIDENS} times r" if lora.auto_rank else ""
         raise InvalidRequest(f"this server takes ranks of up to {ground.max_rank} (--max-rank){why}", "lora.r")
     if lora.init_from is not None:
-        with called(adapters="lora.init_from"):
+        with rename_params(adapters="lora.init_from"):
             ground.registry.resolve([(lora.init_from, 1.0)])
         fixed = set(asked.given & {"r", "alpha", "target_modules"})
         fixed |= {name for name in ("rslora", "auto_rank") if getattr(lora, name)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeGuard, TypeVar
 
 from adapters.peft_format import OPTIONAL, REQUIRED
-from server.errors import BadModel, InvalidRequest, ServerError, to_install
+from server.errors import BadModel, InvalidRequest, ServerError, install_command
 from server.sources import retries
 from server.sources.budget import Spend
 
@@ -35,7 +35,7 @@ def is_id(text: str) -> bool:
 def check_client(hub_id: str) -> None:
     """Raises ServerError if the client that would fetch `hub_id` is not installed."""
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise _Unavailable(f"{hub_id} comes from the hub, which needs an extra: {to_install('hub')}")
+        raise _Unavailable(f"{hub_id} comes from the hub, which needs an extra: {install_command('hub')}")
 
 
 def fetched(hub_id: str, directory: Path) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Protocol
 from adapters.errors import UnknownAdapter
 from adapters.leases import Lease
 from adapters.weights import AT_DIGEST, NAME, Choice, Version
-from server.errors import UnknownName, called
+from server.errors import UnknownName, rename_params
 from server.tasks.definitions import DEFAULT, BestRoute, Task
 from server.tasks.task_store import TaskStore
 
@@ -69,7 +69,7 @@ class Resolver:
         if bare != name or _VERSION.fullmatch(name):
             if not NAME.fullmatch(bare.partition("@")[0]):
                 raise _no_model(name)
-            with called(adapters="model"):
+            with rename_params(adapters="model"):
                 self._adapters.resolve([(bare, 1.0)])
             return Target(None, [(bare, 1.0)] if override is None else override, custom_mix=custom_mix)
         task = self._tasks.find(name)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
-from server.errors import to_install
+from server.errors import install_command
 from server.kernels.adapter_memory import in_one_piece
 from server.kernels.cuda import adapter_codes, packing
 from server.kernels.cuda.adapter_layout import adapter_layout
@@ -38,9 +38,9 @@ def unavailable() -> str | None:
     """Why the CUDA kernels cannot run on this machine, or None where they can."""
     triton = importlib.util.find_spec("triton")
     if triton is None:
-        return f"triton is not installed ({to_install('cuda')})"
+        return f"triton is not installed ({install_command('cuda')})"
     if not any((Path(place) / NEWEST_PART).exists() for place in triton.submodule_search_locations or ()):
-        return f"triton is older than 3.5, as torch before 2.9 brings it ({to_install('cuda')})"
+        return f"triton is older than 3.5, as torch before 2.9 brings it ({install_command('cuda')})"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Triton builds its launchers against Python's headers, which are missing (python3-dev)"
     if torch.version.cuda is None:

@@ -110,7 +110,7 @@ def test_a_load_may_take_as_long_as_it_takes(port: int, monkeypatch: pytest.Monk
 def test_where_a_key_comes_from_is_told(port: int) -> None:
     with pytest.raises(RemoteError) as e:
         _call(Settings(port=port), "GET", "/adapters")
-    assert e.value.told == LOCKED
+    assert e.value.body == LOCKED
     assert e.value.message.startswith("a key is needed; this command takes its key from LORAMUX_ADMIN_KEYS")
 
 

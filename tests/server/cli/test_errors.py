@@ -66,8 +66,8 @@ def wanting_memory() -> RuntimeError:
         (OSError(errno.ENOSPC, "No space", "/a/b"), "/a/b cannot be written: no space left on the disk"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x cannot be read or written: Permission denied"),
         (TimeoutError(), "TimeoutError"),
-        (MemoryError("Unable to allocate 1 GiB"), "there is too little memory: Unable to allocate 1 GiB"),
-        (wanting_memory(), "there is too little memory: 400,000.0 GB were wanted at once"),
+        (MemoryError("Unable to allocate 1 GiB"), "out of memory: Unable to allocate 1 GiB"),
+        (wanting_memory(), "out of memory: an allocation of 400,000.0 GB failed"),
         (SafetensorError("header is odd"), "a file of tensors cannot be read or written: header is odd"),
         (
             RuntimeError("can't start new thread"),
@@ -255,7 +255,7 @@ def test_an_error_is_told_in_the_form_of_the_log(
         status, _, err = run("generate", "x")
     finally:
         logging.getLogger().handlers[:] = handlers
-    assert status == 1 and err.startswith(start) and err.count("there is too little memory") == err.count("\n") == 1
+    assert status == 1 and err.startswith(start) and err.count("out of memory") == err.count("\n") == 1
 
 
 @pytest.mark.parametrize("begin", [apart, _begin])
