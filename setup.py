@@ -1,8 +1,7 @@
-"""The native CPU kernels, built with the package. Everything else about the package is said in pyproject.toml.
+"""Builds the native CPU kernels. All other package settings are in pyproject.toml.
 
-They are plain shared objects with a C interface, loaded with ctypes: the same sources for processors with a matrix
-unit, with instructions for bf16, with AVX512 alone, and with AVX2. Where they cannot be built the package installs
-without them, and torch's own kernels serve.
+The kernels are shared objects with a C interface, loaded with ctypes: the same sources for AMX, AVX512-BF16, AVX512 and
+AVX2. If they cannot be built, the package installs without them and uses torch's kernels.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 KERNELS = "server/kernels/cpu"
-_HERE = runpy.run_path(f"{KERNELS}/source_digest.py")
-SOURCES, MACHINES = _HERE["digest"](Path(KERNELS)), _HERE["MACHINES"]
+_DIGEST = runpy.run_path(f"{KERNELS}/source_digest.py")
+SOURCES, MACHINES = _DIGEST["digest"](Path(KERNELS)), _DIGEST["MACHINES"]
 AVX512 = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"]
 LIBRARIES = {
     "_native_amx": [*AVX512, "avx512bf16", "avx512vbmi2", "amx-tile", "amx-int8", "amx-bf16"],
@@ -29,13 +28,13 @@ LIBRARIES = {
     "_native_avx2_vnni": ["avxvnni"],
     "_native_avx2": [],
 }
-"""What each needs beside what all do, which is in `FLAGS`. Whether a machine has it is asked when one is loaded."""
+"""Instruction sets beyond those in `FLAGS`. A library checks at load time whether the processor has them."""
 FLAGS = [
     "-std=c++17",
     "-g0",
     "-O3",
-    "-mtune=icelake-server",  # the order of instructions that is best on AMD's processors too
-    "-ffp-contract=off",  # contraction would fuse where the stored scales are defined by two roundings
+    "-mtune=icelake-server",  # the best instruction order on AMD processors too
+    "-ffp-contract=off",  # contraction would fuse where double-quantized scales are defined by two roundings
     "-fno-math-errno",
     "-Wno-ignored-attributes",
     "-mavx2",
@@ -46,45 +45,44 @@ FLAGS = [
 ]
 
 
-class BuildAfresh(build_py):
-    """Of an earlier build nothing stays that may be gone from the checkout since, as it would be installed with the
-    rest; libraries do, which are built again where their sources are newer."""
+class CleanBuildPy(build_py):
+    """Removes files of earlier builds that the checkout no longer has. Libraries stay; they are rebuilt if outdated."""
 
     def run(self) -> None:
-        left, base = Path(self.build_lib).resolve(), Path(self.get_finalized_command("build").build_base).resolve()
-        for path in left.rglob("*") if base in left.parents else ():  # no folder that somebody has named
+        build_lib, base = Path(self.build_lib).resolve(), Path(self.get_finalized_command("build").build_base).resolve()
+        for path in build_lib.rglob("*") if base in build_lib.parents else ():  # not in a folder that the user chose
             if path.is_file() and path.suffix != ".so":
                 path.unlink()
         super().run()
 
 
-class BuildEach(build_ext):
-    """Libraries of the same sources keep their objects apart, and are built at the same time."""
+class ParallelBuildExt(build_ext):
+    """Builds the libraries in parallel, each with its own object files."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
 
     def build_extension(self, ext: Extension) -> None:
-        own = copy(self)
-        own.build_temp = str(Path(self.build_temp, ext.name))
-        build_ext.build_extension(own, ext)
+        builder = copy(self)
+        builder.build_temp = str(Path(self.build_temp, ext.name))
+        build_ext.build_extension(builder, ext)
 
 
 setup(
-    cmdclass={"build_py": BuildAfresh, "build_ext": BuildEach},
-    ext_modules=[  # no other processor has any of it: there would be nothing but errors that pip hides
+    cmdclass={"build_py": CleanBuildPy, "build_ext": ParallelBuildExt},
+    ext_modules=[
         Extension(
             f"server.kernels.cpu.{name}",
             sources=sorted(glob(f"{KERNELS}/*.cpp")),
             depends=["setup.py", *sorted(glob(f"{KERNELS}/*.h"))],
             language="c++",
             define_macros=[("LORAMUX_SOURCES", f'"{SOURCES}"')],
-            extra_compile_args=[*FLAGS, *(f"-m{part}" for part in parts)],
+            extra_compile_args=[*FLAGS, *(f"-m{instructions}" for instructions in instruction_sets)],
             extra_link_args=["-pthread"],
             optional=True,
         )
-        for name, parts in LIBRARIES.items()
+        for name, instruction_sets in LIBRARIES.items()
         if platform.machine() in MACHINES
     ],
 )

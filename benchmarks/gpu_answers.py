@@ -21,7 +21,7 @@ from server.engine.backends.torch.runner import TorchRunner
 from server.engine.batch import Batch
 from server.kernels.cuda import Cuda
 from server.kernels.reference import Reference
-from server.kernels.threads import processors
+from server.kernels.threads import available_cpus
 from server.kernels.weight import STORED, Weight
 from server.model.loader import Base, load_base
 from server.model.tokenizer import ModelTokenizer
@@ -71,7 +71,7 @@ def answers(bench: Any) -> None:
         bench.tell(CLAIM, "not measured: --answers names no base", wanted, False)
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(processors())  # the runner before has left this process one
+    torch.set_num_threads(available_cpus())  # the runner before has left this process one
     with tempfile.TemporaryDirectory() as place:
         folder = _joined(bench.folders, Path(place) / "base")
         ours: Base = load_base(folder, name="base", backend=Cuda(bench.backend.dtype))
@@ -84,7 +84,7 @@ def answers(bench: Any) -> None:
     memory = gpu_memory(None) if bench.device.type == "cuda" else 1 << 31
     gpu = CudaRunner(ours, rows, memory=memory, device=bench.device, adapters=1 << 20)
     gpu.allocate(rows * each, BLOCK)
-    cpu = TorchRunner(exact, 1, processors())
+    cpu = TorchRunner(exact, 1, available_cpus())
     cpu.allocate(each, BLOCK)
     end = bench.cut_off if bench.is_last else min(time.monotonic() + LIMIT_SECONDS, bench.cut_off)
     found: list[Compared] = []

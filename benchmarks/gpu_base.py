@@ -11,7 +11,7 @@ from adapters.weights import LoraWeights, LowRank
 from server.kernels.cuda import Cuda, packing
 from server.kernels.lora import TARGET_MODULES
 from server.kernels.packed_format import stored_parts
-from server.kernels.threads import processors
+from server.kernels.threads import available_cpus
 from server.kernels.weight import STORED, Weight
 from server.model.config import ModelConfig
 from server.model.vocabulary import Vocabulary
@@ -57,7 +57,7 @@ class Kind:
 def random_adapters(config: ModelConfig, backend: Cuda, count: int, kind: Kind) -> list[LoraWeights]:
     """Prepared adapters, in memory that the device copies from. All processors take part: a runner leaves torch one."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(processors())
+    torch.set_num_threads(available_cpus())
     try:
         pool = torch.randn(1 << 22)
         return [_adapter(pool, config, backend, number, kind) for number in range(count)]

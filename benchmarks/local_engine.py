@@ -20,7 +20,7 @@ from benchmarks.roofline import Cost, decode_cost
 from server.engine.backends import make_runner
 from server.engine.overlap import engine_on
 from server.engine.request import Delivery, Request, Sampling
-from server.kernels.threads import apart
+from server.kernels.threads import run_in_thread
 from server.model.loader import Base
 from server.model.tokenizer import ModelTokenizer
 
@@ -49,7 +49,7 @@ class LocalEngine:
         prompts: then all decode together. There is a slot for each adapter, and at least as many as a server has."""
         max_slots = max(SLOTS, len(adapters))
         shapes = base.shapes()
-        self._weights = apart(
+        self._weights = run_in_thread(
             lambda: [base.prepare(read_folder(path, name=f"a{i}", shapes=shapes)) for i, path in enumerate(adapters)]
         )
         self._base = base

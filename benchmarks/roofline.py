@@ -102,7 +102,7 @@ def decode_cost(base: Base, contexts: Sequence[int], mixes: Sequence[Sequence[Lo
     linears = [w for path, w in base.weights.items() if path in base.shapes()]
     table = base.weights["model.embed_tokens"] if config.tie_word_embeddings else base.weights["lm_head"]
     distinct = {w.digest: w for mix in mixes for w in mix}
-    unread = cpu.unread() if base.backend.name == "native" else ()
+    unread = cpu.unused_tensors() if base.backend.name == "native" else ()
     nbytes = sum(t.nbytes for w in (*linears, table) for name, t in w.tensors.items() if name not in unread)
     nbytes += sum(contexts) * config.kv_values * KV_BYTES + sum(w.nbytes for w in distinct.values())
     per_row = sum(w.shape[0] * w.shape[1] for w in linears) + table.shape[0] * table.shape[1]

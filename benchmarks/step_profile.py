@@ -46,7 +46,7 @@ class Outside:
 
     def __init__(self, runner: NativeRunner) -> None:
         self._native = 0.0
-        for name in ("wait", "wait_until_nearly_done", "step", "draw"):
+        for name in ("wait", "wait_until_nearly_done", "step", "sample"):
             call = f"loramux_model_{name}"
             setattr(runner._library, call, self._counted(getattr(runner._library, call)))
 

@@ -16,7 +16,7 @@ from server.engine.engine import Engine
 from server.engine.overlap import engine_on
 from server.errors import BadSetting
 from server.kernels.cpu.crash_report import crash_report
-from server.kernels.threads import processors
+from server.kernels.threads import available_cpus
 from server.model.loader import Base
 from server.model.tokenizer import ModelTokenizer
 from server.settings import Settings
@@ -76,7 +76,7 @@ def build_engine(
 
 
 def _cpu_runner(settings: Settings, base: Base, registry: Registry, context: int) -> tuple[Runner, dict[str, Any]]:
-    runner = make_runner(base, settings.max_slots, settings.threads or processors())
+    runner = make_runner(base, settings.max_slots, settings.threads or available_cpus())
     block_bytes = runner.block_bytes(settings.block_size)
     blocks = kv_cache_blocks(settings, block_bytes, context)
     warn_if_memory_is_short(

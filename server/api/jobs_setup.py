@@ -19,7 +19,7 @@ from server.jobs.requests import TrainingContext
 from server.jobs.runner import JobRunner, JobWork
 from server.jobs.training_job import TrainingJob
 from server.jobs.worker_messages import BaseSource
-from server.kernels.threads import processors
+from server.kernels.threads import available_cpus
 from server.model.loader import Base
 from server.settings import Settings
 from server.tasks.evaluation import evaluate
@@ -54,7 +54,7 @@ def training_context(
         origin=base_source,
         base_name=base.name,
         max_rank=settings.max_rank,
-        threads=min(MAX_TRAINING_THREADS, settings.threads or processors()),
+        threads=min(MAX_TRAINING_THREADS, settings.threads or available_cpus()),
         files=FileStore(settings.state_dir / "files"),
         registry=registry,
         store=store,

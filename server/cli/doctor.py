@@ -88,9 +88,9 @@ def _installed(settings: Settings, report: Report) -> None:
 
 def _processor(settings: Settings, report: Report) -> None:
     from server.kernels import cpu_info
-    from server.kernels.threads import processors
+    from server.kernels.threads import available_cpus
 
-    cores = processors()
+    cores = available_cpus()
     report.facts["cores"] = f"{cores} of {os.cpu_count()}"
     threads = settings.threads or cores
     report.facts["threads"] = str(threads)
@@ -98,7 +98,9 @@ def _processor(settings: Settings, report: Report) -> None:
         report.remarks.append(f"{threads} threads on {cores} cores get in each other's way; leave --threads out")
     known, has = ISA.get(platform.machine(), ()), cpu_info.features()
     found = [name for name in known if name in has]
-    report.facts["processor"] = f"{cpu_info.told('model name') or platform.machine()} ({', '.join(found) or 'plain'})"
+    report.facts["processor"] = (
+        f"{cpu_info.cpuinfo_field('model name') or platform.machine()} ({', '.join(found) or 'plain'})"
+    )
 
 
 def _memory(settings: Settings, report: Report) -> None:

@@ -43,9 +43,9 @@ def open_base(settings: Settings, backend: Backend, quiet: bool) -> Base:
 
 def threads_of(settings: Settings) -> int:
     """How many threads the settings give to a command that computes by itself."""
-    from server.kernels.threads import processors
+    from server.kernels.threads import available_cpus
 
-    return settings.threads or processors()
+    return settings.threads or available_cpus()
 
 
 @contextlib.asynccontextmanager

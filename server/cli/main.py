@@ -66,8 +66,8 @@ app.command()(models.doctor)
 app.add_typer(bench.app, name="bench")
 
 
-APART = frozenset(("loramux-apart", "loramux-grammar"))
-"""The threads of `server.kernels.threads.apart` and `server.engine.grammar`, which are slow to import. An interpreter
+APART = frozenset(("loramux-temporary", "loramux-grammar"))
+"""The threads of `kernels.threads.run_in_thread` and `engine.grammar`, which are slow to import. An interpreter
 that ends while one is within a library ends the process by a signal."""
 
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)

@@ -24,7 +24,7 @@ from server.jobs.checkpointed_layers import Asked, checkpointed_layers
 from server.jobs.gpu_share import device_of
 from server.jobs.prefix_attention import PrefixAttention
 from server.kernels import Backend, cpu_info
-from server.kernels.aten import Aten
+from server.kernels.torch_ops import TorchOps
 from server.kernels.weight import STORED, Weight
 from server.model.attention import Context
 from server.model.decoder import Decoder
@@ -76,7 +76,7 @@ class TrainableModel:
             self.nbytes += dense.weight.nbytes
         elif head.weight.layout == STORED:
             # The same values, dequantized block by block: the whole table in float32 would be most of the memory.
-            head.backend = Aten()
+            head.backend = TorchOps()
         memory.trim()  # of what dequantizing has left in pieces
         self._share_prefix = share_prefix
         self._filling = filling if dtype == torch.bfloat16 else few_odd_rows

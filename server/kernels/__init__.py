@@ -1,7 +1,9 @@
-"""Kernels: the arithmetic of a step, in several backends of one shape. Know integers and offsets, not names.
+"""Kernels: the arithmetic of a step, as interchangeable backends.
 
-`reference` is plain torch in float32 and the oracle of all others; `aten` uses torch's own 4-bit and bf16 ops;
-`native` is the C++ library of `kernels/cpu`; `cuda` is Triton. One is picked, once, when the base is loaded.
+- `reference`: plain torch in float32, which the tests compare all others with
+- `aten`: torch's 4-bit and bf16 ops
+- `native`: C++ for CPUs
+- `cuda`: Triton for GPUs
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ if TYPE_CHECKING:
     from server.kernels.lora import Segments
 
 CHOICES = ("auto", "native", "aten", "reference", "cuda")
-"""What `--kernels` may say."""
+"""Values of `--kernels`."""
 
 log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """What the base and its decoder need of a backend, whatever runs its steps.
+    """Packs weights and multiplies with them.
 
-    `name` is "reference", "aten", "native" or "cuda"; `layout` names its packed layouts, version and ISA included,
-    so that a cached packed base is never read by another; `dtype` is that of activations and of the KV cache.
+    Attributes:
+        name: "reference", "aten", "native" or "cuda".
+        layout: Name of the packed layout with its version and instruction set. A packed base is only reused by a
+            backend with the same layout.
+        dtype: Dtype of activations and of the KV cache.
     """
 
     name: str
@@ -36,21 +41,28 @@ class Backend(Protocol):
     dtype: torch.dtype
 
     def pack(self, stored: Weight) -> Weight:
-        """The resident form of a matrix in the `stored` layout; may share its tensors."""
+        """Convert a matrix from the `stored` layout. The result may share its tensors."""
 
     def dequantize(self, weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` as float32, equal to those of the stored form."""
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
-        """The adapter in this backend's kernel layout, beside linears of that scheme: the one copy that is kept in RAM.
+        """Convert an adapter to the layout of the kernels, for linears of that scheme.
 
-        Raises InvalidAdapter if a value is not finite in it.
+        Raises:
+            InvalidAdapter: A value is not finite after the conversion.
         """
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, in] times the transposed matrix: [T, out] of x's dtype (bfloat16 or float32). Keeps no graph.
+        """Multiply with the transposed matrix, without autograd.
 
-        `update` [T, out] is added before the result is rounded.
+        Args:
+            weight: A packed matrix [out, in].
+            x: Rows [T, in], bfloat16 or float32.
+            update: Added before the result is rounded, [T, out].
+
+        Returns:
+            [T, out] in the dtype of x.
         """
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
@@ -59,21 +71,22 @@ class Backend(Protocol):
 
 @runtime_checkable
 class StepBackend(Backend, Protocol):
-    """A backend whose steps the Python decoder runs: it adds the low-rank updates too."""
+    """A backend that also adds LoRA updates, so that the Python decoder can run steps with it."""
 
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, path: str, segments: Segments) -> None:
-        """Add to y [T, out], in place, what the adapters of each row make of x [T, in] in the module `path`."""
+        """Add the LoRA updates of the module `path` for rows x [T, in] to y [T, out], in place."""
 
 
 def choose(name: str = "auto", device: str = "auto") -> Backend:
-    """The backend of that name on that device; `auto` is what serves fastest here.
+    """The backend of that name on that device.
 
-    That is the GPU where one can be used, then the native kernels where they were built and run, else torch's own ops.
-    Kernels that are named run on the CPU, unless they are `cuda`. Raises BadSetting for an unknown name, and for what
-    is asked for and cannot run here, with the reason.
+    `auto` prefers the GPU, then the native kernels, then torch's ops. Named kernels other than `cuda` run on the CPU.
+
+    Raises:
+        BadSetting: The name is unknown, or the backend cannot run here.
     """
     if name not in CHOICES:
-        raise BadSetting(f"kernels {name!r} are not known; known are {', '.join(CHOICES)}", "kernels")
+        raise BadSetting(f"unknown kernels {name!r}; choose one of {', '.join(CHOICES)}", "kernels")
     if name not in ("auto", "cuda") and device == "cuda":
         raise BadSetting(f"the {name} kernels run on a CPU; leave --kernels or --device out", "kernels")
     if name == "cuda" and device == "cpu":
@@ -86,7 +99,7 @@ def choose(name: str = "auto", device: str = "auto") -> Backend:
             return cuda.Cuda()
         if name == "cuda" or device == "cuda":
             raise BadSetting(
-                f"the CUDA kernels cannot run here: {reason}; without --device cuda the CPU serves", "device"
+                f"the CUDA kernels cannot run here: {reason}; leave --device cuda out to use the CPU", "device"
             )
     if name in ("auto", "native"):
         from server.kernels import cpu
@@ -96,11 +109,11 @@ def choose(name: str = "auto", device: str = "auto") -> Backend:
             return cpu.Native()
         if name == "native":
             raise BadSetting(f"the native kernels cannot run here: {reason}", "kernels")
-        log.info("the native kernels cannot run here (%s); torch's own ops serve", reason)
+        log.info("the native kernels cannot run here (%s); using torch's ops", reason)
     if name == "reference":
         from server.kernels.reference import Reference
 
         return Reference()
-    from server.kernels.aten import Aten
+    from server.kernels.torch_ops import TorchOps
 
-    return Aten()
+    return TorchOps()

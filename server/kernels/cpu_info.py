@@ -1,4 +1,4 @@
-"""What the processor says of itself. Knows no kernel, and nothing where the system has no /proc/cpuinfo."""
+"""Reads processor features from /proc/cpuinfo."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 
 BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Features of which each multiplies in bfloat16: AVX-512's, Intel's matrix unit's, ARM's."""
+"""Feature flags for bfloat16 multiplication: AVX-512, AMX, ARM."""
 
 
-def told(*names: str) -> str:
-    """What /proc/cpuinfo says first under one of `names`, as "model name"; empty where it says nothing."""
+def cpuinfo_field(*names: str) -> str:
+    """The first value of any of these fields, such as "model name"; empty if there is none."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -24,10 +24,10 @@ def told(*names: str) -> str:
 
 
 def features() -> frozenset[str]:
-    """Instructions beyond the first processor's of its kind, as the system's kernel names them."""
-    return frozenset(told("flags", "Features").split())
+    """Instruction set extensions of the processor, as Linux names them."""
+    return frozenset(cpuinfo_field("flags", "Features").split())
 
 
 def multiplies_bf16() -> bool:
-    """Whether products in bfloat16 are instructions of the processor, and not several for each."""
+    """Whether the processor has instructions that multiply bfloat16."""
     return not BF16.isdisjoint(features())

@@ -1,8 +1,4 @@
-"""Whose rows take which adapters: `SlotTable`, `Segment`, `Segments`, and the ALL_SLOTS form of a low-rank update.
-
-Owns the grouping of a step's rows by mix, the side-by-side copies of the active adapters and their product. Knows slots
-and digests as keys only, never an adapter's name; the arithmetic of one update is the backends'.
-"""
+"""Grouping of a step's rows by adapter mix, and the batched LoRA products of torch's backends."""
 
 from __future__ import annotations
 
@@ -17,23 +13,23 @@ import torch.nn.functional as F
 from adapters.weights import LoraWeights
 
 SlotWeights = tuple[tuple[int, float], ...]
-"""The (slot, weight) pairs of one sequence's mix, in the order of its mix."""
+"""(slot, weight) pairs of a sequence's mix, in order."""
 
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Linears of a layer that read the same input."""
-TARGET_MODULES = tuple(name for names in TOGETHER for name in names)
-"""All of them, in the order of a step."""
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""The linears of a layer, grouped by common input."""
+TARGET_MODULES = tuple(name for names in SHARED_INPUT for name in names)
+"""The linears that adapters can change, in the order of a step."""
 
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
-"""(module path, (out, in)) of each module of an adapter."""
+"""(path, (out, in)) of each module of an adapter."""
 
 SHARED_ROWS = 16
-"""Rows of one mix up to which they share the ALL_SLOTS product; longer ones (prefills) go adapter by adapter."""
+"""Most rows of a segment that shares the batched product. Longer segments (prefills) run adapter by adapter."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows `start` to `stop` of a step, all of one mix of (slot, weight) pairs."""
+    """Rows `start` to `stop` of a step, with one mix."""
 
     start: int
     stop: int
@@ -42,9 +38,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Shrink:
-    """The A's of modules that read the same input, side by side: `A` [R, in], packed, one product for all of them.
+    """The concatenated A's of modules with a common input.
 
-    `members` is ((place in the set, rank, scale), ...) along R; equal members share the row weights of a step.
+    Attributes:
+        A: Packed, [R, in].
+        members: ((adapter index, rank, scale), ...) along R. Shrinks with equal members share the row weights.
     """
 
     A: torch.Tensor
@@ -52,135 +50,133 @@ class Shrink:
 
 
 @dataclass(frozen=True)
-class Site:
-    """One module's part: its columns of X A^T [rows, R], and its B's side by side, packed [out, ranks]."""
+class ModuleAdapters:
+    """The adapters of one module: their columns of X A^T [rows, R], and their concatenated B's, packed [out, ranks]."""
 
     shrink: Shrink
     columns: slice
     B: torch.Tensor
 
 
-def site_finder(linears: Mapping[str, tuple[int, int]]) -> Callable[[Shapes], np.ndarray]:
-    """What tells where an adapter's modules are, int64 [modules], in a table of all `linears` of a base in their order.
+def module_finder(linears: Mapping[str, tuple[int, int]]) -> Callable[[Shapes], np.ndarray]:
+    """A cached function that returns the indexes of an adapter's modules among a base's `linears`, int64 [modules].
 
-    It raises ValueError for one that the base lacks. Most adapters have the modules of others, and ask alike.
+    It raises ValueError for a module that does not fit the base.
     """
-    places = {path: place for place, path in enumerate(linears)}
+    indexes = {path: index for index, path in enumerate(linears)}
 
     @lru_cache(maxsize=256)
     def find(shapes: Shapes) -> np.ndarray:
         for path, shape in shapes:
-            if path not in places:
+            if path not in indexes:
                 raise ValueError(f"the base has no linear {path} that an adapter could change")
             if shape != linears[path]:
                 raise ValueError(f"the update of {path} is {shape} (out, in), the module is {linears[path]}")
-        return np.array([places[path] for path, _ in shapes], np.int64)
+        return np.array([indexes[path] for path, _ in shapes], np.int64)
 
     return find
 
 
 @lru_cache(maxsize=1)
 def has_bf16_products() -> bool:
-    """Whether oneDNN multiplies bf16 here: with AVX512 it does, with AVX2 alone it does not."""
-    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether oneDNN supports bf16 here: with AVX512 but not with AVX2."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def slow_in(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies this dtype in a plain loop here, a tenth as fast as it does float32."""
+    """Whether torch multiplies this dtype with scalar code here, at a tenth of the speed of float32."""
     return dtype == torch.bfloat16 and not has_bf16_products()
 
 
 def packed(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix [n, k] as `times` reads it fastest: bf16 in oneDNN's own order where torch has it, else as it is.
-
-    A plain one is put in that order by every product, which takes as long again as 16 rows of it do.
-    """
+    """Reorder a bf16 matrix [n, k] for `matmul`, if oneDNN supports it; otherwise every product would reorder it."""
     if matrix.dtype != torch.bfloat16 or not has_bf16_products():
         return matrix
     ordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), SHARED_ROWS)
     return ordered
 
 
-def times(x: torch.Tensor, matrix: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
-    """`to` + x matrix^T, [rows, n] of x's dtype, rounded once. x [rows, k], `matrix` [n, k] as `packed` gives it."""
+def matmul(x: torch.Tensor, matrix: torch.Tensor, add_to: torch.Tensor | None = None) -> torch.Tensor:
+    """x matrix^T + add_to, [rows, n] in the dtype of x, rounded once. `matrix` [n, k] may be `packed`."""
     if not matrix.is_mkldnn:
         if slow_in(x.dtype):
             product = F.linear(x.float(), matrix.float())
-            return (product if to is None else product.add_(to)).to(x.dtype)
-        return F.linear(x, matrix) if to is None else torch.addmm(to, x, matrix.t())
+            return (product if add_to is None else product.add_(add_to)).to(x.dtype)
+        return F.linear(x, matrix) if add_to is None else torch.addmm(add_to, x, matrix.t())
     y: torch.Tensor
-    if to is None:
+    if add_to is None:
         y = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     else:
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, to, matrix, None, "add")
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, add_to, matrix, None, "add")
     return y
 
 
-class SideBySide:
-    """Adapters of a set along the rank, modules of one input together, concatenated when they are first asked for."""
+class ConcatenatedAdapters:
+    """Adapters concatenated along the rank, module by module at the first access."""
 
     def __init__(self, adapters: Sequence[LoraWeights]) -> None:
         self._adapters = list(adapters)
-        self._sites: dict[str, Site | None] = {}
-        self.place = {adapter.digest: i for i, adapter in enumerate(adapters)}
-        self.rank_bytes = sum(adapter.nbytes for adapter in adapters)
+        self._modules: dict[str, ModuleAdapters | None] = {}
+        self.index = {adapter.digest: i for i, adapter in enumerate(adapters)}
+        self.adapter_bytes = sum(adapter.nbytes for adapter in adapters)
 
-    def site(self, path: str) -> Site | None:
-        """The module's part, or None where no adapter of the set has that module."""
-        if path not in self._sites:
-            self._sites |= self._concatenate(path)
-        return self._sites[path]
+    def module(self, path: str) -> ModuleAdapters | None:
+        """The adapters of a module, None if no adapter has it."""
+        if path not in self._modules:
+            self._modules |= self._concatenate(path)
+        return self._modules[path]
 
     @property
     def nbytes(self) -> int:
-        sites = [site for site in self._sites.values() if site is not None]
-        matrices = {id(site.shrink): site.shrink.A for site in sites}
-        return sum(matrix.numel() * matrix.itemsize for matrix in (*matrices.values(), *(site.B for site in sites)))
+        modules = [module for module in self._modules.values() if module is not None]
+        matrices = {id(module.shrink): module.shrink.A for module in modules}
+        return sum(
+            matrix.numel() * matrix.itemsize for matrix in (*matrices.values(), *(module.B for module in modules))
+        )
 
-    def _concatenate(self, path: str) -> dict[str, Site | None]:
-        """The sites of `path` and of the modules that read what it reads."""
+    def _concatenate(self, path: str) -> dict[str, ModuleAdapters | None]:
+        """The adapters of `path` and of the modules with the same input."""
         parent, _, name = path.rpartition(".")
-        together = next((names for names in TOGETHER if name in names), (name,))
-        paths = [f"{parent}.{sibling}" if parent else sibling for sibling in together]
+        siblings = next((names for names in SHARED_INPUT if name in names), (name,))
+        paths = [f"{parent}.{sibling}" if parent else sibling for sibling in siblings]
         found = {p: [(i, a.modules[p]) for i, a in enumerate(self._adapters) if p in a.modules] for p in paths}
         updates = [update for p in paths for update in found[p]]
         if not updates:
             return dict.fromkeys(paths)
         shrink = Shrink(packed(torch.cat([m.A for _, m in updates])), tuple((i, m.rank, m.scale) for i, m in updates))
-        sites: dict[str, Site | None] = {}
+        modules: dict[str, ModuleAdapters | None] = {}
         start = 0
         for p in paths:
             stop = start + sum(m.rank for _, m in found[p])
             expand = packed(torch.cat([m.B for _, m in found[p]], 1)) if found[p] else None
-            sites[p] = None if expand is None else Site(shrink, slice(start, stop), expand)
+            modules[p] = None if expand is None else ModuleAdapters(shrink, slice(start, stop), expand)
             start = stop
-        return sites
+        return modules
 
 
 class SlotTable:
-    """Slot -> adapter, as the runner holds it, and the side-by-side copy of the set that was last active.
+    """The adapters in slots, and a concatenated copy of those that were active last.
 
-    That copy is remade when a step needs an adapter that it lacks, and kept while it is not much larger than what
-    is active: requests that come and go on the same adapters copy nothing.
+    The copy is rebuilt if a step needs an adapter that it lacks, or if it is much larger than the active adapters.
     """
 
     SLACK = 2.0
-    """How many times the bytes of the active set the copy may hold before it is remade for the active set alone."""
+    """Largest size of the copy, relative to the active adapters, before it is rebuilt."""
 
     def __init__(self, slots: int) -> None:
         self._slots: list[LoraWeights | None] = [None] * slots
-        self._active: SideBySide | None = None
+        self._active: ConcatenatedAdapters | None = None
 
     def load_adapter(self, slot: int, weights: LoraWeights) -> None:
-        """Put prepared weights into a slot. Raises IndexError for a slot that does not exist."""
+        """Put a prepared adapter into a slot. Raises IndexError if there is no such slot."""
         self._slots[slot] = weights
 
     def unload_adapter(self, slot: int) -> None:
-        """Empty a slot and drop whatever copy holds its adapter."""
-        gone = self._slots[slot]
+        """Empty a slot, and drop the copy if it contains the adapter."""
+        removed = self._slots[slot]
         self._slots[slot] = None
-        if gone is not None and self._active is not None and gone.digest in self._active.place:
+        if removed is not None and self._active is not None and removed.digest in self._active.index:
             self._active = None
 
     def __getitem__(self, slot: int) -> LoraWeights:
@@ -188,65 +184,64 @@ class SlotTable:
         assert weights is not None, f"slot {slot} is empty"
         return weights
 
-    def side_by_side(self, slots: Iterable[int]) -> SideBySide:
-        """The copy that holds at least the adapters in `slots`."""
+    def concatenated(self, slots: Iterable[int]) -> ConcatenatedAdapters:
+        """A copy with at least the adapters in `slots`."""
         wanted = {self[slot].digest: self[slot] for slot in slots}
         size = sum(weights.nbytes for weights in wanted.values())
-        kept = self._active
-        if kept is None or not wanted.keys() <= kept.place.keys() or kept.rank_bytes > self.SLACK * size:
-            kept = self._active = SideBySide([wanted[digest] for digest in sorted(wanted)])
-        return kept
+        current = self._active
+        if current is None or not wanted.keys() <= current.index.keys() or current.adapter_bytes > self.SLACK * size:
+            current = self._active = ConcatenatedAdapters([wanted[digest] for digest in sorted(wanted)])
+        return current
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the side-by-side copy; the adapters themselves are the RAM tier's."""
+        """Bytes of the copy. The adapters themselves belong to the adapter cache."""
         return 0 if self._active is None else self._active.nbytes
 
 
 class Run:
-    """Neighbouring short segments of several mixes, computed together: rows `start` to `stop`.
+    """Adjacent short segments of several mixes, computed together: rows `start` to `stop`.
 
-    Per module: V = X A^T over all ranks of the set, times each row's weight for each rank, times B. Two products
-    whatever the number of adapters, ranks and weights, and modules of one input share the first.
+    Per module: V = X A^T over the ranks of all adapters, times each row's weight per rank, times B^T. These are two
+    products for any number of adapters, and modules with a common input share the first.
     """
 
-    def __init__(self, segments: Sequence[Segment], table: SlotTable, side: SideBySide) -> None:
+    def __init__(self, segments: Sequence[Segment], table: SlotTable, adapters: ConcatenatedAdapters) -> None:
         self.start, self.stop = segments[0].start, segments[-1].stop
-        self.site = side.site
+        self.module = adapters.module
         self._by_members: dict[tuple[tuple[int, int, float], ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._shrunk: tuple[Shrink, torch.Tensor] | None = None
-        weights = torch.zeros(self.stop - self.start, len(side.place))
+        weights = torch.zeros(self.stop - self.start, len(adapters.index))
         for segment in segments:
             for slot, weight in segment.mix:
-                place = side.place[table[slot].digest]
-                weights[segment.start - self.start : segment.stop - self.start, place] += weight
+                index = adapters.index[table[slot].digest]
+                weights[segment.start - self.start : segment.stop - self.start, index] += weight
         self._weights = weights
 
     def shrunk(self, shrink: Shrink, x: torch.Tensor) -> torch.Tensor:
-        """X A^T of the run's rows of x [T, in], each row's weight and each rank's scale in it: [rows, R] of x's dtype.
+        """X A^T of the run's rows of x [T, in], times row weights and scales: [rows, R] in the dtype of x.
 
-        A step asks for the modules of one input in turn, so the last product is kept until another is wanted.
+        The last product is cached, since modules with a common input follow each other.
         """
         if self._shrunk is None or self._shrunk[0] is not shrink:
             weights, unused = self._ranked(shrink.members, x.dtype)
-            v = times(x[self.start : self.stop], shrink.A)
-            # Filled, not only multiplied by zero: what overflows in one row's adapter must not reach another row.
+            v = matmul(x[self.start : self.stop], shrink.A)
+            # Masked as well as multiplied by zero, since an overflow in one adapter must not reach other rows.
             self._shrunk = shrink, v.mul_(weights).masked_fill_(unused, 0.0)
         return self._shrunk[1]
 
     def _ranked(
         self, members: tuple[tuple[int, int, float], ...], dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each row's weight for each rank [rows, R], and where that is zero.
+        """Each row's weight for each rank [rows, R], and where it is zero.
 
-        In `dtype` if that holds every one of them exactly, as it holds most scales: a product of two dtypes is two
-        conversions more. Else in float32.
+        In `dtype` if that represents all of them exactly, which avoids conversions; otherwise in float32.
         """
         known = self._by_members.get(members)
         if known is None:
-            places = [place for place, rank, _ in members for _ in range(rank)]
+            indexes = [index for index, rank, _ in members for _ in range(rank)]
             scales = torch.tensor([scale for _, rank, scale in members for _ in range(rank)])
-            ranked = self._weights[:, places] * scales
+            ranked = self._weights[:, indexes] * scales
             if torch.equal(ranked.to(dtype).float(), ranked):
                 ranked = ranked.to(dtype)
             known = self._by_members[members] = (ranked, ranked == 0)
@@ -254,9 +249,9 @@ class Run:
 
 
 class Segments:
-    """The adapters of a step: `all`, rows by mix; or, for the ALL_SLOTS form, `runs` and the `long` segments.
+    """The rows of a step by mix, in ascending order and without rows that have no adapters.
 
-    Segments without adapters are left out, neighbours of one mix are joined. Rows are ascending and disjoint.
+    `all` has every segment. `runs` and `long` are the same rows, divided into batched runs and long segments.
     """
 
     def __init__(self, table: SlotTable, segments: Iterable[Segment]) -> None:
@@ -296,9 +291,9 @@ class Segments:
         shared: list[list[Segment]] = []
         for group in groups:
             if len(group) == 1 and len(group[0].mix) <= 2:
-                long.append(group[0])  # two products an adapter are no more than the shared form costs
+                long.append(group[0])  # two products per adapter cost no more than a run
             else:
                 shared.append(group)
         active = {slot for group in shared for segment in group for slot, _ in segment.mix}
-        side = self.table.side_by_side(active) if active else None
-        return [Run(group, self.table, side) for group in shared if side is not None], long
+        adapters = self.table.concatenated(active) if active else None
+        return [Run(group, self.table, adapters) for group in shared if adapters is not None], long

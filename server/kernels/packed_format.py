@@ -1,8 +1,4 @@
-"""The `stored` layout in numbers: what its codes and scales mean, exactly. The oracle of every backend's packing.
-
-Owns reading (codes and scales to float32) and the bit twiddling of nibbles. Does not know how codes are chosen
-(model/quantization.py) nor how a product is computed.
-"""
+"""Reads the `stored` layout of `Weight`: exact dequantization, and packing of 4-bit codes."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import torch
 from server.kernels.weight import Weight
 
 TILE = 16
-"""Rows, and groups, that share one step and base of a double-quantized scale."""
+"""Rows, and groups, that share the step and base of double-quantized scales."""
 
 NF4 = torch.tensor(
     [
@@ -55,7 +51,7 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 def stored_parts(
     scheme: str, shape: tuple[int, int], group: int, double_quant: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
-    """Name -> (dtype, shape) of the tensors of a quantized matrix in the stored layout (not for `none`)."""
+    """Name -> (dtype, shape) of the tensors of a quantized matrix in the stored layout."""
     rows, columns = shape
     groups = columns // group
     parts = {"codes": (torch.int8, shape) if scheme == "int8" else (torch.uint8, (rows, columns // 2))}
@@ -70,7 +66,7 @@ def stored_parts(
 
 
 def group_values(tensors: Mapping[str, torch.Tensor], name: str, start: int, stop: int) -> torch.Tensor:
-    """The `scale` or `zero` of rows start..stop as float16 [rows, in/group], whichever way they are kept."""
+    """The `scale` or `zero` of rows start..stop as float16 [rows, in/group], double-quantized or not."""
     if name in tensors:
         return tensors[name][start:stop]
     codes = tensors[f"{name}_codes"][start:stop]
@@ -79,10 +75,15 @@ def group_values(tensors: Mapping[str, torch.Tensor], name: str, start: int, sto
 
 
 def decode_tiles(codes: torch.Tensor, step: torch.Tensor, base: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """float16(codes * step + base) of uint8 codes [n, groups] of the rows `rows`, int64 [n], of a matrix.
+    """Decode double-quantized scales: float16(codes * step + base), [n, groups].
 
-    `step` and `base` are float32, one for each tile of 16 rows by 16 groups of the whole matrix. Product and sum
-    are rounded to float32 one after the other, so that every backend gets the same bits.
+    Args:
+        codes: uint8 [n, groups] of the rows `rows`.
+        step: float32, one per tile of 16 rows by 16 groups of the whole matrix.
+        base: Like `step`.
+        rows: Row numbers in the matrix, int64 [n].
+
+    Product and sum are rounded to float32 separately, so that all backends get the same bits.
     """
     tiles = rows // TILE
     columns = torch.arange(codes.shape[1], device=codes.device) // TILE
@@ -95,11 +96,8 @@ def decode_tiles(codes: torch.Tensor, step: torch.Tensor, base: torch.Tensor, ro
 def dequantize_stored(
     weight: Weight, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows `start` to `stop` of a matrix in the stored layout as float32 [rows, in]: what the model's weights are.
-
-    Of a matrix of bytes they are written to `out`, if it is given, and that is returned.
-    """
-    rows, columns = weight.shape
+    """Dequantize rows `start` to `stop` of a stored matrix to float32 [rows, in]. int8 can be written to `out`."""
+    rows = weight.shape[0]
     stop = rows if stop is None else min(stop, rows)
     codes = weight.tensors["codes"][start:stop]
     if weight.scheme == "none":
@@ -110,15 +108,24 @@ def dequantize_stored(
         values = _levels(codes, NF4)
     else:
         values = _levels(codes, torch.arange(16.0))
-    grouped = values.view(stop - start, columns // weight.group, weight.group)
-    grouped *= group_values(weight.tensors, "scale", start, stop).float()[:, :, None]
-    if weight.scheme == "int4":
-        grouped += group_values(weight.tensors, "zero", start, stop).float()[:, :, None]
+    scale = group_values(weight.tensors, "scale", start, stop)
+    zero = group_values(weight.tensors, "zero", start, stop) if weight.scheme == "int4" else None
+    return apply_scales(values, weight.group, scale, zero)
+
+
+def apply_scales(
+    values: torch.Tensor, group: int, scale: torch.Tensor, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """values * scale + zero by groups of columns, in place. values float32 [rows, in], others [rows, in/group]."""
+    grouped = values.view(len(values), values.shape[1] // group, group)
+    grouped *= scale.float()[:, :, None]
+    if zero is not None:
+        grouped += zero.float()[:, :, None]
     return values
 
 
 def _levels(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """table[code] of each nibble: uint8 [rows, n/2] -> float32 [rows, n]. One look-up a byte gives both its values."""
+    """table[code] of each nibble: uint8 [rows, n/2] -> float32 [rows, n]. One lookup per byte gives two values."""
     pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), 1).view(torch.int64).view(-1)
     found = torch.index_select(pairs.to(packed.device), 0, packed.reshape(-1).int())
     return found.view(torch.float32).view(packed.shape[0], 2 * packed.shape[1])

@@ -1,8 +1,4 @@
-"""The reference kernels: plain torch in float32, the oracle that every other backend is held against.
-
-Owns the plain meaning of each operation, one function an operation. Does not know speed: weights are dequantized at
-every use, so that what is resident is what is stored.
-"""
+"""The reference kernels: each operation in plain torch and float32. Tests compare the other backends with them."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, d] turned by the angles whose cos and sin are [T, d/2]; i pairs with i + d/2 (Su et al. 2021)."""
+    """Rotate x [T, heads, d] by angles with cos and sin [T, d/2]; i pairs with i + d/2 (Su et al. 2021)."""
     first, second = x.chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
@@ -40,8 +36,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:
     """exp(s - max) / sum over the last axis."""
-    powers = torch.exp(scores - scores.amax(-1, keepdim=True))
-    return powers / powers.sum(-1, keepdim=True)
+    exponentials = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return exponentials / exponentials.sum(-1, keepdim=True)
 
 
 def attention(
@@ -49,9 +45,15 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of the last n tokens of one sequence over its KV blocks.
 
-    q [n, heads, d]; keys and values [blocks, block_size, kv_heads, d]; blocks int [>= ceil(context / block_size)] is
-    the sequence's block table; its first `context` tokens are filled in, the n of q being the last. Consecutive
-    query heads share a KV head. -> [n, heads, d].
+    Args:
+        q: Queries of the last n tokens [n, heads, d]. Consecutive query heads share a KV head.
+        keys: Key cache [blocks, block_size, kv_heads, d].
+        values: Value cache, like `keys`.
+        blocks: The sequence's block table, int [>= ceil(context / block_size)].
+        context: Tokens of the sequence in the cache, those of q included.
+
+    Returns:
+        [n, heads, d].
     """
     n, heads, d = q.shape
     used = blocks[: -(-context // keys.shape[1])].long()
@@ -60,12 +62,12 @@ def attention(
     group = heads // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("nhd,chd->hnc", q, k) * d**-0.5
-    ahead = torch.arange(context) > torch.arange(context - n, context)[:, None]
-    return torch.einsum("hnc,chd->nhd", softmax(scores.masked_fill(ahead, float("-inf"))), v)
+    future = torch.arange(context) > torch.arange(context - n, context)[:, None]
+    return torch.einsum("hnc,chd->nhd", softmax(scores.masked_fill(future, float("-inf"))), v)
 
 
 def prepared(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
-    """The adapter with A row-major [rank, in] and B column-major [out, rank], so that ranks are rows of both.
+    """The adapter with A row-major [rank, in] and B column-major [out, rank].
 
     Raises InvalidAdapter if a value is not finite in that dtype.
     """
@@ -73,13 +75,13 @@ def prepared(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
     for path, update in weights.modules.items():
         b = update.B.to(dtype).t().contiguous().t()
         modules[path] = LowRank(update.A.to(dtype).contiguous(), b, update.scale)
-    made = LoraWeights(weights.name, weights.digest, modules, weights.metadata)
-    check_finite(made, dtype)
-    return made
+    converted = LoraWeights(weights.name, weights.digest, modules, weights.metadata)
+    check_finite(converted, dtype)
+    return converted
 
 
 def check_finite(weights: LoraWeights, dtype: torch.dtype) -> None:
-    """Raises InvalidAdapter if a value is not finite, now that they are of `dtype`."""
+    """Raise InvalidAdapter if a value is not finite after the conversion to `dtype`."""
     if (bad := not_finite(weights.modules)) is not None:
         raise InvalidAdapter(f"the adapter {weights.name!r} has values in {bad[0]} that are not finite in {dtype}")
 
@@ -96,15 +98,15 @@ def stored_rows(weight: Weight, ids: torch.Tensor) -> torch.Tensor:
     return dequantize_stored(Weight(weight.scheme, STORED, (len(ids), weight.shape[1]), weight.group, tensors))
 
 
-PIECE = 2**22
-"""Weights of a matrix that are dequantized at a time."""
+CHUNK = 2**22
+"""Weights that are dequantized at a time."""
 
 
 class Reference:
-    """The backend of these functions; resident weights are the stored ones, adapters are float32.
+    """The backend of these functions, on stored weights and float32 adapters.
 
-    The base's products are summed up in float64. In float32 libraries add in an order of their own, by the processor
-    and by how many rows there are: of thirty layers that comes to 1e-4 of a logit of 28, more than adapters may be off.
+    Products with the base accumulate in float64. In float32 the order of additions depends on the processor and the
+    number of rows, which changes logits by 1e-4 over thirty layers, more than the tolerance for adapters.
     """
 
     name = "reference"
@@ -122,12 +124,12 @@ class Reference:
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         out, width = weight.shape
-        step, wide = max(1, PIECE // width), x.double()
-        pieces = [
+        step, wide = max(1, CHUNK // width), x.double()
+        chunks = [
             F.linear(wide, dequantize_stored(weight, start, min(start + step, out)).double())
             for start in range(0, out, step)
         ]
-        y = torch.cat(pieces, 1)
+        y = torch.cat(chunks, 1)
         return (y if update is None else y.add_(update)).to(x.dtype)
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:

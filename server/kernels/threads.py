@@ -1,9 +1,8 @@
-"""Torch's threads, and whose they are. Owns nothing but the rule; does not know models or engines.
+"""Torch's thread pools.
 
-OpenMP gives each thread that computes a pool of its own. As soon as the pools of a process have more threads than
-there are processors, idle ones included, libgomp no longer spins at a barrier but sleeps, and every small product
-pays for two wake-ups: a decode step of 16 sequences goes from 36 ms to 50, one with sixteen adapters from 50 to 84
-(measured on two cores). So one thread, the engine's, has a pool, and no other keeps one.
+OpenMP gives each computing thread a pool of its own. If the pools of a process have more threads than there are
+processors together, libgomp sleeps at barriers instead of spinning, and a decode step slows down from 36 ms to 50 ms.
+So only the engine's thread has a pool.
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ T = TypeVar("T")
 CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-def processors() -> int:
-    """How many processors this process may keep busy: those of its affinity, and what its control groups leave of them
-    (as `docker run --cpus` and systemd's `CPUQuota` set them), rounded up."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([found, *map(math.ceil, _quotas())]))
+def available_cpus() -> int:
+    """Processors that this process may use: its CPU affinity, limited by cgroup quotas (`docker run --cpus`)."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *map(math.ceil, _quotas())]))
 
 
 def _quotas() -> Iterator[float]:
-    """Processors that each group around this process may have: `cpu.max` of cgroup v2, the two files of v1."""
+    """CPU quotas of the cgroups of this process: `cpu.max` of cgroup v2, two files of v1."""
     try:
         lines = CGROUP.read_text("utf-8").splitlines()
     except OSError:
@@ -45,16 +43,16 @@ def _quotas() -> Iterator[float]:
             continue
         for group in (PurePosixPath(own), *PurePosixPath(own).parents):
             try:
-                told = " ".join((root / group.relative_to("/") / file).read_text("ascii") for file in files)
-                quota, period = map(int, told.split())
-            except (OSError, ValueError):  # the root group has no such file, and without a quota v2's says "max"
+                text = " ".join((root / group.relative_to("/") / file).read_text("ascii") for file in files)
+                quota, period = map(int, text.split())
+            except (OSError, ValueError):  # the root group has no such file; v2 writes "max" for no quota
                 continue
-            if quota > 0:  # v1's says -1 then
+            if quota > 0:  # v1 writes -1 for no quota
                 yield quota / period
 
 
-def apart(call: Callable[[], T]) -> T:
-    """What `call` returns or raises, computed on a thread that ends with it, and with it the pool that it used."""
+def run_in_thread(call: Callable[[], T]) -> T:
+    """Run `call` on a temporary thread, whose OpenMP pool ends with it. Returns its result or raises its exception."""
     done: Future[T] = Future()
 
     def run() -> None:
@@ -63,18 +61,18 @@ def apart(call: Callable[[], T]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    # A daemon, since whoever interrupts the wait does not want to wait for the rest either.
-    thread = threading.Thread(target=run, name="loramux-apart", daemon=True)
+    # A daemon, so that an interrupted wait does not block the exit.
+    thread = threading.Thread(target=run, name="loramux-temporary", daemon=True)
     thread.start()
     thread.join()
     return done.result()
 
 
-def take(count: int) -> None:
-    """Give the calling thread a pool of `count`; threads that have not computed yet compute alone."""
+def own_thread_pool(count: int) -> None:
+    """Give the calling thread a pool of `count` threads. Threads that have not computed yet get none."""
     torch.set_num_threads(count)
-    torch.get_num_threads()  # a thread takes the process's number when it first asks for its own, and keeps it
-    # What a thread starts with is the last number that any thread set.
-    others = threading.Thread(target=torch.set_num_threads, args=(1,), name="loramux-alone")
-    others.start()
-    others.join()
+    torch.get_num_threads()  # a thread keeps the number that is set when it first asks
+    # New threads start with the number that was set last by any thread.
+    other = threading.Thread(target=torch.set_num_threads, args=(1,), name="loramux-single")
+    other.start()
+    other.join()

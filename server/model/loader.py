@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from adapters.weights import LoraWeights, LowRank
 from server.errors import BadModel, BadSetting, Conflict, ServerError
 from server.kernels import Backend
-from server.kernels.threads import apart
+from server.kernels.threads import run_in_thread
 from server.kernels.weight import Weight
 from server.model.checkpoint import MANIFEST, MANIFEST_FORMAT, Checkpoint, open_checkpoint
 from server.model.config import ModelConfig, to_hf
@@ -129,7 +129,7 @@ def load_base(
     which names what is wrong, and BadSetting.
     """
     wanted = Quantization(quantization, group_size, double_quant, table_bits)
-    return apart(lambda: _load(source, name, backend, wanted, cache_dir, progress))
+    return run_in_thread(lambda: _load(source, name, backend, wanted, cache_dir, progress))
 
 
 def _load(

@@ -259,7 +259,7 @@ def test_what_only_the_matrix_unit_reads_is_counted_where_there_is_one(
     generator = torch.Generator().manual_seed(0)
     stored = {path: torch.randn(w.shape, generator=generator) for path, w in tiny_base.weights.items()}
     weights = {path: packing.pack(quantize(w, "int4", group=32, name=path)) for path, w in stored.items()}
-    of_unit = sum(w.tensors[name].nbytes for w in weights.values() for name in ("fineness", "rising"))
+    of_unit = sum(w.tensors[name].nbytes for w in weights.values() for name in ("inverse_scale", "nonnegative_scales"))
     cost = roofline.decode_cost(replace(tiny_base, weights=weights, backend=cpu.Native()), [], [])
     assert cost.nbytes == sum(w.nbytes for w in weights.values()) - (0 if read else of_unit)
 

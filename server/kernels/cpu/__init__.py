@@ -1,8 +1,6 @@
-"""The native backend: C++ kernels for AVX512-VNNI or AVX2, built with the package and loaded with ctypes.
+"""The native CPU backend: C++ kernels for AMX, AVX512-VNNI and AVX2, built with the package and loaded with ctypes.
 
-Owns whether they can run here, and the products that the Python decoder (training) asks of them; a whole step is
-engine/native_runner.py's. 4-bit and 8-bit weights meet activations quantized to int8 per row and quarter of a span
-of 64, or, in a processor's matrix unit, to 15 bits per row.
+This module has the products that the Python decoder (training) uses. Whole steps are in engine/backends/cpu/runner.py.
 """
 
 from __future__ import annotations
@@ -22,40 +20,41 @@ from server.kernels.weight import Weight
 
 
 def unavailable() -> str | None:
-    """Why the native kernels cannot run on this machine, or None where they can."""
+    """Why the native kernels cannot run on this machine, or None if they can."""
     try:
-        reason = bindings.library().loramux_missing()
+        reason = bindings.library().loramux_unsupported()
     except OSError as e:
         return str(e)
     return None if reason is None else str(reason.decode())
 
 
 def instructions() -> str:
-    """What the kernels that run here are compiled for. Raises OSError where there are none."""
+    """The instruction sets of the loaded kernels. Raises OSError if none can be loaded."""
     return str(bindings.library().loramux_instructions().decode())
 
 
-def unread() -> tuple[str, ...]:
-    """Tensors of a packed matrix that steps on this processor do not read. Raises as `instructions`."""
-    return () if "AMX" in instructions() else packing.OF_UNIT
+def unused_tensors() -> tuple[str, ...]:
+    """Tensors of a packed matrix that this processor's kernels do not read. Raises OSError like `instructions`."""
+    return () if "AMX" in instructions() else packing.AMX_TENSORS
 
 
-_pools: list[bindings.Pool] = []
-_making = threading.Lock()
+_pools: list[bindings.ThreadPool] = []
+_pools_lock = threading.Lock()
 
 
-def shared_pool() -> bindings.Pool:
-    """The threads of products that no runner asks for, as many as torch's own when the first is asked for."""
-    with _making:
+def shared_pool() -> bindings.ThreadPool:
+    """The thread pool for products outside a runner, with torch's number of threads at the first call."""
+    with _pools_lock:
         if not _pools:
-            _pools.append(bindings.Pool(torch.get_num_threads()))
+            _pools.append(bindings.ThreadPool(torch.get_num_threads()))
     return _pools[0]
 
 
 class Native:
-    """The backend of the C++ kernels. The KV cache is bf16, the residual stream float32.
+    """The backend of the C++ kernels, with a bf16 KV cache and a float32 residual stream.
 
-    Adapters are int8 codes beside a base in codes, and bf16 beside one that is.
+    Activations are quantized: to int8 with a scale per 16 inputs, or to 15 bits per row with AMX. Adapters are int8 for
+    a quantized base and bf16 for a bf16 base.
     """
 
     name = "native"
@@ -70,8 +69,8 @@ class Native:
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         weights = recompress(weights)
-        kept = in_one_piece(weights, self.dtype) if scheme == "none" else encoded(weights)
-        return replace(kept, layout=adapter_layout(kept))
+        prepared = in_one_piece(weights, self.dtype) if scheme == "none" else encoded(weights)
+        return replace(prepared, layout=adapter_layout(prepared))
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.detach().float().contiguous()
@@ -79,13 +78,13 @@ class Native:
         if not bindings.library().loramux_linear(
             shared_pool().handle, packing.matrix(weight), rows.data_ptr(), rows.shape[0], y.data_ptr()
         ):
-            raise MemoryError(f"no memory for a product of {rows.shape[0]} rows")
+            raise MemoryError(f"not enough memory for a product of {rows.shape[0]} rows")
         return (y if update is None else y.add_(update)).to(x.dtype)
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
-        wanted = ids.long().contiguous()
-        if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < weight.shape[0]:
-            raise IndexError(f"a row is not below {weight.shape[0]}")
-        out = torch.empty(wanted.numel(), weight.shape[1])
-        bindings.library().loramux_rows(packing.matrix(weight), wanted.data_ptr(), wanted.numel(), out.data_ptr())
+        ids = ids.long().contiguous()
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < weight.shape[0]:
+            raise IndexError(f"an id is not below {weight.shape[0]}")
+        out = torch.empty(ids.numel(), weight.shape[1])
+        bindings.library().loramux_embed(packing.matrix(weight), ids.data_ptr(), ids.numel(), out.data_ptr())
         return out

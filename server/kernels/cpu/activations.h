@@ -1,4 +1,4 @@
-// Activations as products read them: int8 codes with what a span of them means, and bf16.
+// Activations quantized for the GEMM kernels: int8 codes with their scales, and bf16.
 #pragma once
 #include "target.h"
 
@@ -8,7 +8,7 @@
 
 namespace loramux {
 
-// Memory that is aligned to a cache line and not initialised twice. `bytes` may be asked for by any thread.
+// Cache-line aligned memory. Any thread may call `bytes`.
 template <class T>
 class Buffer {
  public:
@@ -16,7 +16,7 @@ class Buffer {
   ~Buffer() { _mm_free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  // At least n elements; the content is lost if it grows, and is zero then. Throws bad_alloc.
+  // Returns room for at least n elements. If the buffer grows, its content is replaced by zeros. Throws bad_alloc.
   T* reserve(int64_t n) {
     if (n > size_.load(std::memory_order_relaxed)) {
       _mm_free(data_);
@@ -36,104 +36,112 @@ class Buffer {
   std::atomic<int64_t> size_{0};
 };
 
-constexpr int ROWS = 4;    // rows of a tile, and of a block of quantized activations
-constexpr int GROUP = 32;  // inputs whose products are added up before they are scaled
-constexpr int ROWS_OF_UNIT = 16;  // rows of a tile of the matrix unit at most
-constexpr int FEW_ROWS = 3;        // with which 4-bit products are vector instructions' all the same
-constexpr int SPAN = 64;   // inputs whose codes have units that differ by powers of two only
-constexpr int SPANS_OF_SUMS = SPAN / (SPAN / GROUP);  // spans whose groups' sums fill one
+constexpr int ROWS = 4;       // rows of a tile, and of a block of quantized activations
+constexpr int GROUP = 32;     // inputs whose int32 accumulators are scaled together
+constexpr int AMX_ROWS = 16;  // most rows of an AMX tile
+constexpr int FEW_ROWS = 3;   // most rows that the AMX build multiplies by vector instructions (4-bit weights)
+constexpr int SPAN = 64;      // inputs whose quantization scales differ by powers of two only
+constexpr int SPANS_PER_SUM_SPAN = SPAN / (SPAN / GROUP);  // spans whose group sums fill one span
 
-// What a row says of a span of its inputs beside their codes. Each quarter's unit is the coarsest one halved as often as its
-// inputs allow, so that a large input costs only the 15 beside it their last bits. Sums are shifted from one quarter's units
-// into the next one's, which takes no time of the multipliers, unlike products with floats: of a group's first half into
-// those of the second; of the first group into those of the second one, or of both into common ones. A word with [2]
-// has one for each group. They travel between cores with the codes: each way to compute products has words of its own.
-enum Floats : int {  // where groups' sums become floats
-  SCALE,         // float: the unit of the last quarter's codes
-  SIXTEENTH,     // float: the same for sums of codes with 16 times a weight's
-  SUM,           // [2] float: of the inputs as their codes have them
-  NIBBLE = 4,    // [2] int32: bits that sums are shifted up by before a second half with 16 times the weights' codes
-  LEFT = 6,      // [2] int32: the same before one with the codes themselves,
-  RIGHT = 8,     // [2] and down; one of the two is zero
-  OFFSET = 10,   // [2] int32: what a sum begins with for weights with 128 added, in the first half's units
-  JOIN_LEFT = 12,  // int32: bits that sums of the first group are shifted by, up
-  JOIN_RIGHT,      // and down
-  FLOATS_EACH
+// Parameters of a span for weights with float scales. Each quarter of a span (16 inputs) has its own scale: the
+// coarsest one divided by a power of two, so that a large input only costs precision among the 15 next to it.
+// Accumulators are shifted from one quarter's scale to the next one's: from the first half of a group to the second,
+// and then from the first group to the second. [2]: one value per group.
+enum FloatParam : int {
+  SCALE,             // float: scale of the last quarter
+  SCALE_16TH,        // float: SCALE / 16, for weight codes in the high nibble
+  SUM,               // [2] float: sum of the dequantized inputs
+  NIBBLE_SHIFT = 4,  // [2] int32: left shift before a second half whose weight codes are in the high nibble
+  LEFT_SHIFT = 6,    // [2] int32: left shift before a second half otherwise
+  RIGHT_SHIFT = 8,   // [2] int32: right shift; LEFT or RIGHT is zero
+  OFFSET = 10,       // [2] int32: initial accumulator, for weights with 128 added, in the scale of the first half
+  JOIN_LEFT = 12,    // int32: left shift of the first group's accumulator
+  JOIN_RIGHT,        // int32: right shift of the first group's accumulator
+  FLOAT_PARAM_COUNT
 };
-enum Pairs : int {  // where both groups' sums have 16 bits each, in one unit as fine as these let it be
-  COMMON,          // float: that unit
-  INPUTS,          // int16 [2]: eight times the sum of a group's inputs
-  MIDDLE,          // [2] int32: what a sum begins with for weights with 8 added, half of the common unit among it
-  HALF_UP = 4,     // [2] int32: as NIBBLE
-  FIRST_DOWN = 6,  // int32: bits by which sums with 16 times the weights' codes are shifted down into the low 16 bits,
-  SECOND_UP,       // and up into the high ones
-  PAIRS_EACH
+enum IntParam : int {  // parameters of a span for weights with integer scales: both groups' accumulators as int16 in one common scale
+  COMMON_SCALE,  // float: the common scale
+  INPUT_SUM,     // int16 [2]: eight times the sum of a group's inputs
+  BEGIN,         // [2] int32: initial accumulator for weights with 8 added, plus half of the common scale for rounding
+  HALF_SHIFT = 4,   // [2] int32: as NIBBLE_SHIFT
+  FIRST_SHIFT = 6,  // int32: right shift of the first group's accumulator into the low 16 bits
+  SECOND_SHIFT,     // int32: left shift of the second group's accumulator into the high 16 bits
+  INT_PARAM_COUNT
 };
-constexpr int FLOATS = FLOATS_EACH * ROWS, PAIRS = PAIRS_EACH * ROWS;  // words per block and span
+constexpr int FLOAT_PARAMS = FLOAT_PARAM_COUNT * ROWS,
+              INT_PARAMS = INT_PARAM_COUNT * ROWS;  // 32-bit values per block of rows and span
 
-// The unit of 16 inputs' codes, and what sums of their products begin with for an operand with 128 added.
+// The scale of 16 inputs, and the initial accumulator of their dot product with weights that have 128 added.
 struct Quarter {
-  float unit;
+  float scale;
   int32_t begin;
 };
 
-// What a row's wide form says of a span for products of few rows: of high codes and of low ones, of its first group and of
-// the second one, the sum, and what sums of products with 16 times a weight's code less 8 begin with.
+// A span of a split16 row, for the GEMV kernels: per code (high, low) and group, the initial accumulator for weight
+// codes in the high nibble with 8 added, and the sum of the activation codes.
 struct SpanSums {
   int32_t begin[2][2];
   int16_t inputs[2][2];
 };
 
-// Which forms somebody reads: codes, with floats or pairs, for products with matrices in codes, but wide ones where the matrix
-// unit does them; wide ones, or else codes and quarters, for updates of adapters in codes; halves for both in bf16.
-struct Forms {
-  bool codes = false, quarters = false, floats = false, pairs = false, half = false, wide = false;
+// The formats of activations that some GEMM reads. Base weights read `codes` with `float_params` or `int_params`,
+// `split16` with AMX, or `bf16`. Adapters in int8 read `split16`, or else `codes` with `quarters`; adapters in bf16
+// read `bf16`.
+struct ActivationFormats {
+  bool codes = false, quarters = false, float_params = false, int_params = false, bf16 = false, split16 = false;
 
-  Forms operator|(const Forms& o) const {
-    return {codes || o.codes, quarters || o.quarters, floats || o.floats, pairs || o.pairs, half || o.half, wide || o.wide};
+  ActivationFormats operator|(const ActivationFormats& o) const {
+    return {codes || o.codes,           quarters || o.quarters, float_params || o.float_params,
+            int_params || o.int_params, bf16 || o.bf16,         split16 || o.split16};
   }
 };
 
-// Activations [rows, k] in the forms that products read, inputs padded with zeros to a multiple of 64:
-//   codes int8 [rows/4][kp/32][4][32], floats [rows/4][kp/64][FLOATS_EACH][4], pairs [rows/4][kp/64][PAIRS_EACH][4],
-//   quarters [rows][kp/16], and bf16 [rows][kp];
-//   wide int8 [rows/R][kp/64 + n][2][R][64], for the matrix unit: high codes and low ones, x = (256 high + low) unit, then
-//   256ths of groups' sums, rounded, as such codes: two spans' by turns, and n as many spans as they take. And
-//   units [rows], and begins [rows][2], what sums of products of either begin with for an operand with 128 added. R is 16, or
-//   how many rows there is room for if these are fewer. Beside it sums [rows][kp/64] where that is FEW_ROWS at most.
+// Activations [rows, k] in the formats that GEMMs read. Inputs are padded with zeros to kp, a multiple of 64.
+//   codes         int8 [rows/4][kp/32][4][32]
+//   float_params  [rows/4][kp/64][FLOAT_PARAM_COUNT][4]
+//   int_params    [rows/4][kp/64][INT_PARAM_COUNT][4]
+//   quarters      [rows][kp/16]
+//   bf16          [rows][kp]
+//   split16       int8 [rows/R][kp/64 + n][2][R][64]: x = (256 high + low) scale, high codes first. The last n spans
+//                 hold the sums of groups divided by 256, quantized the same way. R is 16, or the number of reserved
+//                 rows if that is smaller.
+//   scales        float [rows], for split16
+//   begins        int32 [rows][2]: initial accumulators of high and low codes for weights with 128 added
+//   sums          [rows][kp/64], for split16 with at most FEW_ROWS rows
 struct Activations {
   Buffer<int8_t> codes;
-  Buffer<float> floats, pairs;
+  Buffer<float> float_params, int_params;
   Buffer<Quarter> quarters;
-  Buffer<uint16_t> half;
-  Buffer<int8_t> wide;
-  Buffer<float> units;
+  Buffer<uint16_t> bf16;
+  Buffer<int8_t> split16;
+  Buffer<float> scales;
   Buffer<int32_t> begins;
   Buffer<SpanSums> sums;
-  int64_t padded = 0, rows_of_tile = 0;
-  bool few = false;  // whether there are sums
-  Forms forms;
+  int64_t padded = 0, tile_rows = 0;
+  bool few = false;  // whether there are `sums`
+  ActivationFormats formats;
 
-  // Spans of a row's wide form that have its groups' sums.
-  int64_t spans_of_sums() const { return (padded / SPAN + SPANS_OF_SUMS - 1) / SPANS_OF_SUMS; }
-  // Codes of a row there, high and low.
-  int64_t wide_codes() const { return 2 * (padded + spans_of_sums() * SPAN); }
+  // Spans of a split16 row that hold group sums.
+  int64_t sum_spans() const { return (padded / SPAN + SPANS_PER_SUM_SPAN - 1) / SPANS_PER_SUM_SPAN; }
+  // Codes of a split16 row, high and low.
+  int64_t split16_codes() const { return 2 * (padded + sum_spans() * SPAN); }
 
-  void reserve(int64_t rows, int64_t k, Forms forms);
-  // Inputs from..to of some rows (from a multiple of 64; to one too, or k); x points at input `from` of the first row.
+  void reserve(int64_t rows, int64_t k, ActivationFormats formats);
+  // Quantizes inputs from..to of some rows. `from` is a multiple of 64, `to` too unless it is k. x points at input
+  // `from` of the first row.
   void set(int64_t row, int64_t rows, int64_t from, int64_t to, const float* x, int64_t stride);
-  // The wide form of some rows, all inputs of them at once.
-  void set_wide(int64_t row, int64_t rows, int64_t k, const float* x, int64_t stride);
-  // Both, of whole rows.
+  // Quantizes whole rows to split16.
+  void set_split16(int64_t row, int64_t rows, int64_t k, const float* x, int64_t stride);
+  // Quantizes whole rows to all reserved formats.
   void set_rows(int64_t row, int64_t rows, int64_t k, const float* x, int64_t stride) {
     set(row, rows, 0, k, x, stride);
-    if (forms.wide) set_wide(row, rows, k, x, stride);
+    if (formats.split16) set_split16(row, rows, k, x, stride);
   }
-  // Asks for the codes of some rows, which other cores may just have written.
+  // Prefetches the codes of some rows, which other cores may have written.
   void fetch(int64_t rows) const;
   int64_t bytes() const {
-    return codes.bytes() + floats.bytes() + pairs.bytes() + quarters.bytes() + half.bytes() + wide.bytes() + units.bytes() +
-           begins.bytes() + sums.bytes();
+    return codes.bytes() + float_params.bytes() + int_params.bytes() + quarters.bytes() + bf16.bytes() +
+           split16.bytes() + scales.bytes() + begins.bytes() + sums.bytes();
   }
 };
 

@@ -5,32 +5,32 @@
 #include <algorithm>
 
 #include "simd.h"
-#include "tiles.h"
+#include "amx_tiles.h"
 #include "attention_loops.h"
 
 namespace loramux {
 namespace {
 
-constexpr int FEW = 4;                     // queries that are vector instructions'
-constexpr int64_t DIMS = 32, TOKENS = 16;  // that are added up at a time: of keys, and of values
-constexpr int64_t NEXT = 4;                // vectors of 16 tokens that are asked for before they are read
+constexpr int FEW_QUERIES = 4;             // queries that vector instructions handle
+constexpr int64_t DIMS = 32, TOKENS = 16;  // dimensions of keys, and tokens of values, that are accumulated at a time
+constexpr int64_t PREFETCH_VECTORS = 4;    // vectors of 16 tokens to prefetch
 
-// ---- few queries, by vector instructions ------------------------------------------------------------------------------
+// ---- few queries: vector instructions ----------------------------------------------------
 
-// The unit's way with denormal numbers, for as long as this lives.
-class WithoutDenormals {
+// Treats denormals as zero, like AMX, while it lives.
+class FlushDenormals {
  public:
-  WithoutDenormals() { _mm_setcsr(before_ | 0x8040); }
-  ~WithoutDenormals() { _mm_setcsr(before_); }
-  WithoutDenormals(const WithoutDenormals&) = delete;
-  WithoutDenormals& operator=(const WithoutDenormals&) = delete;
+  FlushDenormals() { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
 
  private:
   const unsigned before_ = _mm_getcsr();
 };
 
-// What is added up of one vector of keys or values.
-struct Halves {
+// Even and odd partial sums of one vector of keys or values.
+struct EvenOdd {
   __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
 
   __attribute__((always_inline)) void add(__m512i pairs, const float* by) {
@@ -41,7 +41,7 @@ struct Halves {
   __m512 all() const { return _mm512_add_ps(even, odd); }
 };
 
-// Scores of N queries with V vectors of 16 tokens. A line of what comes `next` is asked for with every one that is read.
+// Scores of N queries with V vectors of 16 tokens, prefetching one line of `next` per line read.
 template <int N, int V>
 inline void score_few(const uint16_t* const* keys, const uint16_t* const* next, int64_t dim, const float* queries,
                       float* scores, int64_t stride) {
@@ -49,22 +49,22 @@ inline void score_few(const uint16_t* const* keys, const uint16_t* const* next, 
   for (int n = 0; n < N; n++)
     for (int v = 0; v < V; v++) sum[n][v] = _mm512_setzero_ps();
   for (int64_t d = 0; d < dim; d += DIMS) {
-    Halves halves[N][V];
+    EvenOdd partial[N][V];
     for (int64_t i = d; i < d + DIMS; i += 2)
       for (int v = 0; v < V; v++) {
         const __m512i pairs = _mm512_loadu_si512(keys[v] + i * 16);
         prefetch(next[v] + i * 16);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) halves[n][v].add(pairs, queries + n * dim + i);
+        for (int n = 0; n < N; n++) partial[n][v].add(pairs, queries + n * dim + i);
       }
     for (int n = 0; n < N; n++)
-      for (int v = 0; v < V; v++) sum[n][v] = _mm512_add_ps(sum[n][v], halves[n][v].all());
+      for (int v = 0; v < V; v++) sum[n][v] = _mm512_add_ps(sum[n][v], partial[n][v].all());
   }
   for (int n = 0; n < N; n++)
     for (int v = 0; v < V; v++) _mm512_storeu_ps(scores + n * stride + v * 16, sum[n][v]);
 }
 
-// ---- many, by tiles: 0 to 3 are sums, 4 keys, 5 queries, 6 values, 7 powers -------------------------------------------
+// ---- many queries: AMX. Tiles 0 to 3 are accumulators, 4 keys, 5 queries, 6 values, 7 probabilities ---
 
 constexpr int SUMS = 4;
 
@@ -86,7 +86,7 @@ inline void zero() {
   if constexpr (V > 3) _tile_zero(3);
 }
 
-// Stores the sums side by side, 16 columns each; `stride` floats from a row to the next.
+// Stores the accumulators side by side, 16 columns each, `stride` floats per row.
 template <int V>
 inline void store(float* to, int64_t stride) {
   const auto bytes = static_cast<size_t>(stride) * sizeof(float);
@@ -94,48 +94,48 @@ inline void store(float* to, int64_t stride) {
   if constexpr (V > 1) _tile_stored(1, to + 16, bytes);
   if constexpr (V > 2) _tile_stored(2, to + 32, bytes);
   if constexpr (V > 3) _tile_stored(3, to + 48, bytes);
-  written();
+  compiler_barrier();
 }
 
-// As `score_few`, of as many queries as tiles have rows.
+// As `score_few`, for up to 16 queries.
 template <int V>
 inline void score_many(const uint16_t* const* keys, const uint16_t* const* next, int64_t dim, const uint16_t* queries,
                        float* scores, int64_t stride) {
   zero<V>();
   for (int64_t d = 0; d < dim; d += DIMS) {
-    const auto ask = [&](int v) __attribute__((always_inline)) {
+    const auto prefetch_next = [&](int v) __attribute__((always_inline)) {
       for (int64_t i = d; i < d + DIMS; i += 2) prefetch(next[v] + i * 16);
     };
-    written();
+    compiler_barrier();
     _tile_loadd(5, queries + d, static_cast<size_t>(dim) * 2);
     _tile_loadd(4, keys[0] + d * 16, 64);
     _tile_dpbf16ps(0, 5, 4);
-    ask(0);
+    prefetch_next(0);
     if constexpr (V > 1) {
       _tile_loadd(4, keys[1] + d * 16, 64);
       _tile_dpbf16ps(1, 5, 4);
-      ask(1);
+      prefetch_next(1);
     }
     if constexpr (V > 2) {
       _tile_loadd(4, keys[2] + d * 16, 64);
       _tile_dpbf16ps(2, 5, 4);
-      ask(2);
+      prefetch_next(2);
     }
     if constexpr (V > 3) {
       _tile_loadd(4, keys[3] + d * 16, 64);
       _tile_dpbf16ps(3, 5, 4);
-      ask(3);
+      prefetch_next(3);
     }
   }
   store<V>(scores, stride);
 }
 
-// Adds 16 tokens' values of W vectors of 16 dims; `stride` halves from a pair of tokens to the next.
+// Adds the values of 16 tokens for W vectors of 16 dimensions; `stride` values between pairs of tokens.
 template <int W>
-inline void add_tokens(const uint16_t* values, int64_t stride, const uint16_t* powers, int64_t stride_of_powers) {
+inline void add_tokens(const uint16_t* values, int64_t stride, const uint16_t* probs, int64_t stride_of_powers) {
   const auto bytes = static_cast<size_t>(stride) * 2;
-  written();
-  _tile_loadd(7, powers, static_cast<size_t>(stride_of_powers) * 2);
+  compiler_barrier();
+  _tile_loadd(7, probs, static_cast<size_t>(stride_of_powers) * 2);
   _tile_loadd(6, values, bytes);
   _tile_dpbf16ps(0, 7, 6);
   if constexpr (W > 1) {
@@ -152,87 +152,89 @@ inline void add_tokens(const uint16_t* values, int64_t stride, const uint16_t* p
   }
 }
 
-// ---- both ---------------------------------------------------------------------------------------------------------------
+// ---- both --------------------------------------------------------------------------------
 
-// What weighs W vectors of 16 dims from `from` on.
+// The values for W vectors of 16 dimensions from `from` on.
 template <int W>
 struct Values {
   const Cache& cache;
   const int32_t* blocks;
   int64_t head, context, from;
-  const uint16_t* const* following;
+  const uint16_t* const* next_blocks;
 
-  int64_t wide() const { return cache.dim * 2; }  // halves from a pair of tokens to the next
+  int64_t pair_stride() const { return cache.dim * 2; }  // values between pairs of tokens
 
-  // Calls add(start, values, next, pairs) for every 16 tokens, of which there may be fewer at the end.
+  // Calls add(start, values, next, pairs) for every 16 tokens; the last call may have fewer pairs.
   template <class Add>
-  __attribute__((always_inline)) void walk(Add add) const {
+  __attribute__((always_inline)) void for_each_16(Add add) const {
     const int64_t last = (context - 1) / cache.size;
     for (int64_t start = 0; start < context; start += TOKENS) {
-      const int64_t b = start / cache.size, later = b + AHEAD, within = start % cache.size / 2 * wide() + from * 2;
-      const uint16_t* next = (later <= last ? cache.values(blocks[later], head) : following[later - last - 1]) + within;
+      const int64_t b = start / cache.size, later = b + PREFETCH_BLOCKS,
+                    within = start % cache.size / 2 * pair_stride() + from * 2;
+      const uint16_t* next =
+          (later <= last ? cache.values(blocks[later], head) : next_blocks[later - last - 1]) + within;
       add(start, cache.values(blocks[b], head) + within, next, (std::min(TOKENS, context - start) + 1) / 2);
     }
   }
 };
 
 template <int N, int W>
-void weigh_few(const Values<W>& of, const float* powers, int64_t stride, const float* inverse, float* const* out) {
+void weighted_sum_few(const Values<W>& values_of, const float* probs, int64_t stride, const float* inverse,
+                      float* const* out) {
   alignas(64) __m512 sum[N][W];
   for (int n = 0; n < N; n++)
     for (int w = 0; w < W; w++) sum[n][w] = _mm512_setzero_ps();
-  of.walk([&](int64_t start, const uint16_t* values, const uint16_t* next, int64_t pairs) __attribute__((always_inline)) {
-    Halves halves[N][W];
+  values_of.for_each_16([&](int64_t start, const uint16_t* values, const uint16_t* next,
+                            int64_t pairs) __attribute__((always_inline)) {
+    EvenOdd partial[N][W];
     for (int64_t p = 0; p < pairs; p++)
       for (int w = 0; w < W; w++) {
-        const __m512i both = _mm512_loadu_si512(values + p * of.wide() + w * 32);
-        prefetch(next + p * of.wide() + w * 32);
+        const __m512i both = _mm512_loadu_si512(values + p * values_of.pair_stride() + w * 32);
+        prefetch(next + p * values_of.pair_stride() + w * 32);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) halves[n][w].add(both, powers + n * stride + start + 2 * p);
+        for (int n = 0; n < N; n++) partial[n][w].add(both, probs + n * stride + start + 2 * p);
       }
     for (int n = 0; n < N; n++)
-      for (int w = 0; w < W; w++) sum[n][w] = _mm512_add_ps(sum[n][w], halves[n][w].all());
+      for (int w = 0; w < W; w++) sum[n][w] = _mm512_add_ps(sum[n][w], partial[n][w].all());
   });
   for (int n = 0; n < N; n++)
     for (int w = 0; w < W; w++)
-      _mm512_storeu_ps(out[n] + of.from + w * 16, _mm512_mul_ps(sum[n][w], _mm512_set1_ps(inverse[n])));
+      _mm512_storeu_ps(out[n] + values_of.from + w * 16, _mm512_mul_ps(sum[n][w], _mm512_set1_ps(inverse[n])));
 }
 
 template <int W>
-void weigh_many(const Values<W>& of, int count, const uint16_t* powers, int64_t stride, const float* inverse,
-                float* const* out) {
+void weighted_sum_many(const Values<W>& values_of, int count, const uint16_t* probs, int64_t stride,
+                       const float* inverse, float* const* out) {
   alignas(64) uint16_t end[TOKENS / 2 * W * 32];
   alignas(64) float sums[QUERIES * W * 16];
   zero<W>();
-  of.walk([&](int64_t start, const uint16_t* values, const uint16_t* next, int64_t pairs) __attribute__((always_inline)) {
+  values_of.for_each_16([&](int64_t start, const uint16_t* values, const uint16_t* next,
+                            int64_t pairs) __attribute__((always_inline)) {
     for (int64_t p = 0; p < pairs; p++)
-      for (int w = 0; w < W; w++) prefetch(next + p * of.wide() + w * 32);
-    if (pairs == TOKENS / 2) return add_tokens<W>(values, of.wide(), powers + start, stride);
-    // Behind the last token lies what somebody has left there, numbers or not.
+      for (int w = 0; w < W; w++) prefetch(next + p * values_of.pair_stride() + w * 32);
+    if (pairs == TOKENS / 2) return add_tokens<W>(values, values_of.pair_stride(), probs + start, stride);
+    // Memory after the last token may hold anything, even NaN.
     for (int64_t p = 0; p < TOKENS / 2; p++)
       for (int w = 0; w < W; w++)
-        _mm512_store_si512(end + (p * W + w) * 32,
-                           p < pairs ? _mm512_loadu_si512(values + p * of.wide() + w * 32) : _mm512_setzero_si512());
-    add_tokens<W>(end, W * 32, powers + start, stride);
+        _mm512_store_si512(
+            end + (p * W + w) * 32,
+            p < pairs ? _mm512_loadu_si512(values + p * values_of.pair_stride() + w * 32) : _mm512_setzero_si512());
+    add_tokens<W>(end, W * 32, probs + start, stride);
   });
   store<W>(sums, W * 16);
   for (int n = 0; n < count; n++)
     for (int w = 0; w < W; w++)
-      _mm512_storeu_ps(out[n] + of.from + w * 16,
+      _mm512_storeu_ps(out[n] + values_of.from + w * 16,
                        _mm512_mul_ps(_mm512_load_ps(sums + (n * W + w) * 16), _mm512_set1_ps(inverse[n])));
 }
 
 template <int W>
-void weigh(const Values<W>& of, int count, const AttentionScratch& scratch, int64_t stride, const float* inverse,
-           float* const* out) {
-  const float* powers = scratch.scores.get();
-  switch (count) {
-    case 1: return weigh_few<1>(of, powers, stride, inverse, out);
-    case 2: return weigh_few<2>(of, powers, stride, inverse, out);
-    case 3: return weigh_few<3>(of, powers, stride, inverse, out);
-    case 4: return weigh_few<4>(of, powers, stride, inverse, out);
-    default: weigh_many(of, count, scratch.powers.get(), stride, inverse, out);
-  }
+void weighted_sum(const Values<W>& values_of, int count, const AttentionScratch& scratch, int64_t stride,
+                  const float* inverse, float* const* out) {
+  const float* probs = scratch.scores.get();
+  if (count > FEW_QUERIES) return weighted_sum_many(values_of, count, scratch.probs.get(), stride, inverse, out);
+  dispatch<FEW_QUERIES>(count,
+                        [&](auto queries) { weighted_sum_few<queries>(values_of, probs, stride, inverse, out); });
 }
 
 template <int N>
@@ -245,45 +247,42 @@ void scores_of_few(const Cache& cache, const int32_t* blocks, int64_t head, int6
                        bf16_to_float(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q[n] + d))));
   constexpr int V = N <= 3 ? 4 : 2;
   float* scores = scratch.scores.get();
-  score_all<V, NEXT>(cache, blocks, head, context, scores, [&](auto v, auto* keys, auto* next, float* to) {
+  score_all<V, PREFETCH_VECTORS>(cache, blocks, head, context, scores, [&](auto v, auto* keys, auto* next, float* to) {
     score_few<N, decltype(v)::value>(keys, next, cache.dim, queries, to, stride);
   });
 }
 
 }  // namespace
 
-void scores_by_unit(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
-                    const uint16_t* const* q, AttentionScratch& scratch, int64_t stride) {
-  if (count <= FEW) {
-    const WithoutDenormals mode;
-    switch (count) {
-      case 1: return scores_of_few<1>(cache, blocks, head, context, q, scratch, stride);
-      case 2: return scores_of_few<2>(cache, blocks, head, context, q, scratch, stride);
-      case 3: return scores_of_few<3>(cache, blocks, head, context, q, scratch, stride);
-      default: return scores_of_few<4>(cache, blocks, head, context, q, scratch, stride);
-    }
+void scores_amx(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
+                const uint16_t* const* q, AttentionScratch& scratch, int64_t stride) {
+  if (count <= FEW_QUERIES) {
+    const FlushDenormals mode;
+    return dispatch<FEW_QUERIES>(
+        count, [&](auto queries) { scores_of_few<queries>(cache, blocks, head, context, q, scratch, stride); });
   }
   uint16_t* queries = scratch.queries.get();
   for (int n = 0; n < count; n++)
     for (int64_t d = 0; d < cache.dim; d += DIMS)
       _mm512_storeu_si512(queries + n * cache.dim + d, _mm512_loadu_si512(q[n] + d));
-  configure(config_of(count));
+  configure_tiles(config_of(count));
   float* scores = scratch.scores.get();
-  score_all<SUMS, NEXT>(cache, blocks, head, context, scores, [&](auto v, auto* keys, auto* next, float* to) {
-    score_many<decltype(v)::value>(keys, next, cache.dim, queries, to, stride);
-  });
+  score_all<SUMS, PREFETCH_VECTORS>(cache, blocks, head, context, scores,
+                                    [&](auto v, auto* keys, auto* next, float* to) {
+                                      score_many<decltype(v)::value>(keys, next, cache.dim, queries, to, stride);
+                                    });
 }
 
-void weigh_by_unit(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
-                   const AttentionScratch& scratch, int64_t stride, const float* inverse, float* const* out,
-                   const uint16_t* const* following) {
-  const WithoutDenormals mode;
-  if (count > FEW) configure(config_of(count));
+void weighted_sums_amx(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
+                       const AttentionScratch& scratch, int64_t stride, const float* inverse, float* const* out,
+                       const uint16_t* const* next_blocks) {
+  const FlushDenormals mode;
+  if (count > FEW_QUERIES) configure_tiles(config_of(count));
   int64_t from = 0;
   for (; from + 64 <= cache.dim; from += 64)
-    weigh(Values<4>{cache, blocks, head, context, from, following}, count, scratch, stride, inverse, out);
+    weighted_sum(Values<4>{cache, blocks, head, context, from, next_blocks}, count, scratch, stride, inverse, out);
   if (from < cache.dim)
-    weigh(Values<2>{cache, blocks, head, context, from, following}, count, scratch, stride, inverse, out);
+    weighted_sum(Values<2>{cache, blocks, head, context, from, next_blocks}, count, scratch, stride, inverse, out);
 }
 
 }  // namespace loramux

@@ -1,19 +1,14 @@
-// Products by a processor's matrix unit (AMX): 16 rows by 16 columns by 64 inputs an instruction, sums in whole numbers
-// until the last input: of rows and inputs that are many they leave the unit, and come back, between runs of spans. That
-// wants one unit for all of a row's activations and one for all of a column's weights. Both are whole numbers of 16 bits in
-// these, two codes of 8 bits each, so a product is
+// GEMM with AMX: 16 rows by 16 columns by 64 inputs per instruction, accumulated as integers over all inputs. This
+// needs one scale per row of activations and one per column of weights. Both are 16-bit integers, split into two 8-bit
+// codes:
 //
-//   y = round(sum of W[i] A[i] / 2^16) times 256 units of the column times the row's unit,
+//   y = round(sum of W[i] A[i] / 2^16) times 256 times the column's scale times the row's scale.
 //
-// which has one value however it is computed: rows are bit-equal in any batch, be they few enough to be multiplied by vector
-// instructions, which takes them half of the time.
+// Integer sums have one value in any order, so the vector kernels for few rows give the same bits.
 //
-// Of a coarse matrix the weights are whole numbers of 8 bits, w[i] = floor(code[i] scale) + z, and one of 8 bits more for a
-// group and column, r, so that
-//
-//   W[i] = 256 w[i] + r, but for the error of rounding,
-//
-// where the r of all groups are a few inputs more, with the sums of groups' activations. These have one way of being computed.
+// With `Matrix::as_int8` a weight is 8 bits, w[i] = floor(code[i] scale) + z, and each group of a column has an 8-bit
+// remainder r with W[i] = 256 w[i] + r up to rounding. The remainders of all groups are extra inputs, multiplied by the
+// group sums of the activations.
 #pragma once
 #include "target.h"
 
@@ -25,8 +20,8 @@
 
 namespace loramux {
 
-// `multiply` of a matrix in codes, with activations in their wide form; rows: 256 at most.
-void multiply_by_unit(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows,
-                      float* out, int64_t stride, Aside& aside);
+// `multiply` for a quantized matrix with split16 activations; at most 256 rows.
+void multiply_amx(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows,
+                  float* out, int64_t stride, Prefetcher& prefetcher);
 
 }  // namespace loramux

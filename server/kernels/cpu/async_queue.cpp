@@ -4,7 +4,7 @@
 
 namespace loramux {
 
-AsyncQueue::AsyncQueue(Pool& pool) : pool_(pool), thread_([this] { work(); }) {}
+AsyncQueue::AsyncQueue(ThreadPool& pool) : pool_(pool), thread_([this] { work(); }) {}
 
 AsyncQueue::~AsyncQueue() {
   {
@@ -15,27 +15,27 @@ AsyncQueue::~AsyncQueue() {
   thread_.join();
 }
 
-int64_t AsyncQueue::give(std::function<void()> job) {
+int64_t AsyncQueue::submit(std::function<void()> job) {
   int64_t number;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     jobs_.push_back(std::move(job));
-    number = given_.load(std::memory_order_relaxed) + 1;
-    given_.store(number, std::memory_order_release);
+    number = submitted_.load(std::memory_order_relaxed) + 1;
+    submitted_.store(number, std::memory_order_release);
   }
   wake_.notify_one();
   return number;
 }
 
-void AsyncQueue::wait(int64_t number, const std::function<bool()>& enough) {
-  const auto over = [&] { return done_.load(std::memory_order_seq_cst) >= number || enough(); };
-  pool_.help_until(std::cref(over));  // a copy of it would take memory, which there may be none of
+void AsyncQueue::wait(int64_t number, const std::function<bool()>& stop) {
+  const auto finished = [&] { return done_.load(std::memory_order_seq_cst) >= number || stop(); };
+  pool_.work_until(std::cref(finished));  // no copy, which would allocate
 }
 
 void AsyncQueue::work() {
-  for (int64_t taken = 0;; taken++) {
-    // A step that is read before the next is given is followed by it soon.
-    pool_.spin([&] { return given_.load(std::memory_order_acquire) != taken || stopping_.load(); });
+  for (int64_t started = 0;; started++) {
+    // The next step usually follows soon.
+    pool_.spin([&] { return submitted_.load(std::memory_order_acquire) != started || stopping_.load(); });
     std::function<void()> job;
     {
       std::unique_lock<std::mutex> lock(mutex_);
@@ -45,7 +45,7 @@ void AsyncQueue::work() {
       jobs_.pop_front();
     }
     job();
-    done_.store(taken + 1, std::memory_order_seq_cst);
+    done_.store(started + 1, std::memory_order_seq_cst);
     pool_.wake_parked();
   }
 }

@@ -11,11 +11,10 @@
 namespace loramux {
 namespace {
 
-// Scores of N queries against V vectors of 16 tokens. A line of each of `next` is asked for with every line that is
-// read: a burst would wait for the few that the processor keeps under way.
+// Scores of N queries with V vectors of 16 tokens, prefetching one line of each of `next` per line read.
 template <int N, int V>
-inline void score(const uint16_t* const* keys, const uint16_t* const* next, int64_t dim, const uint16_t* const* q,
-                  float* scores, int64_t stride) {
+inline void score_tile(const uint16_t* const* keys, const uint16_t* const* next, int64_t dim, const uint16_t* const* q,
+                       float* scores, int64_t stride) {
   __m512 sum[N][V];
   for (int n = 0; n < N; n++)
     for (int v = 0; v < V; v++) sum[n][v] = _mm512_setzero_ps();
@@ -27,26 +26,26 @@ inline void score(const uint16_t* const* keys, const uint16_t* const* next, int6
     }
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      const __m512i a = broadcast_word(q[n] + 2 * p);
-      for (int v = 0; v < V; v++) sum[n][v] = add_pairs(sum[n][v], k[v], a);
+      const __m512i a = broadcast32(q[n] + 2 * p);
+      for (int v = 0; v < V; v++) sum[n][v] = dot_bf16(sum[n][v], k[v], a);
     }
   }
   for (int n = 0; n < N; n++)
     for (int v = 0; v < V; v++) _mm512_storeu_ps(scores + n * stride + v * 16, sum[n][v]);
 }
 
-// exp((s - max) scale) of N queries as bf16, zero behind what a query sees, and as floats in place of the scores where there is
-// a matrix unit; `inverse` are the sums of what was stored, inverted.
-// The queries go side by side: each alone would wait for its own maximum and its own sum.
+// Unnormalized softmax: exp((s - max) scale) of N queries as bf16, zero after a query's last token; with AMX also as
+// float in place of the scores. `inverse` are the reciprocal sums. N queries at once hide the latency of the
+// reductions.
 template <int N>
-void softmax(float* scores, const int64_t* position, float scale, int64_t stride, uint16_t* powers, float* inverse) {
+void softmax(float* scores, const int64_t* position, float scale, int64_t stride, uint16_t* probs, float* inverse) {
   const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   __m512 peak[N], sum[N];
   for (int n = 0; n < N; n++) peak[n] = least, sum[n] = _mm512_setzero_ps();
   for (int64_t i = 0; i < stride; i += 16)
     for (int n = 0; n < N; n++)
-      peak[n] = _mm512_max_ps(
-          peak[n], _mm512_mask_loadu_ps(least, first_lanes(position[n] + 1 - i), scores + n * stride + i));
+      peak[n] = _mm512_max_ps(peak[n],
+                              _mm512_mask_loadu_ps(least, first_lanes(position[n] + 1 - i), scores + n * stride + i));
   const __m512 factor = _mm512_set1_ps(scale);
   for (int n = 0; n < N; n++) peak[n] = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(peak[n])), factor);
   for (int64_t i = 0; i < stride; i += 16)
@@ -55,27 +54,27 @@ void softmax(float* scores, const int64_t* position, float scale, int64_t stride
       const __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scores + n * stride + i), factor);
       const __m512 e = exp_ps(_mm512_sub_ps(s, peak[n]));
       const __m256i h = float_to_bf16(_mm512_maskz_mov_ps(mask, e));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers + n * stride + i), h);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(probs + n * stride + i), h);
       const __m512 stored = bf16_to_float(h);
-      if constexpr (MATRIX_UNIT) _mm512_storeu_ps(scores + n * stride + i, stored);
+      if constexpr (HAS_AMX) _mm512_storeu_ps(scores + n * stride + i, stored);
       sum[n] = _mm512_add_ps(sum[n], stored);
     }
   for (int n = 0; n < N; n++) inverse[n] = 1.0f / _mm512_reduce_add_ps(sum[n]);
 }
 
-// Weighted sums of values for N queries and W vectors of 16 dims from `from` on.
+// Weighted sums of the values for N queries and W vectors of 16 dimensions from `from` on.
 template <int N, int W>
-void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int64_t from,
-           const uint16_t* powers, int64_t stride, const float* inverse, float* const* out,
-           const uint16_t* const* following) {
+void weighted_sum(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int64_t from,
+                  const uint16_t* probs, int64_t stride, const float* inverse, float* const* out,
+                  const uint16_t* const* next_blocks) {
   const int64_t padded = cache.padded(), last = (context - 1) / cache.size;
   __m512 sum[N][W];
   for (int n = 0; n < N; n++)
     for (int w = 0; w < W; w++) sum[n][w] = _mm512_setzero_ps();
   for (int64_t start = 0, b = 0; start < context; start += cache.size, b++) {
     const uint16_t* values = cache.values(blocks[b], head) + from * 2;
-    const int64_t later = b + AHEAD;
-    const uint16_t* next = later <= last ? cache.values(blocks[later], head) : following[later - last - 1];
+    const int64_t later = b + PREFETCH_BLOCKS;
+    const uint16_t* next = later <= last ? cache.values(blocks[later], head) : next_blocks[later - last - 1];
     next += from * 2;
     const int64_t pairs = (std::min(cache.size, context - start) + 1) / 2;
     for (int64_t p = 0; p < pairs; p++) {
@@ -86,8 +85,8 @@ void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t cont
       }
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
-        const __m512i a = broadcast_word(powers + n * stride + start + 2 * p);
-        for (int w = 0; w < W; w++) sum[n][w] = add_pairs(sum[n][w], v[w], a);
+        const __m512i a = broadcast32(probs + n * stride + start + 2 * p);
+        for (int w = 0; w < W; w++) sum[n][w] = dot_bf16(sum[n][w], v[w], a);
       }
     }
   }
@@ -97,63 +96,52 @@ void weigh(const Cache& cache, const int32_t* blocks, int64_t head, int64_t cont
                             _mm512_mul_ps(sum[n][w], _mm512_set1_ps(inverse[n])));
 }
 
-// Weighted sums of N queries, walked by as many dims at a time as registers hold sums of.
+// Weighted sums for N queries, 64 dimensions at a time.
 template <int N>
-void sums_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* powers,
-             int64_t stride, const float* inverse, float* const* out, const uint16_t* const* following) {
+void weighted_sums(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* probs,
+                   int64_t stride, const float* inverse, float* const* out, const uint16_t* const* next_blocks) {
   int64_t from = 0;
   for (; from + 64 <= cache.padded(); from += 64)
-    weigh<N, 4>(cache, blocks, head, context, from, powers, stride, inverse, out, following);
+    weighted_sum<N, 4>(cache, blocks, head, context, from, probs, stride, inverse, out, next_blocks);
   for (; from < cache.padded(); from += 16)
-    weigh<N, 1>(cache, blocks, head, context, from, powers, stride, inverse, out, following);
+    weighted_sum<N, 1>(cache, blocks, head, context, from, probs, stride, inverse, out, next_blocks);
 }
 
 template <int N>
-void scores_of(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* const* q,
-               float* scores, int64_t stride) {
-  constexpr int V = N <= 4 ? 4 : 2;  // enough sums side by side to hide the latency of each
+void scores_for(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, const uint16_t* const* q,
+                float* scores, int64_t stride) {
+  constexpr int V = N <= 4 ? 4 : 2;  // enough accumulators to hide latency
   score_all<V, V>(cache, blocks, head, context, scores, [&](auto v, auto* now, auto* next, float* to) {
-    score<N, decltype(v)::value>(now, next, cache.dim, q, to, stride);
+    score_tile<N, decltype(v)::value>(now, next, cache.dim, q, to, stride);
   });
 }
 
-// The scores of all queries, and of keys that lie behind the last one up to a multiple of 16 tokens.
+// The scores of all queries. Keys after the last one, up to a multiple of 16 tokens, give unspecified scores.
 void all_scores(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
                 const uint16_t* const* q, AttentionScratch& scratch, int64_t stride) {
-  if constexpr (MATRIX_UNIT) {
-    if (by_unit(cache)) return scores_by_unit(cache, blocks, head, context, count, q, scratch, stride);
+  if constexpr (HAS_AMX) {
+    if (uses_amx_attention(cache)) return scores_amx(cache, blocks, head, context, count, q, scratch, stride);
   }
   for (int n = 0; n < count; n += 8) {
     float* s = scratch.scores.get() + n * stride;
-    switch (count - n) {
-      case 1: scores_of<1>(cache, blocks, head, context, q + n, s, stride); break;
-      case 2: scores_of<2>(cache, blocks, head, context, q + n, s, stride); break;
-      case 3: scores_of<3>(cache, blocks, head, context, q + n, s, stride); break;
-      case 4: scores_of<4>(cache, blocks, head, context, q + n, s, stride); break;
-      case 5: scores_of<5>(cache, blocks, head, context, q + n, s, stride); break;
-      case 6: scores_of<6>(cache, blocks, head, context, q + n, s, stride); break;
-      case 7: scores_of<7>(cache, blocks, head, context, q + n, s, stride); break;
-      default: scores_of<8>(cache, blocks, head, context, q + n, s, stride);
-    }
+    dispatch<8>(count - n, [&](auto queries) { scores_for<queries>(cache, blocks, head, context, q + n, s, stride); });
   }
 }
 
-// Weighted sums of all queries.
-void all_sums(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
-              const AttentionScratch& scratch, int64_t stride, const float* inverse, float* const* out,
-              const uint16_t* const* following) {
-  if constexpr (MATRIX_UNIT) {
-    if (by_unit(cache)) return weigh_by_unit(cache, blocks, head, context, count, scratch, stride, inverse, out, following);
+// The weighted sums of all queries.
+void all_weighted_sums(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, int count,
+                       const AttentionScratch& scratch, int64_t stride, const float* inverse, float* const* out,
+                       const uint16_t* const* next_blocks) {
+  if constexpr (HAS_AMX) {
+    if (uses_amx_attention(cache))
+      return weighted_sums_amx(cache, blocks, head, context, count, scratch, stride, inverse, out, next_blocks);
   }
   for (int n = 0; n < count; n += 4) {
-    const uint16_t* p = scratch.powers.get() + n * stride;
+    const uint16_t* p = scratch.probs.get() + n * stride;
     const float* i = inverse + n;
-    switch (count - n) {
-      case 1: sums_of<1>(cache, blocks, head, context, p, stride, i, out + n, following); break;
-      case 2: sums_of<2>(cache, blocks, head, context, p, stride, i, out + n, following); break;
-      case 3: sums_of<3>(cache, blocks, head, context, p, stride, i, out + n, following); break;
-      default: sums_of<4>(cache, blocks, head, context, p, stride, i, out + n, following);
-    }
+    dispatch<4>(count - n, [&](auto queries) {
+      weighted_sums<queries>(cache, blocks, head, context, p, stride, i, out + n, next_blocks);
+    });
   }
 }
 
@@ -170,7 +158,7 @@ void write_token(const Cache& cache, int64_t block, int64_t head, int64_t offset
     _mm512_storeu_si512(pairs, float_to_bf16(a, b));
     for (int64_t p = 0; p < std::min<int64_t>(16, (cache.dim - d) / 2); p++) k[(d / 2 + p) * 16] = pairs[p];
   }
-  // Of each pair of tokens only this one's half is written, unless nothing else will write the other.
+  // Writes only this token's half of the pair, unless nothing else will write the other half.
   const bool first = offset % 2 == 0;
   uint16_t* v = cache.values(block, head) + offset / 2 * padded * 2;
   for (int64_t d = 0; d < padded; d += 16) {
@@ -179,27 +167,24 @@ void write_token(const Cache& cache, int64_t block, int64_t head, int64_t offset
     if (first && last)
       _mm512_storeu_si512(v + d * 2, half);
     else
-      _mm512_mask_storeu_epi16(v + d * 2, first ? 0x55555555u : 0xaaaaaaaau, first ? half : _mm512_slli_epi32(half, 16));
+      _mm512_mask_storeu_epi16(v + d * 2, first ? 0x55555555u : 0xaaaaaaaau,
+                               first ? half : _mm512_slli_epi32(half, 16));
   }
 }
 
 void attend(const Cache& cache, const int32_t* blocks, int64_t head, int count, const uint16_t* const* q,
-            const int64_t* position, float scale, AttentionScratch& scratch, float* const* out, const uint16_t* const* following) {
+            const int64_t* position, float scale, AttentionScratch& scratch, float* const* out,
+            const uint16_t* const* next_blocks) {
   const int64_t context = *std::max_element(position, position + count) + 1;
   const int64_t stride = (context + 31) / 32 * 32;
   float inverse[QUERIES];
   all_scores(cache, blocks, head, context, count, q, scratch, stride);
   for (int n = 0; n < count; n += 4) {
     float* s = scratch.scores.get() + n * stride;
-    uint16_t* p = scratch.powers.get() + n * stride;
-    switch (count - n) {
-      case 1: softmax<1>(s, position + n, scale, stride, p, inverse + n); break;
-      case 2: softmax<2>(s, position + n, scale, stride, p, inverse + n); break;
-      case 3: softmax<3>(s, position + n, scale, stride, p, inverse + n); break;
-      default: softmax<4>(s, position + n, scale, stride, p, inverse + n);
-    }
+    uint16_t* p = scratch.probs.get() + n * stride;
+    dispatch<4>(count - n, [&](auto queries) { softmax<queries>(s, position + n, scale, stride, p, inverse + n); });
   }
-  all_sums(cache, blocks, head, context, count, scratch, stride, inverse, out, following);
+  all_weighted_sums(cache, blocks, head, context, count, scratch, stride, inverse, out, next_blocks);
 }
 
 }  // namespace loramux

@@ -1,4 +1,4 @@
-// Walks over a head's keys, whatever multiplies them.
+// Loop over the keys of a head, shared by the vector and AMX kernels.
 #pragma once
 #include "target.h"
 
@@ -12,8 +12,8 @@ namespace loramux {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Calls score(vectors, keys, next, scores) for V vectors of 16 tokens at a time, and for those that are left. `next` are those
-// NEXT vectors on, to be asked for: the values are walked after the keys, so their beginning is behind the last ones.
+// Calls score(vectors, keys, next, scores) for V vectors of 16 tokens at a time, then for the remaining ones. `next`
+// points to the data to prefetch, NEXT vectors further on; the first values follow the last keys.
 template <int V, int NEXT, class Score>
 void score_all(const Cache& cache, const int32_t* blocks, int64_t head, int64_t context, float* scores, Score score) {
   const int64_t vectors = (context + 15) / 16, each = cache.size / 16;

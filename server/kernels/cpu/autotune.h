@@ -1,4 +1,4 @@
-// Which of two ways to do the same work takes less time on this machine, found by turns. Knows nothing of the work.
+// Chooses the faster of two implementations of the same operation at run time.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -6,42 +6,42 @@
 
 namespace loramux {
 
-// Both ways take turns for a while, and the one with the smaller median is kept for many times, until they take turns
-// again: a machine that others share changes its pace.
+// Times both implementations alternately, then uses the one with the smaller median for a while. It measures again
+// later, because the speed of a shared machine changes.
 class Autotuner {
  public:
-  // The way to go now, 0 or 1.
-  int way() const { return kept_ > 0 ? best_ : static_cast<int>(turn_ % 2); }
+  // The implementation to use now, 0 or 1.
+  int choice() const { return remaining_ > 0 ? best_ : static_cast<int>(trial_ % 2); }
 
-  // Whether it is known for now which that is.
-  bool known() const { return kept_ > 0; }
+  // Whether a choice has been made.
+  bool settled() const { return remaining_ > 0; }
 
-  // What it took the way that was said last, in any unit that makes works of different sizes alike.
-  void took(double time) {
-    if (kept_ > 0) {
-      kept_--;
+  // Records the time of the last run, in any unit that is comparable between runs.
+  void record(double time) {
+    if (remaining_ > 0) {
+      remaining_--;
       return;
     }
-    times_[turn_ % 2][turn_ / 2] = time;
-    if (++turn_ < 2 * TURNS) return;
+    times_[trial_ % 2][trial_ / 2] = time;
+    if (++trial_ < 2 * TRIALS) return;
     best_ = median(times_[1]) < median(times_[0]) ? 1 : 0;
-    turn_ = 0;
-    kept_ = KEPT;
+    trial_ = 0;
+    remaining_ = REUSE;
   }
 
  private:
-  static constexpr size_t TURNS = 25;  // of each way; with an odd number the median is one of them
-  static constexpr int64_t KEPT = 4000;
-  using Times = std::array<double, TURNS>;
+  static constexpr size_t TRIALS = 25;  // of each; odd, so that the median is one of them
+  static constexpr int64_t REUSE = 4000;
+  using Times = std::array<double, TRIALS>;
 
   static double median(Times times) {
-    std::nth_element(times.begin(), times.begin() + TURNS / 2, times.end());
-    return times[TURNS / 2];
+    std::nth_element(times.begin(), times.begin() + TRIALS / 2, times.end());
+    return times[TRIALS / 2];
   }
 
   std::array<Times, 2> times_{};
-  size_t turn_ = 0;
-  int64_t kept_ = 0;
+  size_t trial_ = 0;
+  int64_t remaining_ = 0;
   int best_ = 0;
 };
 

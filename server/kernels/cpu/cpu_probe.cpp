@@ -1,4 +1,4 @@
-// Says whether the kernels can run here. Asks nothing of the machine but integers, whatever the rest is compiled for.
+// Checks whether the kernels can run here. Uses integer instructions only, whatever the other files are compiled for.
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -8,23 +8,25 @@
 #include <unistd.h>
 #endif
 
-// AMX's tiles are asked for here: a process has to, once, before any of its threads uses them.
-extern "C" const char* loramux_missing() {
+// Also requests permission for AMX tiles, which a process must do before its threads use them.
+extern "C" const char* loramux_unsupported() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #if defined(__AVX512VNNI__)
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vl"))
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return "the processor has no AVX-512 (F, BW, DQ, VL)";
   if (!__builtin_cpu_supports("avx512vnni")) return "the processor has no AVX512-VNNI";
 #else
   if (!__builtin_cpu_supports("avx2")) return "the processor has no AVX2";
   if (!__builtin_cpu_supports("fma")) return "the processor has no FMA";
   if (!__builtin_cpu_supports("bmi2")) return "the processor has no BMI2";
-  unsigned of[4] = {};  // what not all compilers know by name; whether the system keeps its registers, AVX2 has told
-  if (!__get_cpuid(1, of, of + 1, of + 2, of + 3) || !(of[2] >> 29 & 1)) return "the processor has no F16C";
+  unsigned cpuid[4] = {};  // AVX2 support implies that the system saves the registers
+  if (!__get_cpuid(1, cpuid, cpuid + 1, cpuid + 2, cpuid + 3) || !(cpuid[2] >> 29 & 1))
+    return "the processor has no F16C";
 #if defined(__AVXVNNI__)
-  if (!__get_cpuid_count(7, 1, of, of + 1, of + 2, of + 3) || !(of[0] >> 4 & 1)) return "the processor has no AVX-VNNI";
+  if (!__get_cpuid_count(7, 1, cpuid, cpuid + 1, cpuid + 2, cpuid + 3) || !(cpuid[0] >> 4 & 1))
+    return "the processor has no AVX-VNNI";
 #endif
 #endif
 #if defined(__AVX512BF16__)
@@ -32,10 +34,11 @@ extern "C" const char* loramux_missing() {
 #endif
 #if defined(__AMX_INT8__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1) || !(d >> 22 & 1))  // tiles, INT8, BF16
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1) ||
+      !(d >> 22 & 1))  // tiles, INT8, BF16
     return "the processor has no AMX-INT8 and AMX-BF16";
   if (!(c >> 6 & 1)) return "the processor has no AVX512-VBMI2";
-  constexpr int PERMISSION = 0x1023, TILES = 18;  // Linux: ARCH_REQ_XCOMP_PERM, and the state of AMX's tiles
+  constexpr int PERMISSION = 0x1023, TILES = 18;  // Linux: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   if (syscall(SYS_arch_prctl, PERMISSION, TILES) != 0) return "the system does not let this process use AMX";
 #endif
   return nullptr;
@@ -44,7 +47,7 @@ extern "C" const char* loramux_missing() {
 #endif
 }
 
-// What they are compiled for, in the words that people know.
+// The instruction sets of this build.
 extern "C" const char* loramux_instructions() {
 #if defined(__AMX_INT8__)
   return "AMX-INT8, AMX-BF16, AVX512-VNNI, AVX512-BF16";
@@ -59,5 +62,5 @@ extern "C" const char* loramux_instructions() {
 #endif
 }
 
-// The sources that it was built from, as sources.py tells them: a checkout may have moved on since.
+// The digest of the sources of this build (source_digest.py). A checkout may have changed since.
 extern "C" const char* loramux_sources() { return LORAMUX_SOURCES; }

@@ -1,22 +1,25 @@
-// The last line of a process that dies of a signal: what its last step ran. Then whoever was asked to hear of the
-// signal before (Python's faulthandler, which prints the stacks) hears of it, and the process ends as it would have.
+// Prints what the last step ran if a signal kills the process, then calls the previous signal handler (Python's
+// faulthandler, which prints the stacks).
 #include <csignal>
 #include <cstring>
 #include <unistd.h>
 
 namespace {
 
-struct Fatal {
+struct FatalSignal {
   int number;
   const char* name;
-  struct sigaction before;
+  struct sigaction previous;
 };
-Fatal fatal[] = {{SIGSEGV, "SIGSEGV", {}}, {SIGBUS, "SIGBUS", {}}, {SIGILL, "SIGILL", {}}, {SIGFPE, "SIGFPE", {}},
-                 {SIGABRT, "SIGABRT", {}}};
-const char* words = nullptr;
+FatalSignal fatal_signals[] = {{SIGSEGV, "SIGSEGV", {}},
+                               {SIGBUS, "SIGBUS", {}},
+                               {SIGILL, "SIGILL", {}},
+                               {SIGFPE, "SIGFPE", {}},
+                               {SIGABRT, "SIGABRT", {}}};
+const char* report = nullptr;
 
-// Only what may be called in a signal's handler: write, sigaction, raise.
-void say(const char* text) {
+// Async-signal-safe functions only: write, sigaction, raise.
+void write_text(const char* text) {
   for (size_t left = strlen(text); left;) {
     const ssize_t written = write(STDERR_FILENO, text, left);
     if (written <= 0) return;
@@ -25,28 +28,28 @@ void say(const char* text) {
   }
 }
 
-void die(int number) {
-  for (Fatal& one : fatal) {
-    if (one.number != number) continue;
-    say("the process ends: ");
-    say(one.name);
-    say(" in native code; the last step ran ");
-    say(words);
-    say("\n");
-    sigaction(number, &one.before, nullptr);
+void handle_signal(int number) {
+  for (FatalSignal& fatal : fatal_signals) {
+    if (fatal.number != number) continue;
+    write_text("the process ends: ");
+    write_text(fatal.name);
+    write_text(" in native code; the last step ran ");
+    write_text(report);
+    write_text("\n");
+    sigaction(number, &fatal.previous, nullptr);
   }
   raise(number);
 }
 
 }  // namespace
 
-// `text` is what to say, read when the time has come: it has to stay, and to have a NUL in it at every moment.
+// `text` is read when the signal arrives. It must stay valid and always contain a NUL.
 extern "C" void loramux_crash_report(const char* text) {
-  const bool first = words == nullptr;
-  words = text;
+  const bool first = report == nullptr;
+  report = text;
   if (!first) return;
   struct sigaction action = {};
-  action.sa_handler = die;
-  action.sa_flags = SA_NODEFER | SA_ONSTACK;  // the one before is called while this one runs
-  for (Fatal& one : fatal) sigaction(one.number, &action, &one.before);
+  action.sa_handler = handle_signal;
+  action.sa_flags = SA_NODEFER | SA_ONSTACK;  // the previous handler runs inside this one
+  for (FatalSignal& fatal : fatal_signals) sigaction(fatal.number, &action, &fatal.previous);
 }

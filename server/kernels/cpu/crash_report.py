@@ -1,8 +1,4 @@
-"""`crash_report`: what a process says if a signal ends it, such as a crash in native code, where no Python
-runs any more.
-
-Owns the text's memory, which lives as long as the process. Does not know what is said.
-"""
+"""Text that is printed if a signal kills the process in native code, where no Python runs any more."""
 
 from __future__ import annotations
 
@@ -13,14 +9,14 @@ from functools import lru_cache
 from server.kernels.cpu import bindings, unavailable
 
 SIZE = 1 << 14
-"""Bytes that are said at most."""
+"""Most bytes of the text."""
 
 
 @lru_cache(maxsize=1)
 def crash_report() -> Callable[[str], None]:
-    """A function that keeps a text for that moment, in a microsecond; where there is no library it does nothing.
+    """A function that sets the text, in about a microsecond. It does nothing without the native library.
 
-    It is the only one of the process. Its line comes before what `faulthandler` prints, if that was enabled earlier.
+    The text is printed before the output of `faulthandler`, if that was enabled earlier.
     """
     if unavailable() is not None:
         return lambda text: None
@@ -28,8 +24,8 @@ def crash_report() -> Callable[[str], None]:
     bindings.library().loramux_crash_report(buffer)
     address = ctypes.addressof(buffer)
 
-    def keep(text: str, buffer: object = buffer) -> None:
-        said = text.encode("ascii", "replace")[: SIZE - 2] + b"\0"
-        ctypes.memmove(address, said, len(said))
+    def set_text(text: str, buffer: object = buffer) -> None:
+        encoded = text.encode("ascii", "replace")[: SIZE - 2] + b"\0"
+        ctypes.memmove(address, encoded, len(encoded))
 
-    return keep
+    return set_text

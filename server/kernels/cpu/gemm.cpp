@@ -9,17 +9,16 @@
 
 namespace loramux {
 
-// Intel's processors begin two instructions of 512 bits at a time, whatever they do: those that mask the codes of four rows
-// are a seventh of all, those that make floats of their scales are a few, and sums may as well wait in the first cache. AMD's
-// multiply with half of their pipes or fewer, and the others have time for the rest. Where products of bytes are no
-// instructions, codes cost more to make ready than to multiply, on all of them.
-bool by_eight = WHOLE_VECTORS ? __builtin_cpu_is("intel") : !BYTE_PRODUCTS;
+// Eight-row tiles save instructions that mask codes and convert scales, but keep more accumulators than registers. They
+// pay off on Intel, where all 512-bit instructions share two ports, and without VNNI, where unpacking codes costs more
+// than multiplying. On AMD other ports do that work in parallel.
+bool eight_row_tiles = HAS_AVX512 ? __builtin_cpu_is("intel") : !HAS_VNNI;
 
-// Rows of a walk at most.
-inline int64_t most_rows() { return by_eight ? 2 * ROWS : ROWS; }
+// Most rows of a tile.
+inline int64_t max_tile_rows() { return eight_row_tiles ? 2 * ROWS : ROWS; }
 
-int64_t walks_over(int64_t rows) {
-  const int64_t most = most_rows();
+int64_t passes_over(int64_t rows) {
+  const int64_t most = max_tile_rows();
   return rows / most + (rows % most + ROWS - 1) / ROWS;
 }
 
@@ -43,13 +42,13 @@ const float NF4_TABLE[16] = {-1.0f,
 
 namespace {
 
-struct GroupScales {
+struct GroupScale {
   __m512 scale, zero;
 };
 
 template <int S, bool DOUBLE>
-inline GroupScales scales(const Matrix& w, int64_t tile, int64_t groups, int64_t g) {
-  GroupScales s;
+inline GroupScale scales(const Matrix& w, int64_t tile, int64_t groups, int64_t g) {
+  GroupScale s;
   if constexpr (DOUBLE) {
     const int64_t at = tile * groups + g, pair = tile * ((groups + 15) / 16) + g / 16;
     s.scale = decode(w.scale_codes + at * 16, w.scale_step[pair], w.scale_base[pair]);
@@ -72,33 +71,35 @@ inline void prefetch_scales(const Matrix& w, int64_t tile, int64_t groups, int64
   }
 }
 
-// What a walk asks for of the tiles behind these: so many lines with each group, from `next` on, and their scales.
-struct Ahead {
+// What to prefetch of the next tiles: so many lines with each group, from `next` on, and their scales.
+struct NextTile {
   const uint8_t* next;
   int64_t lines;
   bool scales;
 };
 
-// Asks for these lines, and for `side` lines from `aside` on; both go on.
-// Into the second cache: a line under way to the first holds one of its few places, and the walk's own loads wait.
-__attribute__((always_inline)) inline void ask(Ahead& ahead, int64_t side, const char*& aside) {
-  for (int64_t l = 0; l < ahead.lines; l++) _mm_prefetch(reinterpret_cast<const char*>(ahead.next + l * 64), _MM_HINT_T1);
-  ahead.next += ahead.lines * 64;
-  for (int64_t l = 0; l < side; l++) _mm_prefetch(aside + l * 64, _MM_HINT_T1);
-  aside += side * 64;
+// Prefetches lines of the next tile and `extra_lines` lines from `extra` on, and advances both. Into the L2 cache:
+// prefetches to L1 would occupy line fill buffers that the loop's own loads need.
+__attribute__((always_inline)) inline void prefetch_lines(NextTile& next_tile, int64_t extra_lines,
+                                                          const char*& extra) {
+  for (int64_t l = 0; l < next_tile.lines; l++)
+    _mm_prefetch(reinterpret_cast<const char*>(next_tile.next + l * 64), _MM_HINT_T1);
+  next_tile.next += next_tile.lines * 64;
+  for (int64_t l = 0; l < extra_lines; l++) _mm_prefetch(extra + l * 64, _MM_HINT_T1);
+  extra += extra_lines * 64;
 }
 
-// A walk's rows lie in blocks of ROWS, so many codes and words apart.
+// Rows of a tile, in blocks of ROWS.
 struct Rows {
   const int8_t* codes;
-  const float* words;
-  int64_t codes_apart, words_apart;
+  const float* params;
+  int64_t codes_stride, params_stride;
 
-  const int8_t* codes_of(int r) const { return codes + r / ROWS * codes_apart + r % ROWS * GROUP; }
-  const float* word(int r, int number) const { return words + r / ROWS * words_apart + number * ROWS + r % ROWS; }
+  const int8_t* codes_of(int r) const { return codes + r / ROWS * codes_stride + r % ROWS * GROUP; }
+  const float* param(int r, int number) const { return params + r / ROWS * params_stride + number * ROWS + r % ROWS; }
 };
 
-// A vector of one half of a group's codes. Of INT4 it is bytes of both halves.
+// A vector of one half of a group's codes. For INT4 its bytes contain both halves.
 template <int S>
 __attribute__((always_inline)) inline __m512i load_codes(const uint8_t* codes, int half, int b) {
   const __m512i w = _mm512_loadu_si512(codes + (S == INT8 ? half * 256 : 0) + b * 64);
@@ -107,8 +108,8 @@ __attribute__((always_inline)) inline __m512i load_codes(const uint8_t* codes, i
   return _mm512_shuffle_epi8(nf4_levels(), _mm512_and_si512(half == 0 ? w : _mm512_srli_epi16(w, 4), low));
 }
 
-// dot[t][r] += the products of one half of a group's codes of T tiles with R rows' codes. Nibbles in the high half of a byte
-// count 16 times.
+// dot[t][r] += dot product of one half of a group's codes of T tiles with R rows. Codes in the high nibble count 16
+// times.
 template <int S, int R, int T>
 __attribute__((always_inline)) inline void add_products(const uint8_t* codes, int64_t stride, int half, const Rows& x,
                                                         __m512i (&dot)[T][R]) {
@@ -122,14 +123,14 @@ __attribute__((always_inline)) inline void add_products(const uint8_t* codes, in
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const __m512i a = broadcast_word(x.codes_of(r) + half * GROUP / 2 + b * 4);
+      const __m512i a = broadcast32(x.codes_of(r) + half * GROUP / 2 + b * 4);
       for (int t = 0; t < T; t++) dot[t][r] = _mm512_dpbusd_epi32(dot[t][r], w[t], a);
     }
   }
 }
 
-// The same where products of bytes are no instructions: eight of nibbles fit into 16 bits, where two of bytes do not. A byte
-// is two nibbles.
+// The same without VNNI: eight products with nibbles fit in 16 bits, two products with bytes do not. A byte is two
+// nibbles.
 template <int S, int R, int T>
 __attribute__((always_inline)) inline void add_nibbles(const uint8_t* codes, int64_t stride, int half, const Rows& x,
                                                        __m512i (&dot)[T][R]) {
@@ -147,18 +148,18 @@ __attribute__((always_inline)) inline void add_nibbles(const uint8_t* codes, int
       for (int r = 0; r < R; r++) {
         __m512i pairs[4];
         for (int b = 0; b < 4; b++)
-          pairs[b] = _mm512_maddubs_epi16(w[b], broadcast_word(x.codes_of(r) + half * GROUP / 2 + b * 4));
-        const __m512i all = _mm512_add_epi16(_mm512_add_epi16(pairs[0], pairs[1]), _mm512_add_epi16(pairs[2], pairs[3]));
+          pairs[b] = _mm512_maddubs_epi16(w[b], broadcast32(x.codes_of(r) + half * GROUP / 2 + b * 4));
+        const __m512i all =
+            _mm512_add_epi16(_mm512_add_epi16(pairs[0], pairs[1]), _mm512_add_epi16(pairs[2], pairs[3]));
         dot[t][r] = _mm512_add_epi32(dot[t][r], _mm512_madd_epi16(all, _mm512_set1_epi16(high == 0 ? 1 : 16)));
       }
     }
   }
 }
 
-// dot[t][r] = the products of a group's codes of T tiles with R rows' codes x, in the units of the rows' second halves, or
-// in sixteenths of these for INT4: its nibbles are read where they lie, those in the high half of a byte as 16 times as
-// much. SECOND: whether it is the second one of its span. CENTRED: the codes of INT4 are taken as 8 less than they are, and
-// the words are Pairs.
+// dot[t][r] = dot product of a group's codes of T tiles with R rows, in the scale of the rows' second halves (1/16 of
+// it for INT4, whose high nibbles count 16 times). SECOND: whether it is the second group of its span. CENTRED: INT4
+// codes count as code - 8, and parameters are IntParam.
 template <int S, bool CENTRED, int SECOND, int R, int T>
 __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, int64_t stride, const Rows& x,
                                                         __m512i (&dot)[T][R]) {
@@ -168,7 +169,7 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
       if constexpr (S == INT4 && !CENTRED)
         dot[t][r] = _mm512_setzero_si512();
       else
-        dot[t][r] = broadcast_word(x.word(r, (CENTRED ? int{MIDDLE} : int{OFFSET}) + SECOND));
+        dot[t][r] = broadcast32(x.param(r, (CENTRED ? int{BEGIN} : int{OFFSET}) + SECOND));
     }
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
@@ -177,24 +178,25 @@ __attribute__((always_inline)) inline void dot_products(const uint8_t* codes, in
       for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) {
           if constexpr (S == INT4) {
-            const __m512i up = broadcast_word(x.word(r, (CENTRED ? int{HALF_UP} : int{NIBBLE}) + SECOND));
+            const __m512i up = broadcast32(x.param(r, (CENTRED ? int{HALF_SHIFT} : int{NIBBLE_SHIFT}) + SECOND));
             dot[t][r] = _mm512_sllv_epi32(dot[t][r], up);
           } else {
-            const __m512i right = broadcast_word(x.word(r, RIGHT + SECOND)), left = broadcast_word(x.word(r, LEFT + SECOND));
+            const __m512i right = broadcast32(x.param(r, RIGHT_SHIFT + SECOND)),
+                          left = broadcast32(x.param(r, LEFT_SHIFT + SECOND));
             dot[t][r] = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), left);
           }
         }
     }
-    if constexpr (BYTE_PRODUCTS)
+    if constexpr (HAS_VNNI)
       add_products<S>(codes, stride, half, x, dot);
     else
       add_nibbles<S>(codes, stride, half, x, dot);
   }
 }
 
-// Over all groups, two of them a span; the last one is alone if their number is odd.
+// Calls `group` for each group and `end_span` after every two; an odd last group has a span of its own.
 template <class Group, class EndSpan>
-__attribute__((always_inline)) inline void walk(int64_t steps, Group& group, EndSpan& end_span) {
+__attribute__((always_inline)) inline void for_each_group(int64_t steps, Group& group, EndSpan& end_span) {
   for (int64_t i = 0; i < steps / 2; i++) {
     group(std::integral_constant<int, 0>());
     group(std::integral_constant<int, 1>());
@@ -206,27 +208,25 @@ __attribute__((always_inline)) inline void walk(int64_t steps, Group& group, End
   }
 }
 
-// R rows by T tiles of 16 columns over all of k. Groups of weights are whole numbers of groups of activations. `side` is
-// how many lines from `aside` on are asked for with each of these.
-//
-// Inlined, as a call costs half of a group's time, and of a small model there is one for every 18 groups.
+// R rows by T tiles of 16 columns over all of k. A weight group is a whole number of activation groups. `extra_lines`
+// lines from `extra` on are prefetched with each. Inlined, because a call would cost half of a group's time.
 template <int S, bool DOUBLE, int R, int T>
-__attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile, Rows x, float* out, int64_t stride,
-                                                   Ahead ahead, const char* aside, int64_t side) {
+__attribute__((always_inline)) inline void gemm_tile(const Matrix& w, int64_t tile, Rows x, float* out, int64_t stride,
+                                                     NextTile next_tile, const char* extra, int64_t extra_lines) {
   constexpr int64_t BYTES = bytes_of_group(S);
   const int64_t steps = w.padded() / GROUP, groups = w.k / w.group, each = w.group / GROUP;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
   __m512 sum[T][R], span[T][R];
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) sum[t][r] = _mm512_setzero_ps();
-  int64_t g = 0, left = each;  // of this group of weights
+  int64_t g = 0, left = each;  // activation groups left of this weight group
   const auto group = [&](auto second) __attribute__((always_inline)) {
-    if (ahead.scales && left == each)
+    if (next_tile.scales && left == each)
       for (int t = 0; t < T; t++) prefetch_scales<S, DOUBLE>(w, tile + T + t, groups, g);
-    ask(ahead, side, aside);
+    prefetch_lines(next_tile, extra_lines, extra);
     __m512i dot[T][R];
     dot_products<S, false, second, R, T>(codes, steps * BYTES, x, dot);
-    GroupScales s[T];
+    GroupScale s[T];
     for (int t = 0; t < T; t++) s[t] = scales<S, DOUBLE>(w, tile + t, groups, g);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -234,12 +234,12 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
         if constexpr (second) {
           span[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t][r]), s[t].scale, span[t][r]);
         } else {
-          const __m512i right = broadcast_word(x.word(r, JOIN_RIGHT)), up = broadcast_word(x.word(r, JOIN_LEFT));
+          const __m512i right = broadcast32(x.param(r, JOIN_RIGHT)), up = broadcast32(x.param(r, JOIN_LEFT));
           const __m512i joined = _mm512_sllv_epi32(_mm512_srav_epi32(dot[t][r], right), up);
           span[t][r] = _mm512_mul_ps(_mm512_cvtepi32_ps(joined), s[t].scale);
         }
         if constexpr (S == INT4)
-          sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(*x.word(r, SUM + second)), sum[t][r]);
+          sum[t][r] = _mm512_fmadd_ps(s[t].zero, _mm512_set1_ps(*x.param(r, SUM + second)), sum[t][r]);
       }
     codes += BYTES;
     x.codes += ROWS * GROUP;
@@ -249,40 +249,40 @@ __attribute__((always_inline)) inline void product(const Matrix& w, int64_t tile
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
-        const __m512 scale = _mm512_set1_ps(*x.word(r, S == INT4 ? SIXTEENTH : SCALE));
+        const __m512 scale = _mm512_set1_ps(*x.param(r, S == INT4 ? SCALE_16TH : SCALE));
         sum[t][r] = _mm512_fmadd_ps(span[t][r], scale, sum[t][r]);
       }
-    x.words += FLOATS;
+    x.params += FLOAT_PARAMS;
   };
-  walk(steps, group, end_span);
+  for_each_group(steps, group, end_span);
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride + t * 16, sum[t][r]);
 }
 
-// 2 to the exponent of each column of a tile.
+// 2^exponent for each column of a tile.
 inline __m512 column_units(const Matrix& w, int64_t tile) {
   const __m128i exponent = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.exponents + tile * 16));
   return power_of_two(_mm512_cvtepi8_epi32(exponent));
 }
 
-// The scales of a span's two groups side by side, for 16 columns, and what is left of their zeros.
+// Scales and zeros of a span's two groups, extra_lines by extra_lines for 16 columns.
 struct SpanScales {
   __m512i scale, zero;
 };
 
-// WHOLE: the span is of one group.
+// WHOLE: a span lies within one weight group.
 template <bool WHOLE>
 inline SpanScales span_scales(const int16_t* at) {
-  if constexpr (WHOLE) return {words_twice(at, 0), words_twice(at, 1)};
+  if constexpr (WHOLE) return {duplicate_words(at, 0), duplicate_words(at, 1)};
   return {_mm512_loadu_si512(at), _mm512_loadu_si512(at + 32)};
 }
 
-// `product` for INT4 whose scales are whole numbers: the sums of both groups of a span, in 16 bits each, meet their scales
-// in one instruction, and so do those of the inputs what is left of the zeros. Codes are taken as 8 less than they are, as
-// then the sums fit and little is left of the zeros.
+// `gemm_tile` for INT4 with integer scales: the 16-bit accumulators of both groups of a span meet their scales in one
+// instruction, and so do the input sums and zeros. Codes count as code - 8, so that sums fit and zeros are small.
 template <bool WHOLE, int R, int T>
-__attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int64_t tile, Rows x, float* out,
-                                                            int64_t stride, Ahead ahead, const char* aside, int64_t side) {
+__attribute__((always_inline)) inline void gemm_tile_int_scales(const Matrix& w, int64_t tile, Rows x, float* out,
+                                                                int64_t stride, NextTile next_tile, const char* extra,
+                                                                int64_t extra_lines) {
   constexpr int64_t BYTES = bytes_of_group(INT4), SCALES = WHOLE ? 32 : 64;
   const int64_t steps = w.padded() / GROUP, count = w.span_scale_count(), each = WHOLE ? w.group / SPAN : 1;
   const uint8_t* codes = w.codes + tile * steps * BYTES;
@@ -291,22 +291,22 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
   __m512i both[T][R];
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) sum[t][r] = _mm512_setzero_ps();
-  int64_t left = each;  // spans of this group of weights
+  int64_t left = each;  // spans left of this weight group
   const auto group = [&](auto second) __attribute__((always_inline)) {
-    if (ahead.scales && left == each && second < SCALES / 32)
+    if (next_tile.scales && left == each && second < SCALES / 32)
       for (int t = T; t < 2 * T; t++)
         _mm_prefetch(reinterpret_cast<const char*>(scales + t * count * SCALES + second * 32), _MM_HINT_T1);
-    ask(ahead, side, aside);
+    prefetch_lines(next_tile, extra_lines, extra);
     __m512i dot[T][R];
     dot_products<INT4, true, second, R, T>(codes, steps * BYTES, x, dot);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
         if constexpr (second) {
-          const __m512i up = _mm512_sllv_epi32(dot[t][r], broadcast_word(x.word(r, SECOND_UP)));
+          const __m512i up = _mm512_sllv_epi32(dot[t][r], broadcast32(x.param(r, SECOND_SHIFT)));
           both[t][r] = _mm512_mask_blend_epi16(0xaaaaaaaa, both[t][r], up);
         } else {
-          both[t][r] = _mm512_srav_epi32(dot[t][r], broadcast_word(x.word(r, FIRST_DOWN)));
+          both[t][r] = _mm512_srav_epi32(dot[t][r], broadcast32(x.param(r, FIRST_SHIFT)));
         }
       }
     codes += BYTES;
@@ -319,22 +319,22 @@ __attribute__((always_inline)) inline void product_of_spans(const Matrix& w, int
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
         const __m512i scaled = _mm512_dpwssd_epi32(_mm512_setzero_si512(), both[t][r], s[t].scale);
-        const __m512i all = _mm512_dpwssd_epi32(scaled, broadcast_word(x.word(r, INPUTS)), s[t].zero);
-        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(*x.word(r, COMMON)), sum[t][r]);
+        const __m512i all = _mm512_dpwssd_epi32(scaled, broadcast32(x.param(r, INPUT_SUM)), s[t].zero);
+        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(*x.param(r, COMMON_SCALE)), sum[t][r]);
       }
-    x.words += PAIRS;
+    x.params += INT_PARAMS;
     if (--left == 0) scales += SCALES, left = each;
   };
-  walk(steps, group, end_span);  // a last group that is alone has a scale of zero beside its own
+  for_each_group(steps, group, end_span);  // an odd last group has a zero scale beside its own
   for (int t = 0; t < T; t++) {
     const __m512 unit = column_units(w, tile + t);
     for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride + t * 16, _mm512_mul_ps(sum[t][r], unit));
   }
 }
 
-// `product` for bf16 weights and activations: pairs of inputs in ascending order.
+// `gemm_tile` for bf16 weights and activations: pairs of inputs in ascending order.
 template <int R, int T>
-void product_half(const Matrix& w, int64_t tile, const uint16_t* x, int64_t ldx, float* out, int64_t stride) {
+void gemm_tile_bf16(const Matrix& w, int64_t tile, const uint16_t* x, int64_t ldx, float* out, int64_t stride) {
   const int64_t pairs = w.padded() / 2;
   const uint16_t* codes = reinterpret_cast<const uint16_t*>(w.codes) + tile * pairs * 32;
   __m512 sum[T][R];
@@ -345,96 +345,92 @@ void product_half(const Matrix& w, int64_t tile, const uint16_t* x, int64_t ldx,
     for (int t = 0; t < T; t++) b[t] = _mm512_loadu_si512(codes + t * pairs * 32 + p * 32);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const __m512i a = broadcast_word(x + r * ldx + 2 * p);
-      for (int t = 0; t < T; t++) sum[t][r] = add_pairs(sum[t][r], b[t], a);
+      const __m512i a = broadcast32(x + r * ldx + 2 * p);
+      for (int t = 0; t < T; t++) sum[t][r] = dot_bf16(sum[t][r], b[t], a);
     }
   }
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * stride + t * 16, sum[t][r]);
 }
 
-// How a matrix's products are computed.
+// The kernels for each kind of scales.
 template <int S, bool DOUBLE>
-struct InFloats {
-  static constexpr int SCHEME = S, WORDS = FLOATS;
-  static const float* words(const Activations& x) { return x.floats.get(); }
+struct FloatScaleGemm {
+  static constexpr int SCHEME = S, PARAMS = FLOAT_PARAMS;
+  static const float* params(const Activations& x) { return x.float_params.get(); }
   template <int R, int T, class... A>
-  __attribute__((always_inline)) static void rows(A... a) { product<S, DOUBLE, R, T>(a...); }
+  __attribute__((always_inline)) static void rows(A... a) {
+    gemm_tile<S, DOUBLE, R, T>(a...);
+  }
 };
 template <bool WHOLE>
-struct InSpans {
-  static constexpr int SCHEME = INT4, WORDS = PAIRS;
-  static const float* words(const Activations& x) { return x.pairs.get(); }
+struct IntScaleGemm {
+  static constexpr int SCHEME = INT4, PARAMS = INT_PARAMS;
+  static const float* params(const Activations& x) { return x.int_params.get(); }
   template <int R, int T, class... A>
-  __attribute__((always_inline)) static void rows(A... a) { product_of_spans<WHOLE, R, T>(a...); }
+  __attribute__((always_inline)) static void rows(A... a) {
+    gemm_tile_int_scales<WHOLE, R, T>(a...);
+  }
 };
 
 template <class Product, int T>
-void columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
-             bool prefetch, Aside& aside) {
+void gemm_columns(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
+                  bool prefetch, Prefetcher& prefetcher) {
   const int64_t steps = w.padded() / GROUP;
-  // The walks over the rows share the asking, so that it is spread over the time until the bytes are wanted. Each asks for
-  // those behind the last one's: what is asked for last is not what the next tiles begin with.
+  // The passes over the rows share the prefetches, to spread them over time.
   constexpr int64_t BYTES = bytes_of_group(Product::SCHEME), LINES = T * BYTES / 64;
-  const int64_t most = most_rows(), walks = std::min(walks_over(rows), LINES);
+  const int64_t max_rows = max_tile_rows(), passes = std::min(passes_over(rows), LINES);
   const uint8_t* next = w.codes + (tile + T) * steps * BYTES;
-  Rows at{x.codes.get(), Product::words(x), ROWS * x.padded, x.padded / SPAN * Product::WORDS};
-  for (int64_t first = 0, walk = 0, some; first < rows; first += some, walk++) {
-    some = rows - first >= most ? most : std::min<int64_t>(ROWS, rows - first);
-    Ahead ahead{next, 0, false};
-    if (prefetch && walk < walks) ahead = {next, LINES * (walk + 1) / walks - LINES * walk / walks, walk == 0};
-    next += ahead.lines * steps * 64;
+  Rows at{x.codes.get(), Product::params(x), ROWS * x.padded, x.padded / SPAN * Product::PARAMS};
+  for (int64_t first = 0, pass = 0, count; first < rows; first += count, pass++) {
+    count = rows - first >= max_rows ? max_rows : std::min<int64_t>(ROWS, rows - first);
+    NextTile next_tile{next, 0, false};
+    if (prefetch && pass < passes) next_tile = {next, LINES * (pass + 1) / passes - LINES * pass / passes, pass == 0};
+    next += next_tile.lines * steps * 64;
     float* to = out + first * stride;
-    if (aside.lines.count == 0) aside.refill();
-    const int64_t side = std::min(aside.pace, (aside.lines.count + steps - 1) / steps);
-    const char* beside = aside.lines.at;
-    switch (some) {
-      case 1: Product::template rows<1, T>(w, tile, at, to, stride, ahead, beside, side); break;
-      case 2: Product::template rows<2, T>(w, tile, at, to, stride, ahead, beside, side); break;
-      case 3: Product::template rows<3, T>(w, tile, at, to, stride, ahead, beside, side); break;
-      case ROWS: Product::template rows<ROWS, T>(w, tile, at, to, stride, ahead, beside, side); break;
-      default: Product::template rows<2 * ROWS, T>(w, tile, at, to, stride, ahead, beside, side);
+    if (prefetcher.lines.count == 0) prefetcher.refill();
+    const int64_t extra_lines = std::min(prefetcher.rate, (prefetcher.lines.count + steps - 1) / steps);
+    const char* extra = prefetcher.lines.at;
+    switch (count) {
+      case 1: Product::template rows<1, T>(w, tile, at, to, stride, next_tile, extra, extra_lines); break;
+      case 2: Product::template rows<2, T>(w, tile, at, to, stride, next_tile, extra, extra_lines); break;
+      case 3: Product::template rows<3, T>(w, tile, at, to, stride, next_tile, extra, extra_lines); break;
+      case ROWS: Product::template rows<ROWS, T>(w, tile, at, to, stride, next_tile, extra, extra_lines); break;
+      default: Product::template rows<2 * ROWS, T>(w, tile, at, to, stride, next_tile, extra, extra_lines);
     }
-    at.codes += some / ROWS * at.codes_apart;
-    at.words += some / ROWS * at.words_apart;
-    const int64_t asked = std::min(aside.lines.count, side * steps);
-    aside.lines.at += asked * 64;
-    aside.lines.count -= asked;
+    at.codes += count / ROWS * at.codes_stride;
+    at.params += count / ROWS * at.params_stride;
+    const int64_t prefetched = std::min(prefetcher.lines.count, extra_lines * steps);
+    prefetcher.lines.at += prefetched * 64;
+    prefetcher.lines.count -= prefetched;
   }
 }
 
 template <int T>
-void columns_half(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride) {
+void gemm_columns_bf16(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride) {
   for (int64_t first = 0; first < rows; first += 8) {
-    const uint16_t* half = x.half.get() + first * x.padded;
+    const uint16_t* half = x.bf16.get() + first * x.padded;
     float* at = out + first * stride;
-    switch (rows - first) {
-      case 1: product_half<1, T>(w, tile, half, x.padded, at, stride); break;
-      case 2: product_half<2, T>(w, tile, half, x.padded, at, stride); break;
-      case 3: product_half<3, T>(w, tile, half, x.padded, at, stride); break;
-      case 4: product_half<4, T>(w, tile, half, x.padded, at, stride); break;
-      case 5: product_half<5, T>(w, tile, half, x.padded, at, stride); break;
-      case 6: product_half<6, T>(w, tile, half, x.padded, at, stride); break;
-      case 7: product_half<7, T>(w, tile, half, x.padded, at, stride); break;
-      default: product_half<8, T>(w, tile, half, x.padded, at, stride);
-    }
+    dispatch<8>(rows - first, [&](auto n) { gemm_tile_bf16<n, T>(w, tile, half, x.padded, at, stride); });
   }
 }
 
 template <int T>
-void columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
-                 Aside& aside) {
-  // The tiles after these are wanted next, by this thread or another.
+void gemm_columns_any(const Matrix& w, int64_t tile, const Activations& x, int64_t rows, float* out, int64_t stride,
+                      Prefetcher& prefetcher) {
+  // Whether the tiles after these exist, to prefetch them.
   const bool prefetch = tile + 2 * T <= w.tiles();
   const bool twice = w.scale_codes != nullptr;
-  const auto with = [&](auto product) { columns<decltype(product), T>(w, tile, x, rows, out, stride, prefetch, aside); };
+  const auto with = [&](auto gemm_tile) {
+    gemm_columns<decltype(gemm_tile), T>(w, tile, x, rows, out, stride, prefetch, prefetcher);
+  };
   switch (w.scheme) {
     case INT4:
-      if (twice) return with(InFloats<INT4, true>());
-      return w.whole_spans() ? with(InSpans<true>()) : with(InSpans<false>());
-    case NF4: return twice ? with(InFloats<NF4, true>()) : with(InFloats<NF4, false>());
-    case INT8: return twice ? with(InFloats<INT8, true>()) : with(InFloats<INT8, false>());
-    default: columns_half<T>(w, tile, x, rows, out, stride);
+      if (twice) return with(FloatScaleGemm<INT4, true>());
+      return w.whole_spans() ? with(IntScaleGemm<true>()) : with(IntScaleGemm<false>());
+    case NF4: return twice ? with(FloatScaleGemm<NF4, true>()) : with(FloatScaleGemm<NF4, false>());
+    case INT8: return twice ? with(FloatScaleGemm<INT8, true>()) : with(FloatScaleGemm<INT8, false>());
+    default: gemm_columns_bf16<T>(w, tile, x, rows, out, stride);
   }
 }
 
@@ -444,13 +440,15 @@ float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
     const uint8_t* codes = zero ? w.zero_codes : w.scale_codes;
     const int64_t pair = tile * ((groups + 15) / 16) + g / 16;
     const float step = (zero ? w.zero_step : w.scale_step)[pair], base = (zero ? w.zero_base : w.scale_base)[pair];
-    const float product = codes[(tile * groups + g) * 16 + lane] * step;
-    return half_to_float(_cvtss_sh(product + base, _MM_FROUND_TO_NEAREST_INT));
+    const float gemm_tile = codes[(tile * groups + g) * 16 + lane] * step;
+    return half_to_float(_cvtss_sh(gemm_tile + base, _MM_FROUND_TO_NEAREST_INT));
   }
   if (w.scheme != INT4) return half_to_float(w.scale[(tile * groups + g) * 16 + lane]);
-  const int64_t* odd = std::lower_bound(w.odd_at, w.odd_at + w.odd_count, row * groups + g);
-  if (odd != w.odd_at + w.odd_count && *odd == row * groups + g) return half_to_float(w.odd[(odd - w.odd_at) * 2 + zero]);
-  const int64_t step = g * w.group / GROUP;  // the group's first one of GROUP
+  const int64_t* exception_values =
+      std::lower_bound(w.exception_at, w.exception_at + w.exception_count, row * groups + g);
+  if (exception_values != w.exception_at + w.exception_count && *exception_values == row * groups + g)
+    return half_to_float(w.exception_values[(exception_values - w.exception_at) * 2 + zero]);
+  const int64_t step = g * w.group / GROUP;  // the group's first activation group
   const int16_t* at = w.span_scales + tile * w.span_scale_count() * (w.whole_spans() ? 32 : 64);
   at += w.whole_spans() ? g * 32 + lane : step / 2 * 64 + lane * 2 + step % 2;
   const int scale = at[0], rest = at[w.whole_spans() ? 16 : 32];
@@ -461,15 +459,15 @@ float scale_of(const Matrix& w, int64_t row, int64_t g, bool zero) {
 }  // namespace
 
 void multiply(const Matrix& w, int64_t first_tile, int64_t last_tile, const Activations& x, int64_t rows, float* out,
-              int64_t stride, Aside& aside) {
-  if constexpr (MATRIX_UNIT) {
-    if (w.by_unit()) return multiply_by_unit(w, first_tile, last_tile, x, rows, out, stride, aside);
+              int64_t stride, Prefetcher& prefetcher) {
+  if constexpr (HAS_AMX) {
+    if (w.uses_amx()) return multiply_amx(w, first_tile, last_tile, x, rows, out, stride, prefetcher);
   }
-  constexpr int TOGETHER = WHOLE_VECTORS ? 2 : 1;  // tiles whose sums registers have room for
+  constexpr int TOGETHER = HAS_AVX512 ? 2 : 1;  // tiles whose accumulators fit in registers
   int64_t tile = first_tile;
   for (; tile + TOGETHER <= last_tile; tile += TOGETHER)
-    columns_any<TOGETHER>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, aside);
-  if (tile < last_tile) columns_any<1>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, aside);
+    gemm_columns_any<TOGETHER>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, prefetcher);
+  if (tile < last_tile) gemm_columns_any<1>(w, tile, x, rows, out + (tile - first_tile) * 16, stride, prefetcher);
 }
 
 void dequantize_row(const Matrix& w, int64_t row, float* out) {

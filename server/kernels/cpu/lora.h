@@ -1,6 +1,5 @@
-// Low-rank updates of a step: which rows take which slots with what weight, and what they add to a linear's output.
-// Whatever shares a step with a row, its own sums run over its own adapters in the order of its mix, each over the true
-// rank, in float32, and begin at zero: the whole is added to the base's product once.
+// LoRA updates of a step. A row's update runs over the adapters of its mix in order, each over its own rank, in float32
+// and starting at zero; it is added to the base's result once. It does not depend on the other rows of the step.
 #pragma once
 #include "target.h"
 
@@ -12,22 +11,22 @@
 
 namespace loramux {
 
-// The adapter in a slot; an empty one has no sites.
+// The adapter in a slot; no modules if the slot is empty.
 struct Slot {
-  std::vector<LoraSite> sites;  // [layer][site]
-  int64_t rank = 0;             // the highest
-  uint32_t uses = 0;            // bit s: some layer has site s
-  int64_t lines = 0;            // of what is asked for ahead of a layer, over all layers
+  std::vector<LoraModule> modules;  // [layer][module]
+  int64_t rank = 0;                 // the highest
+  uint32_t uses = 0;                // bit s: some layer has module s
+  int64_t cache_lines = 0;          // cache lines to prefetch for attention modules, over all layers
 };
 
-struct Entry {
+struct MixEntry {
   int32_t slot;
   float weight;
 };
 
-// Rows of one mix; rows are counted within the block of rows that a plan is for.
+// The rows of one mix, counted from the start of the row block.
 struct MixRows {
-  std::vector<Entry> entries;
+  std::vector<MixEntry> entries;
   std::vector<int32_t> rows;
 };
 
@@ -35,39 +34,38 @@ struct MixRows {
 struct LoraPlan {
   std::vector<MixRows> mixes;
   std::vector<uint8_t> mixed;  // [rows of the block]: whether a row has a mix
-  uint32_t sites = 0;          // bit s: some adapter has site s in some layer
+  uint32_t modules = 0;        // bit s: some adapter has module s in some layer
   int64_t rank = 0;            // the highest
 };
 
-// The update of one site, whose place in a slot's table is `at`, and where it goes: z [rows, stride] has `out` columns, and
-// whole tiles of 16.
-struct Update {
+// The update of one module: `at` is its index in a slot's table; z [rows, stride] receives `out` columns, padded to
+// tiles of 16.
+struct LoraUpdate {
   int64_t at;
   float* z;
   int64_t stride, in, out;
 };
 
-// A piece of the updates of some sites: rows first..last of a mix.
-struct UpdateTask {
-  const MixRows* mix;  // of the plan
+// One task: rows first..last of a mix.
+struct LoraTask {
+  const MixRows* mix;  // points into the plan
   int32_t first, last;
 };
 
-constexpr int UPDATE_ROWS = 8;   // rows of a task
-constexpr int UPDATE_SITES = 3;  // that share one input
+constexpr int UPDATE_ROWS = 8;     // rows of a task
+constexpr int UPDATE_MODULES = 3;  // most modules that share one input
 
-// The tasks of `sites`; none if no adapter of the plan has any of them.
-void plan_updates(const LoraPlan& plan, const std::vector<Slot>& slots, const std::vector<Update>& sites,
-                  std::vector<UpdateTask>& tasks);
+// Lists the tasks for these modules; none if no adapter has any of them.
+void plan_updates(const LoraPlan& plan, const std::vector<Slot>& slots, const std::vector<LoraUpdate>& modules,
+                  std::vector<LoraTask>& tasks);
 
-// The floats of scratch memory that an update of such a rank takes.
+// Floats of scratch memory for an update of this rank.
 int64_t update_floats(int64_t rank);
 
-// z[row][c] = sum over a mix's entries and their ranks of weight * scale * (A[j] . x[row]) * B[j][c], at every site, for
-// the rows of a task; columns from `out` on become anything. x is read in the form that the adapters have: codes and
-// units, or bf16. An adapter's matrices for these sites lie one after the other, and are walked so. `scratch` is of
-// `update_floats` of the highest rank.
-void update(const UpdateTask& task, const std::vector<Slot>& slots, const std::vector<Update>& sites,
+// z[row][c] = sum over a mix's adapters and their ranks of weight * scale * (A[j] . x[row]) * B[j][c], for every module
+// and the rows of a task. Columns from `out` on are unspecified. x is read as int8 codes or bf16, like the adapter.
+// `scratch` has `update_floats` of the highest rank.
+void update(const LoraTask& task, const std::vector<Slot>& slots, const std::vector<LoraUpdate>& modules,
             const Activations& x, float* scratch);
 
 }  // namespace loramux

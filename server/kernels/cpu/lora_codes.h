@@ -1,4 +1,4 @@
-// Adapters on their way into the codes that updates are computed with.
+// Quantizes adapters to int8.
 #pragma once
 #include "target.h"
 
@@ -8,9 +8,9 @@
 
 namespace loramux {
 
-// Codes and units of some modules. Each rank's row of A and column of B counts in a 127th of its largest value, so that
-// ranks which are cut off or put beside others change no code. -1, or the index of a module with values that are not
-// finite, or whose units are too large for a float. Throws bad_alloc.
+// Quantizes some modules. Each rank's row of A and column of B has its own scale (largest magnitude / 127), so
+// truncating or concatenating ranks changes no code. Returns -1, or the index of a module with non-finite values or
+// scales. Throws bad_alloc.
 int64_t encode(const LoraSource* modules, int64_t count);
 
 }  // namespace loramux

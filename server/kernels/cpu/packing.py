@@ -1,7 +1,4 @@
-"""The layout `vnni-8`: a matrix in tiles of 16 rows, as kernels.h describes it, and back.
-
-Owns the permutations, both ways, and the pointers to a packed matrix. What codes mean is kernels/stored.py's.
-"""
+"""Packs matrices into the layout of the C++ kernels (tiles of 16 rows; see `Matrix` in kernels.h) and back."""
 
 from __future__ import annotations
 
@@ -10,36 +7,36 @@ import math
 import torch
 
 from server.kernels.cpu import bindings
-from server.kernels.packed_format import NF4, dequantize_stored, group_values, unpack_nibbles
+from server.kernels.packed_format import NF4, apply_scales, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.weight import Weight
 
-LAYOUT = "vnni-8"
+LAYOUT = "vnni-9"
 TILE = 16
 GROUP = 32
-"""Inputs whose products are added up before they are scaled, so groups of weights are whole multiples of it."""
+"""Inputs that share an int32 accumulator. Groups of weights are multiples of it."""
 SPAN = 64
-"""Inputs whose products are scaled together."""
-LARGEST = 16383
-"""Of a scale as a whole number: two of 16 bits times that, twice, leave 32 bits room."""
-MOST_LOST = 0.015
-"""Of the length of a matrix's rows, were they rounded to whole numbers of a unit: 0.008 where weights are normally
-distributed, and lost 0.09 when they became codes of four bits. Those that are never rounded so lose a 256th of it."""
-MOST_INPUTS = 40_000
-"""Of a row, so that 32 bits hold sums of products of 8 bits, without a sign, and 7."""
-OF_UNIT = ("fineness", "rising")
-"""Of a packed matrix, what only products of the matrix unit read."""
-PIECE = 2**22
-"""Weights of a matrix that are looked at at a time."""
+"""Inputs that are scaled together."""
+MAX_INT_SCALE = 16383
+"""Largest integer scale, so that two products of 16-bit numbers fit in 32 bits."""
+MAX_ROUNDING_LOSS = 0.015
+"""Largest relative error of rounding int4 rows to 8 bits per row for AMX. It is 0.008 for normally distributed weights;
+quantization to 4 bits loses 0.09. int8 and nf4 lose 1/256 of it, since they keep 16 bits."""
+MAX_INPUTS = 40_000
+"""Longest row for AMX, so that 32 bits hold the accumulators."""
+AMX_TENSORS = ("inverse_scale", "nonnegative_scales")
+"""Tensors that only AMX kernels read."""
+CHUNK = 2**22
+"""Weights that are dequantized at a time."""
 _SCHEMES = {"int4": bindings.INT4, "nf4": bindings.NF4, "int8": bindings.INT8, "none": bindings.NONE}
 
 
 def pack(stored: Weight) -> Weight:
-    """The stored matrix in this layout. Raises ValueError for a group that is no multiple of 32."""
+    """Pack a stored matrix. Raises ValueError unless the group is a multiple of 32 that divides the inputs."""
     if stored.scheme == "none":
         return _packed(stored, {"codes": _pack_values(stored.tensors["codes"])})
     if stored.group % GROUP or stored.shape[1] % stored.group:
         raise ValueError(
-            f"the native kernels take groups that are a multiple of {GROUP} and divide the inputs, "
+            f"the native kernels need a group size that is a multiple of {GROUP} and divides the inputs, "
             f"not {stored.group} for {stored.shape[1]} inputs"
         )
     codes = stored.tensors["codes"]
@@ -53,15 +50,15 @@ def pack(stored: Weight) -> Weight:
         tensors |= _span_scales(stored)
     else:
         tensors["scale"] = _tiled(stored.tensors["scale"])
-    if stored.shape[1] <= MOST_INPUTS and _even(stored, fineness := _fineness(stored)):
-        tensors["fineness"] = torch.cat((fineness, fineness.new_ones(-len(fineness) % TILE)))
+    if stored.shape[1] <= MAX_INPUTS and _fits_row_scales(stored, inverse := _inverse_scale(stored)):
+        tensors["inverse_scale"] = torch.cat((inverse, inverse.new_ones(-len(inverse) % TILE)))
         if stored.scheme == "int4" and _scales(stored).amin() >= 0:
-            tensors["rising"] = torch.ones(1, dtype=torch.uint8)
+            tensors["nonnegative_scales"] = torch.ones(1, dtype=torch.uint8)
     return _packed(stored, tensors)
 
 
 def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Rows `start` to `stop` of a packed matrix as float32 [rows, in], those of the stored form bit for bit."""
+    """Dequantize rows `start` to `stop` to float32 [rows, in], exactly as the stored form does."""
     out, width = weight.shape
     stop = out if stop is None else min(stop, out)
     if stop <= start:
@@ -77,25 +74,23 @@ def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch
         halves = torch.stack((codes & 15, codes >> 4), 2)  # [tiles, groups, 2, 4, 16, 4]
         levels = halves.permute(0, 4, 1, 2, 3, 5).reshape(-1, width)[rows]
         values = NF4[levels.int()] if weight.scheme == "nf4" else levels.float()
-    grouped = values.view(stop - start, width // weight.group, weight.group)
-    grouped *= _group_values(weight, "scale", tiles)[rows].float()[:, :, None]
-    if weight.scheme == "int4":
-        grouped += _group_values(weight, "zero", tiles)[rows].float()[:, :, None]
-    return values
+    scale = _group_values(weight, "scale", tiles)[rows]
+    zero = _group_values(weight, "zero", tiles)[rows] if weight.scheme == "int4" else None
+    return apply_scales(values, weight.group, scale, zero)
 
 
 def matrix(weight: Weight) -> bindings.Matrix:
-    """Pointers to a packed matrix, which must outlive whatever uses them. Raises ValueError for another layout."""
+    """Pointers to a packed matrix, which must outlive them. Raises ValueError for another layout."""
     if weight.layout != LAYOUT:
         raise ValueError(f"a matrix in the layout {weight.layout!r} was not packed for the native kernels")
-    described = bindings.Matrix(n=weight.shape[0], k=weight.shape[1], scheme=_SCHEMES[weight.scheme])
-    described.group = weight.group
-    described.odd_count = len(weight.tensors.get("odd_at", ()))
+    pointers = bindings.Matrix(n=weight.shape[0], k=weight.shape[1], scheme=_SCHEMES[weight.scheme])
+    pointers.group = weight.group
+    pointers.exception_count = len(weight.tensors.get("exception_at", ()))
     for name, tensor in weight.tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"the packed tensor {name} is not contiguous")
-        setattr(described, name, tensor.data_ptr())
-    return described
+        setattr(pointers, name, tensor.data_ptr())
+    return pointers
 
 
 def _packed(stored: Weight, tensors: dict[str, torch.Tensor]) -> Weight:
@@ -103,7 +98,7 @@ def _packed(stored: Weight, tensors: dict[str, torch.Tensor]) -> Weight:
 
 
 def _padded_rows(t: torch.Tensor) -> torch.Tensor:
-    """[out, n] with zeros below, to a whole number of tiles."""
+    """[out, n] padded with zero rows to whole tiles."""
     missing = -t.shape[0] % TILE
     return torch.cat((t, t.new_zeros(missing, t.shape[1]))) if missing else t
 
@@ -135,19 +130,18 @@ def _pack_values(values: torch.Tensor) -> torch.Tensor:
     return rows.view(-1, TILE, rows.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
-def _fineness(stored: Weight) -> torch.Tensor:
-    """bfloat16 [out]: how many units of each row 1 is, some number for a row of zeros. A unit is about a 127th of what
-    the row's weights are at most, and by up to a 127th more: what bfloat16 has no bits for is cut off."""
+def _inverse_scale(stored: Weight) -> torch.Tensor:
+    """bfloat16 [out]: 1 / the 8-bit scale of each row, rounded down. The scale is about the row's maximum / 127."""
     scale = _scales(stored)
     if stored.scheme == "int4":
         zero = group_values(stored.tensors, "zero", 0, stored.shape[0]).float()
-        most = torch.maximum(zero.abs(), (15 * scale + zero).abs())
-        # So that a byte, the sum of two that are rounded, fits, and 16 times a scale's 256ths fit 16 bits.
-        unit = torch.maximum(most.amax(1) / 126.9, scale.abs().amax(1) / 15.98)
+        largest = torch.maximum(zero.abs(), (15 * scale + zero).abs())
+        # A sum of two rounded numbers must fit in 8 bits, and 16 times a scale in 1/256 of the unit in 16 bits.
+        unit = torch.maximum(largest.amax(1) / 126.9, scale.abs().amax(1) / 15.98)
     else:
         unit = (scale.abs() * (128 if stored.scheme == "int8" else 1)).amax(1) / 127
-    fineness = 1 / torch.where(unit > 0, unit, 1.0)
-    return (fineness.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    inverse = 1 / torch.where(unit > 0, unit, 1.0)
+    return (inverse.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def _scales(stored: Weight) -> torch.Tensor:
@@ -155,68 +149,70 @@ def _scales(stored: Weight) -> torch.Tensor:
     return group_values(stored.tensors, "scale", 0, stored.shape[0]).float()
 
 
-def _even(stored: Weight, fineness: torch.Tensor) -> bool:
-    """Whether whole numbers of their row's unit, or of its 256ths, are as good as the weights."""
+def _fits_row_scales(stored: Weight, inverse: torch.Tensor) -> bool:
+    """Whether rounding with one scale per row loses little: see MAX_ROUNDING_LOSS."""
     lengths = []
-    for start in range(0, stored.shape[0], step := max(1, PIECE // stored.shape[1])):
+    for start in range(0, stored.shape[0], step := max(1, CHUNK // stored.shape[1])):
         lengths.append(torch.linalg.vector_norm(dequantize_stored(stored, start, start + step), dim=1))
     length = torch.cat(lengths)
-    rounded = math.sqrt(stored.shape[1] / 12) / fineness.float()  # errors are even
+    rounding = math.sqrt(stored.shape[1] / 12) / inverse.float()  # uniformly distributed errors
     if stored.scheme != "int4":
-        rounded /= 256
-    lost = torch.where(length > 0, rounded / length, 0.0)
-    return float(lost.square().mean()) <= MOST_LOST**2
+        rounding /= 256
+    loss = torch.where(length > 0, rounding / length, 0.0)
+    return float(loss.square().mean()) <= MAX_ROUNDING_LOSS**2
 
 
 def _span_scales(stored: Weight) -> dict[str, torch.Tensor]:
-    """int4's scales and zeros as whole numbers in units of a power of two for each row; see kernels.h. Those that do
-    not come back from that as the float16 that they are, far smaller than the row's largest, are told apart."""
+    """int4 scales and zeros as integers times a power of two per row. Values far below the
+    row's largest, which integers do not represent exactly, are stored as float16 exceptions."""
     scale, zero = (_padded_rows(stored.tensors[name]) for name in ("scale", "zero"))
-    whole = torch.stack((scale.double(), zero.double() / 8 + scale.double()), -1)  # [out, groups, 2]
-    exponent = torch.frexp(whole.abs().amax((1, 2)) / LARGEST).exponent
-    whole = torch.ldexp(whole, -exponent[:, None, None]).round_().to(torch.int16)
-    odd = torch.stack((scale, zero), -1)
-    odd_at = (_float16(whole, exponent[:, None, None]) != odd).any(-1).flatten().nonzero().flatten()
+    ints = torch.stack((scale.double(), zero.double() / 8 + scale.double()), -1)  # [out, groups, 2]
+    exponent = torch.frexp(ints.abs().amax((1, 2)) / MAX_INT_SCALE).exponent
+    ints = torch.ldexp(ints, -exponent[:, None, None]).round_().to(torch.int16)
+    exact = torch.stack((scale, zero), -1)
+    exception_at = (_float16(ints, exponent[:, None, None]) != exact).any(-1).flatten().nonzero().flatten()
     tensors = {"exponents": exponent.to(torch.int8)}
-    if len(odd_at):
-        tensors |= {"odd_at": odd_at, "odd": odd.flatten(0, 1)[odd_at]}
+    if len(exception_at):
+        tensors |= {"exception_at": exception_at, "exception_values": exact.flatten(0, 1)[exception_at]}
     if stored.group % SPAN:
-        whole = whole.repeat_interleave(stored.group // GROUP, 1)
-        whole = torch.cat((whole, whole.new_zeros(len(whole), whole.shape[1] % 2, 2)), 1)
-        whole = whole.view(-1, TILE, whole.shape[1] // 2, 2, 2).permute(0, 2, 4, 1, 3)
+        ints = ints.repeat_interleave(stored.group // GROUP, 1)
+        ints = torch.cat((ints, ints.new_zeros(len(ints), ints.shape[1] % 2, 2)), 1)
+        ints = ints.view(-1, TILE, ints.shape[1] // 2, 2, 2).permute(0, 2, 4, 1, 3)
     else:
-        whole = whole.view(-1, TILE, whole.shape[1], 2).permute(0, 2, 3, 1)
-    return tensors | {"span_scales": whole.contiguous()}
+        ints = ints.view(-1, TILE, ints.shape[1], 2).permute(0, 2, 3, 1)
+    return tensors | {"span_scales": ints.contiguous()}
 
 
-def _float16(whole: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """float16 [..., 2]: the scales and zeros that two whole numbers each stand for."""
-    scale, rest = whole.int().unbind(-1)
+def _float16(ints: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """float16 [..., 2]: scales and zeros from their integer form."""
+    scale, rest = ints.int().unbind(-1)
     return torch.ldexp(torch.stack((scale, 8 * (rest - scale)), -1).float(), exponent).half()
 
 
-def _of_spans(weight: Weight, tiles: slice) -> torch.Tensor:
+def _decode_span_scales(weight: Weight, tiles: slice) -> torch.Tensor:
     """float16 [rows of the tiles, groups, 2]: scales and zeros."""
     spans = weight.tensors["span_scales"][tiles]
     groups = weight.shape[1] // weight.group
     if weight.group % SPAN:
-        whole = spans.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:, : weight.shape[1] // GROUP]
-        whole = whole[:, :: weight.group // GROUP]
+        ints = spans.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:, : weight.shape[1] // GROUP]
+        ints = ints[:, :: weight.group // GROUP]
     else:
-        whole = spans.permute(0, 3, 1, 2).flatten(0, 1)
-    values = _float16(whole, weight.tensors["exponents"].view(-1, TILE)[tiles].flatten()[:, None, None])
-    if "odd_at" in weight.tensors:
+        ints = spans.permute(0, 3, 1, 2).flatten(0, 1)
+    values = _float16(ints, weight.tensors["exponents"].view(-1, TILE)[tiles].flatten()[:, None, None])
+    if "exception_at" in weight.tensors:
         first = tiles.start * TILE * groups
-        begin, end = torch.searchsorted(weight.tensors["odd_at"], torch.tensor([first, first + len(values) * groups]))
-        at = weight.tensors["odd_at"][begin:end] - first
-        values.view(-1, 2)[at] = weight.tensors["odd"][begin:end]
+        begin, end = torch.searchsorted(
+            weight.tensors["exception_at"], torch.tensor([first, first + len(values) * groups])
+        )
+        at = weight.tensors["exception_at"][begin:end] - first
+        values.view(-1, 2)[at] = weight.tensors["exception_values"][begin:end]
     return values
 
 
 def _group_values(weight: Weight, name: str, tiles: slice) -> torch.Tensor:
     """float16 [rows of the tiles, groups]."""
     if "span_scales" in weight.tensors:
-        return _of_spans(weight, tiles)[..., 0 if name == "scale" else 1]
+        return _decode_span_scales(weight, tiles)[..., 0 if name == "scale" else 1]
     if not weight.double_quantized:
         return weight.tensors["scale"][tiles].transpose(1, 2).flatten(0, 1)
     codes = weight.tensors[f"{name}_codes"][tiles]  # [tiles, groups, 16]

@@ -1,28 +1,28 @@
-// Small vector pieces that several kernels need. Every one is elementwise or reduces in one fixed order.
+// Small vector functions shared by the kernels. All are elementwise or reduce in a fixed order.
 #pragma once
 #include "target.h"
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace loramux {
 
-inline __m512 bf16_to_float(__m256i h) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-}
+inline __m512 bf16_to_float(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 
 #ifdef __AVX512BF16__
 inline __m256i float_to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// Those of `low`, then those of `high`.
+// bf16 of `low`, then of `high`.
 inline __m512i float_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// sum[i] + x[2 i] y[2 i] + x[2 i + 1] y[2 i + 1], of bf16.
-inline __m512 add_pairs(__m512 sum, __m512i x, __m512i y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+// sum[i] + x[2 i] y[2 i] + x[2 i + 1] y[2 i + 1], for bf16 x and y.
+inline __m512 dot_bf16(__m512 sum, __m512i x, __m512i y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
 #else
 inline __m256i float_to_bf16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(x),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(even, nan, _mm512_set1_epi32(0x7fc00000)), 16));
@@ -32,7 +32,7 @@ inline __m512i float_to_bf16(__m512 low, __m512 high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(float_to_bf16(low)), float_to_bf16(high), 1);
 }
 
-inline __m512 add_pairs(__m512 sum, __m512i x, __m512i y) {
+inline __m512 dot_bf16(__m512 sum, __m512i x, __m512i y) {
   const auto first = [](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
   const auto second = [](__m512i v) {
     return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
@@ -50,7 +50,7 @@ inline float bf16_to_float(uint16_t h) {
 
 inline float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
 
-// Sixteen float16 numbers, and such as codes times `step` plus `base` are rounded to.
+// Loads 16 float16 values.
 inline __m512 load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -61,11 +61,18 @@ inline __m512 decode(const uint8_t* codes, float step, float base) {
   return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// The levels of NF4 in units of 1/127, plus 128: vpdpbusd wants one operand without a sign.
+// The NF4 levels in units of 1/127, plus 128, since vpdpbusd needs one unsigned operand.
 inline __m512i nf4_levels() {
-  return _mm512_broadcast_i32x4(
-      _mm_setr_epi8(1, 40, 61, 78, 92, 105, 116, (char)128, (char)138, (char)148, (char)159, (char)171, (char)184,
-                    (char)199, (char)220, (char)255));
+  return _mm512_broadcast_i32x4(_mm_setr_epi8(1, 40, 61, 78, 92, 105, 116, (char)128, (char)138, (char)148, (char)159,
+                                              (char)171, (char)184, (char)199, (char)220, (char)255));
+}
+
+// Calls f(std::integral_constant<int, N>()) with N = count, or MAX if count is larger.
+template <int MAX, int N = 1, class F>
+__attribute__((always_inline)) inline void dispatch(int64_t count, F&& f) {
+  if constexpr (N < MAX)
+    if (count != N) return dispatch<MAX, N + 1>(count, f);
+  f(std::integral_constant<int, N>());
 }
 
 inline __mmask16 first_lanes(int64_t n) {
@@ -76,16 +83,16 @@ inline __mmask32 first_of_32(int64_t n) {
   return n >= 32 ? 0xffffffffu : static_cast<__mmask32>(n <= 0 ? 0 : (1ull << n) - 1);
 }
 
-// The 32 bits at p in every lane.
-inline __m512i broadcast_word(const void* p) {
+// Broadcasts the 32 bits at p.
+inline __m512i broadcast32(const void* p) {
   int32_t word;
   std::memcpy(&word, p, sizeof word);
   return _mm512_set1_epi32(word);
 }
 
-// Each of sixteen words twice, side by side: of 32 from `at` on the first sixteen or the others.
-inline __m512i words_twice(const int16_t* at, int half) {
-#ifdef __AVX512VNNI__  // all of them in a register, as whoever asks for one half asks for the other too
+// Duplicates each of 16 words into a 32-bit lane: words 16 * half to 16 * half + 15 at `at`.
+inline __m512i duplicate_words(const int16_t* at, int half) {
+#ifdef __AVX512VNNI__  // one load for both halves
   const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i twice = _mm512_or_si512(column, _mm512_slli_epi32(column, 16));
   const __m512i from = _mm512_or_si512(twice, _mm512_set1_epi16(static_cast<int16_t>(16 * half)));
@@ -97,12 +104,15 @@ inline __m512i words_twice(const int16_t* at, int half) {
 #endif
 }
 
-// 2^n, n in -126..127.
-inline __m512 power_of_two(__m512i n) { return (__m512)_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23); }
+// 2^n for n in -126..127.
+inline __m512 power_of_two(__m512i n) {
+  return (__m512)_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23);
+}
 
-// exp to about one unit in the last place: 2^n * p(r) with r in [-ln2/2, ln2/2] (Cephes' polynomial). NaN stays NaN.
+// exp with about one ulp of error: 2^n * p(r), r in [-ln2/2, ln2/2] (Cephes polynomial). NaN stays NaN.
 inline __m512 exp_ps(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(88.7f), x));  // the second one if one is NaN
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f),
+                    _mm512_min_ps(_mm512_set1_ps(88.7f), x));  // min and max return the second operand if one is NaN
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -121,9 +131,9 @@ inline __m512 silu(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-// The lanes of each of four vectors put together by f, always in this order.
+// Reduces each of four vectors to one lane with f, in a fixed order.
 template <class F>
-inline __m128 across(__m512 a, __m512 b, __m512 c, __m512 d, F f) {
+inline __m128 reduce_lanes(__m512 a, __m512 b, __m512 c, __m512 d, F f) {
   const __m512 ab = f(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = f(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
@@ -132,21 +142,21 @@ inline __m128 across(__m512 a, __m512 b, __m512 c, __m512 d, F f) {
   return _mm512_castps512_ps128(f(half, _mm512_shuffle_f32x4(half, half, 0xb1)));
 }
 
-// Below this a reciprocal would overflow; values without more are as good as zero.
-constexpr float LEAST_PEAK = 1e-30f;
+// Below this a reciprocal would overflow; rows with a smaller maximum count as zero.
+constexpr float MIN_PEAK = 1e-30f;
 
-// What the largest magnitude becomes in whole numbers of two codes, 256 high + low.
-constexpr float MOST_OF_TWO = 127 * 256 + 127;
+// The largest magnitude of a split16 value, 256 high + low.
+constexpr float SPLIT16_MAX = 127 * 256 + 127;
 
-// The largest magnitude. As integers these have the order that they have as numbers, and NaN is the largest.
-inline float peak_of(const float* x, int64_t n) {
+// The largest magnitude. Magnitudes compare as integers like as floats, and NaN is the largest.
+inline float max_magnitude(const float* x, int64_t n) {
   __m512i most = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 16)
     most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(n - i), x + i)));
   return _mm_cvtss_f32((__m128)_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)));
 }
 
-// Every fourth vector to a sum of its own: one alone would wait for itself.
+// Four accumulators, to hide the latency of additions.
 inline float sum_of_squares(const float* x, int64_t n) {
   __m512 sum[4];
   for (__m512& s : sum) s = _mm512_setzero_ps();

@@ -1,4 +1,5 @@
-// The instruction set of the kernels, which setup.py asks the compiler for. Included by every file but cpu_probe.cpp.
+// The instruction set that the build targets; setup.py passes the compiler flags. Included by every file but
+// cpu_probe.cpp.
 #pragma once
 #include <immintrin.h>
 
@@ -11,25 +12,25 @@
 
 namespace loramux {
 
-// Whether there is a matrix unit, for products of codes and of bf16; see amx_gemm.h and amx_attention.h.
+// AMX, for int8 and bf16; see amx_gemm.h and amx_attention.h.
 #ifdef __AMX_INT8__
-constexpr bool MATRIX_UNIT = true;
+constexpr bool HAS_AMX = true;
 #else
-constexpr bool MATRIX_UNIT = false;
+constexpr bool HAS_AMX = false;
 #endif
 
-// Whether vectors of 512 bits are the processor's own; see avx2_compat.h.
+// 512-bit vectors; otherwise see avx2_compat.h.
 #ifdef __AVX512VNNI__
-constexpr bool WHOLE_VECTORS = true;
+constexpr bool HAS_AVX512 = true;
 #else
-constexpr bool WHOLE_VECTORS = false;
+constexpr bool HAS_AVX512 = false;
 #endif
 
-// Whether products of bytes are instructions.
+// vpdpbusd.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr bool BYTE_PRODUCTS = true;
+constexpr bool HAS_VNNI = true;
 #else
-constexpr bool BYTE_PRODUCTS = false;
+constexpr bool HAS_VNNI = false;
 #endif
 
 }  // namespace loramux

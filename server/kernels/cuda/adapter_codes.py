@@ -12,7 +12,7 @@ import torch
 from adapters.errors import InvalidAdapter
 from adapters.weights import LoraWeights, LowRank
 from server.kernels import huge_pages
-from server.kernels.adapter_memory import walk
+from server.kernels.adapter_memory import step_order
 from server.kernels.cuda.adapter_layout import LINE
 
 _LEAST = 1e-30
@@ -28,7 +28,7 @@ def encoded(weights: LoraWeights, pinned: bool) -> LoraWeights:
     """
     places: dict[tuple[str, str], int] = {}
     end = 0
-    for path, part in walk(tuple(weights.modules)):
+    for path, part in step_order(tuple(weights.modules)):
         update = weights.modules[path]
         if part == "A":
             places[path, "units"] = end

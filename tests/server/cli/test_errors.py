@@ -26,7 +26,7 @@ import adapters
 from server.cli import generate, main
 from server.cli.options import LEFT_OUT
 from server.engine.grammar import _begin
-from server.kernels.threads import apart
+from server.kernels.threads import run_in_thread
 from server.model.loader import Base
 from server.tasks.inference import Generation
 from tests.waiting import until
@@ -258,7 +258,7 @@ def test_an_error_is_told_in_the_form_of_the_log(
     assert status == 1 and err.startswith(start) and err.count("out of memory") == err.count("\n") == 1
 
 
-@pytest.mark.parametrize("begin", [apart, _begin])
+@pytest.mark.parametrize("begin", [run_in_thread, _begin])
 def test_an_interpreter_does_not_end_while_a_thread_is_within_a_library(
     run: Run, monkeypatch: pytest.MonkeyPatch, begin: Callable[[Callable[[], object]], object]
 ) -> None:

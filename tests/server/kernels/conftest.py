@@ -28,7 +28,7 @@ Compiled = Callable[[], tuple[int, str, str]]
 def runs(library: str) -> bool:
     """Whether this native library was built, and the processor has the instructions that it needs."""
     try:
-        return bindings.load(library).loramux_missing() is None
+        return bindings.load(library).loramux_unsupported() is None
     except OSError:  # an older compiler builds some of them
         return False
 

@@ -99,7 +99,7 @@ def test_a_module_without_ranks_is_one_of_codes_too() -> None:
     given = random(3, 16, 16), LowRank(torch.zeros(0, 16), torch.zeros(16, 0), 1.0)
     made = dict(enumerate(encoded(*given)))
     kept = adapter_layout(LoraWeights("a", "digest", {PATH.format(i): m for i, m in made.items()}))
-    assert kept.sites["rank"].tolist() == [3, 0] and kept.coded == {True}
+    assert kept.modules["rank"].tolist() == [3, 0] and kept.formats == {True}
 
 
 @pytest.mark.parametrize("part", ["A", "B"])

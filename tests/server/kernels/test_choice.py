@@ -34,7 +34,7 @@ def test_auto_falls_back_to_torchs_with_one_line(
     with caplog.at_level(logging.INFO, "server.kernels"):
         assert choose("auto").name == "aten"
     assert [record.getMessage() for record in caplog.records] == [
-        "the native kernels cannot run here (this processor has no AVX2); torch's own ops serve"
+        "the native kernels cannot run here (this processor has no AVX2); using torch's ops"
     ]
     with pytest.raises(BadSetting, match="cannot run here: this processor has no AVX2"):
         choose("native")
@@ -53,11 +53,11 @@ def test_nothing_is_told_of_each_library_that_was_not_built(
     with caplog.at_level(logging.INFO, "server"):
         assert choose("auto").name == "aten"
         cpu.unavailable()  # as others ask later on
-    assert caplog.messages == ["the native kernels cannot run here (it was not built); torch's own ops serve"]
+    assert caplog.messages == ["the native kernels cannot run here (it was not built); using torch's ops"]
 
 
 def test_unknown_kernels_are_refused() -> None:
-    with pytest.raises(BadSetting, match="known are auto, native, aten, reference"):
+    with pytest.raises(BadSetting, match="choose one of auto, native, aten, reference"):
         choose("cuda-graphs")
 
 
@@ -112,7 +112,7 @@ def test_the_fastest_library_that_runs_is_loaded(
 
     class Library:
         def __init__(self, missing: bytes | None) -> None:
-            self.loramux_missing = lambda: missing
+            self.loramux_unsupported = lambda: missing
 
     there = {name: Library(None) for name in bindings.LIBRARIES}
     monkeypatch.setattr(bindings, "load", lambda name: there[name])
@@ -136,7 +136,7 @@ def test_the_fastest_library_that_runs_is_loaded(
     monkeypatch.setattr(bindings, "load", unbuilt)
     with caplog.at_level(logging.INFO, "server.kernels.cpu"):
         assert bindings.library.__wrapped__() is there["_native_avx2"]
-    assert caplog.messages == ["the kernels of _native_bf16 are left out: the library was not built with this package"]
+    assert caplog.messages == ["cannot load the kernels of _native_bf16: the library was not built with this package"]
 
 
 @pytest.mark.skipif(platform.machine() not in MACHINES, reason="the kernels are not for this kind of processor")
@@ -153,13 +153,13 @@ def test_each_library_is_built_and_tells_what_the_processor_lacks(name: str) -> 
         "_native_avx2_vnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
         "_native_avx2": {"avx2", "fma", "f16c", "bmi2"},
     }
-    missing, has = library.loramux_missing(), needed[name] <= cpu_info.features()
+    missing, has = library.loramux_unsupported(), needed[name] <= cpu_info.features()
     assert (missing is None) == has or b"the system" in missing, missing
 
 
 def test_on_another_kind_of_processor_no_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with pytest.raises(OSError, match="of the kind aarch64, and the native kernels are written for x86-64"):
+    with pytest.raises(OSError, match="need an x86-64 processor, and this one is aarch64"):
         bindings.load("_native")
 
 
@@ -167,7 +167,7 @@ def test_a_library_of_another_python_is_not_taken(tmp_path: Path, monkeypatch: p
     """It lies in a checkout where another Python was used, and nothing has built it again since."""
     monkeypatch.setattr(bindings, "__file__", str(tmp_path / "bindings.py"))
     (tmp_path / "_native.cpython-310-x86_64-linux-gnu.so").touch()
-    with pytest.raises(OSError, match=r"was not built with this package: install that again .* compiler \(g\+\+"):
+    with pytest.raises(OSError, match=r"was not built with this package: install it again .* compiler \(g\+\+"):
         bindings.load("_native")
 
 

@@ -8,7 +8,7 @@ import torch
 from adapters.weights import LoraWeights, LowRank
 from server.kernels import choose
 from server.kernels.cpu import unavailable
-from server.kernels.recompress import AT_ONCE, recompress
+from server.kernels.recompress import BATCH, recompress
 from tests.server.kernels.tiny import codes_of
 
 PATH = "model.layers.{}.self_attn.q_proj"
@@ -85,10 +85,10 @@ def test_what_is_refused_is_left_to_who_refuses_it(value: float) -> None:
 
 def test_of_many_modules_of_one_shape_all_are_looked_at() -> None:
     """More than are looked at together, and the one that cancels is the last."""
-    given = adapter(*(plain(8, seed=2 * i) for i in range(AT_ONCE + 1)), converted(seed=99))
+    given = adapter(*(plain(8, seed=2 * i) for i in range(BATCH + 1)), converted(seed=99))
     made = recompress(given)
     changed = [path for path, module in given.modules.items() if made.modules[path] is not module]
-    assert changed == [PATH.format(AT_ONCE + 1)]
+    assert changed == [PATH.format(BATCH + 1)]
 
 
 def test_two_ranks_may_cancel() -> None:

@@ -70,7 +70,7 @@ def test_a_row_of_a_product_is_the_same_in_any_batch_and_in_pieces(monkeypatch: 
     whole = backend.linear(stored, x)
     assert torch.equal(whole, (x.double() @ dequantize_stored(stored).double().t()).float())
     assert torch.equal(whole, torch.cat([backend.linear(stored, rows) for rows in x.split([1, 9, 71])]))
-    monkeypatch.setattr(reference, "PIECE", 1536 * 17)
+    monkeypatch.setattr(reference, "CHUNK", 1536 * 17)
     assert torch.equal(whole, backend.linear(stored, x))
 
 

@@ -41,7 +41,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_smallest_quota_on_the_way_up_counts(groups: Path, limits: dict[str, str], expected: int) -> None:
     for group, text in limits.items():
         (groups / group / "cpu.max").write_text(text)
-    assert threads.processors() == expected
+    assert threads.available_cpus() == expected
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_quotas_of_the_first_version_count_too(
     for group, told in (("old/till", quota), ("old", around)):
         (groups / "cpu" / group / "cpu.cfs_quota_us").write_text(told)
         (groups / "cpu" / group / "cpu.cfs_period_us").write_text(period)
-    assert threads.processors() == expected
+    assert threads.available_cpus() == expected
 
 
 def test_without_control_groups_affinity_counts(groups: Path) -> None:
     (groups / "own").write_text("1:cpu:/old\n")
-    assert threads.processors() == 8
+    assert threads.available_cpus() == 8
     (groups / "own").unlink()
-    assert threads.processors() == 8
+    assert threads.available_cpus() == 8
 
 
 ANY_THREAD = """

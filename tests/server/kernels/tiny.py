@@ -153,7 +153,7 @@ def uncut(weights: LoraWeights) -> LoraWeights:
 def lies_in(pool: Any, slot: int, weights: LoraWeights) -> bool:
     """Whether the tables lead to an adapter's matrices, bit for bit."""
     for path, update in weights.modules.items():
-        (site,) = pool._find_sites(((path, update.shape),))
+        (site,) = pool._find_modules(((path, update.shape),))
         a, b, units = pool.pool.offsets[slot, site].tolist()
         values = pool.pool.values.cpu()
         same = torch.equal(values[a : a + update.A.numel()], update.A.flatten())

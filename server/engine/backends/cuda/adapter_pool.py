@@ -22,7 +22,7 @@ from server.engine.adapter_slots import AdapterMemory
 from server.errors import NoCapacity
 from server.kernels.cuda.adapter_layout import LINE, AdapterLayout
 from server.kernels.cuda.lora import Pool
-from server.kernels.lora import TARGET_MODULES, site_finder
+from server.kernels.lora import TARGET_MODULES, module_finder
 from server.model.config import ModelConfig
 
 PIECE = 8 << 20
@@ -50,7 +50,7 @@ class AdapterPool:
     ) -> None:
         kept = torch.int8 if coded else dtype
         sites = config.num_hidden_layers * len(TARGET_MODULES)
-        self._find_sites = site_finder(config.linear_shapes())
+        self._find_modules = module_finder(config.linear_shapes())
         self._size = nbytes // LINE * LINE // kept.itemsize
         self._per_place = np.array([1, 1, max(1, torch.float32.itemsize // kept.itemsize)])
         """Elements that one more in a row of the tables means: units are counted in float32 beside codes."""
@@ -101,7 +101,7 @@ class AdapterPool:
         places = weights.layout
         if not isinstance(places, AdapterLayout) or places.flat.dtype != self.pool.values.dtype:
             raise ValueError(f"the adapter {weights.name!r} was not prepared for the CUDA kernels of this base")
-        found = self._find_sites(places.shapes)
+        found = self._find_modules(places.shapes)
         self._placed[slot] = parts = self._room(places)
         # Numpy: a call of torch for each of hundreds of numbers takes longer than the copy.
         offsets, ranks, scales = (table[slot].numpy() for table in self._tables)

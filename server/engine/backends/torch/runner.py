@@ -12,7 +12,7 @@ from adapters.weights import LoraWeights
 from server.engine.batch import Batch, Logits
 from server.engine.sampler import DeviceSampler
 from server.kernels.lora import Segment, Segments, SlotTable
-from server.kernels.threads import take
+from server.kernels.threads import own_thread_pool
 from server.model.attention import Context, PagedAttention
 from server.model.decoder import Decoder, Source
 
@@ -61,7 +61,7 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Logits:
         if self._owner != threading.get_ident():
-            take(self._threads)
+            own_thread_pool(self._threads)
             self._owner = threading.get_ident()
         tokens, positions, rows = map(torch.from_numpy, (batch.tokens, batch.positions, batch.logit_rows))
         layout = map(torch.from_numpy, (batch.row_start, batch.context, batch.blocks))

@@ -1,9 +1,7 @@
-"""Torch's own CPU kernels: bf16 activations, the 4-bit product for int4, blocks of dequantized rows for the rest.
+"""The backend of torch's CPU ops, for machines without the native kernels.
 
-Owns the layout `int4pack` and the choice between products. What serves where the native kernels cannot be built.
-
-`aten::_weight_int4pack_mm_for_cpu` wants scales and offsets in bf16: they are rounded when a matrix is packed, and
-`dequantize` gives what is left after that rounding. Everything else is exact.
+int4 uses `aten::_weight_int4pack_mm_for_cpu`, which takes scales and offsets in bf16: they are rounded when a matrix is
+packed, and `dequantize` returns the rounded weights. Other schemes dequantize blocks of rows.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.weights import LoraWeights
-from server.kernels.lora import Segments, slow_in, times
+from server.kernels.lora import Segments, matmul, slow_in
 from server.kernels.packed_format import TILE, dequantize_stored, group_values, unpack_nibbles
 from server.kernels.recompress import recompress
 from server.kernels.reference import prepared, stored_rows
@@ -26,28 +24,23 @@ from server.kernels.weight import STORED, Weight
 
 INT4PACK = "int4pack-2"
 GROUPS = (32, 64, 128, 256)
-"""Group sizes that torch's 4-bit product takes."""
+"""Group sizes that torch's 4-bit product supports."""
 PACKED_ROWS = 96
-"""Rows of x up to which the 4-bit product is faster than dequantizing blocks and multiplying these, in bf16 or, where
-that is slow, in float32 (measured with AVX-512 and with AVX2)."""
-PLAIN_ROWS = 3
-"""The same where torch's 4-bit product is a plain loop for each row, as it has vector instructions for AVX2 and AVX-512
-alone (measured)."""
+"""Most rows for which the 4-bit product is faster than dequantizing blocks (measured with AVX-512 and AVX2)."""
+SCALAR_ROWS = 3
+"""The same without AVX2, where torch's 4-bit product is a scalar loop (measured)."""
 BLOCK_BYTES = 2**22
-"""Bytes of dequantized weights, in float32, at a time: larger ones leave the cache, smaller ones cost more calls."""
+"""Bytes of float32 weights that are dequantized at a time: few enough to stay in the cache."""
 
 
-class Work(threading.local):
-    """Memory for blocks of weights that is used again, by each thread its own.
-
-    A fresh tensor of megabytes is fresh pages, and their faults take three times as long as a table's product.
-    """
+class WorkBuffers(threading.local):
+    """Reusable buffers per thread. Page faults of new memory take three times as long as a product."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """A tensor of that shape with anything in it, valid until the next call for the same name and dtype."""
+        """An uninitialized tensor, valid until the next call with the same name and dtype."""
         size, buffer = math.prod(shape), self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
@@ -55,21 +48,20 @@ class Work(threading.local):
 
 
 def layout() -> str:
-    """The layout of matrices with all that it goes by, so that what another machine or another torch has packed is not
-    taken for one's own."""
+    """Layout name with everything that the packing depends on: torch's version, CPU capability and machine."""
     torch_version = ".".join(torch.__version__.split(".")[:2])
     return f"{INT4PACK}-{_capability().lower()}-{_tile_rows()}-{platform.machine().lower()}-torch{torch_version}"
 
 
-class Aten:
-    """The backend of torch's own ops. Adapters are bf16."""
+class TorchOps:
+    """The `aten` backend. Adapters are bf16."""
 
     name = "aten"
     dtype = torch.bfloat16
 
     def __init__(self) -> None:
         self.layout = layout()
-        self._work = Work()
+        self._work = WorkBuffers()
 
     def pack(self, stored: Weight) -> Weight:
         out, width = stored.shape
@@ -79,7 +71,7 @@ class Aten:
         tensors = {"codes": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 8)}
         del codes
         if stored.double_quantized:
-            # Kept as small as they are stored, groups before rows, and widened at each use.
+            # Kept double-quantized, groups before rows, and decoded at each use.
             tensors |= {name: tensor.t().contiguous() for name, tensor in stored.tensors.items() if name != "codes"}
         else:
             tensors["scales"] = _scales(stored)
@@ -101,7 +93,7 @@ class Aten:
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
         if update is not None:
-            return self._added(weight, x, update)
+            return self._linear_with_update(weight, x, update)
         if weight.layout == INT4PACK:
             if x.dtype == torch.bfloat16 and x.shape[0] <= _packed_rows():
                 y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -121,11 +113,11 @@ class Aten:
         for start, stop in _blocks(weight):
             out = self._work("rows", torch.float32, stop - start, weight.shape[1])
             products[start:stop] = _rows_times(dequantize_stored(weight, start, stop, out=out).to(x.dtype), x)
-        # Turned once: a few thousand numbers of a block would be turned by one thread. A copy even of one row.
+        # Transposed once for all blocks: a single block is so small that torch would use one thread.
         return products.t().clone(memory_format=torch.contiguous_format)
 
-    def _added(self, weight: Weight, x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-        """`linear` with an update: torch's 4-bit product, which rounds to bf16 by itself, is left aside."""
+    def _linear_with_update(self, weight: Weight, x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """`linear` with an update, without torch's 4-bit product, which would round to bf16 first."""
         if slow_in(x.dtype) or (weight.layout != INT4PACK and weight.scheme != "none"):
             return self.linear(weight, x.float()).add_(update).to(x.dtype)
         if weight.layout != INT4PACK:
@@ -143,38 +135,38 @@ class Aten:
 
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, path: str, segments: Segments) -> None:
         for run in segments.runs:
-            site = run.site(path)
-            if site is not None:
+            module = run.module(path)
+            if module is not None:
                 rows = y[run.start : run.stop]
-                rows.copy_(times(run.shrunk(site.shrink, x)[:, site.columns], site.B, to=rows))
+                rows.copy_(matmul(run.shrunk(module.shrink, x)[:, module.columns], module.B, add_to=rows))
         for segment in segments.long:
             for slot, weight in segment.mix:
                 update = segments.table[slot].modules.get(path)
                 if update is None:
                     continue
-                rows, into = y[segment.start : segment.stop], x[segment.start : segment.stop]
+                rows, inputs = y[segment.start : segment.stop], x[segment.start : segment.stop]
                 if slow_in(x.dtype):
-                    v = into.float() @ update.A.float().t()
+                    v = inputs.float() @ update.A.float().t()
                     rows.copy_(rows.float().addmm_(v, update.B.float().t(), alpha=weight * update.scale))
                 else:
-                    v = into @ update.A.t()
+                    v = inputs @ update.A.t()
                     rows.addmm_(v, update.B.t(), alpha=weight * update.scale)
 
 
 def _capability() -> str:
-    """The instructions that torch's own kernels were compiled for, of those that are here."""
+    """The instruction set that torch's kernels use here."""
     return torch.backends.cpu.get_cpu_capability()
 
 
 def _packed_rows() -> int:
-    return PACKED_ROWS if _capability() in ("AVX2", "AVX512") else PLAIN_ROWS
+    return PACKED_ROWS if _capability() in ("AVX2", "AVX512") else SCALAR_ROWS
 
 
 def _rows_times(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """rows x^T [n, T] of float32 or bf16 rows [n, in]: by oneDNN where torch has it, whatever the dtype.
+    """rows x^T [n, T] of float32 or bf16 rows [n, in], with oneDNN if torch has it.
 
-    For float32, `torch.mm` goes to MKL, which takes twice as long at a few rows of x: 5.5 ms instead of 2.9 for a
-    table of 49,152 rows and 16 of x, in blocks.
+    `torch.mm` uses MKL for float32, which takes twice as long with few rows of x (5.5 ms instead of 2.9 ms for a table
+    of 49,152 rows and 16 rows of x).
     """
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         products: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, x, None, "none", [], "")
@@ -183,9 +175,9 @@ def _rows_times(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """bf16 [in/group, rows, 2]: scale and offset as torch has them, w = (code - 8) * scale + offset.
+    """bf16 [in/group, rows, 2]: scale and offset in torch's form, w = (code - 8) * scale + offset.
 
-    Of rows `start`, a multiple of 16, to `stop`.
+    `start` is a multiple of 16.
     """
     stop = weight.shape[0] if stop is None else stop
     if "scales" in weight.tensors:
@@ -193,15 +185,15 @@ def _scales(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Te
     if weight.layout == STORED:
         scale, zero = (group_values(weight.tensors, name, start, stop).t() for name in ("scale", "zero"))
     else:
-        scale, zero = (_widened(weight, name, start, stop) for name in ("scale", "zero"))
+        scale, zero = (_decoded(weight, name, start, stop) for name in ("scale", "zero"))
     both = torch.empty((*scale.shape, 2), dtype=torch.bfloat16)
     both[..., 0] = scale
     both[..., 1] = zero.float().add_(scale, alpha=8)
     return both
 
 
-def _widened(weight: Weight, name: str, start: int, stop: int) -> torch.Tensor:
-    """Double-quantized scales or zeros of rows of the layout `int4pack` as float16 [in/group, stop - start]."""
+def _decoded(weight: Weight, name: str, start: int, stop: int) -> torch.Tensor:
+    """Decoded double-quantized scales or zeros as float16 [in/group, stop - start]."""
     codes = weight.tensors[f"{name}_codes"][:, start:stop]
     groups, rows = codes.shape
     tiles = slice(start // TILE, -(-stop // TILE))
@@ -215,24 +207,24 @@ def _widened(weight: Weight, name: str, start: int, stop: int) -> torch.Tensor:
 
 
 def _blocks(weight: Weight) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose dequantized form is about BLOCK_BYTES. They start at tiles."""
+    """Ranges of rows of about BLOCK_BYTES, aligned to tiles."""
     out, width = weight.shape
     step = max(64, BLOCK_BYTES // (4 * width) // 64 * 64)
     for start in range(0, out, step):
         yield start, min(start + step, out)
 
 
-def _columns(weight: Weight, start: int, stop: int, dtype: torch.dtype, work: Work) -> torch.Tensor:
-    """Rows `start` to `stop` of the layout `int4pack`, transposed: [in, stop - start], in `work`'s memory.
+def _columns(weight: Weight, start: int, stop: int, dtype: torch.dtype, work: WorkBuffers) -> torch.Tensor:
+    """Dequantize rows `start` to `stop` of the layout `int4pack`, transposed: [in, stop - start] in a work buffer.
 
-    `start` is a multiple of the tile. Each value is rounded to `dtype` once; in float32 it is exact.
+    `start` is a multiple of the tile.
     """
     tile = _tile_rows()
     out = work("columns", dtype, weight.shape[1], stop - start)
     whole = (stop - start) // tile * tile
     if whole:
         _tiles(out[:, :whole], weight, start, tile, work)
-    if start + whole < stop:  # torch packs what is left in one narrower tile
+    if start + whole < stop:  # torch packs the remaining rows as one narrower tile
         last = min(start + whole + tile, weight.shape[0]) - start - whole
         narrow = work("narrow", dtype, weight.shape[1], last)
         _tiles(narrow, weight, start + whole, last, work)
@@ -240,8 +232,8 @@ def _columns(weight: Weight, start: int, stop: int, dtype: torch.dtype, work: Wo
     return out
 
 
-def _tiles(out: torch.Tensor, weight: Weight, start: int, tile: int, work: Work) -> None:
-    """Write rows from `start` on, which are packed in tiles of `tile` rows, to the columns of `out` [in, rows]."""
+def _tiles(out: torch.Tensor, weight: Weight, start: int, tile: int, work: WorkBuffers) -> None:
+    """Dequantize rows from `start` on, packed in tiles of `tile` rows, into the columns of `out` [in, rows]."""
     (width, rows), group = out.shape, weight.group
     packed = weight.tensors["codes"].view(-1)[start * width // 2 : (start + rows) * width // 2]
     packed = packed.view(-1, width, tile // 2)
@@ -261,7 +253,7 @@ def _tiles(out: torch.Tensor, weight: Weight, start: int, tile: int, work: Work)
 
 @lru_cache
 def _tile_rows() -> int:
-    """Rows that torch packs together: 64 with AVX-512, 32 with AVX2. Found by packing one code."""
+    """Rows of a tile: 64 with AVX-512, 32 with AVX2. Found by packing one code."""
     probe = torch.zeros(256, 32, dtype=torch.int32)
     probe[0, 1] = 1
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 8).view(-1)
@@ -270,7 +262,7 @@ def _tile_rows() -> int:
 
 @lru_cache
 def _tile_order(rows: int) -> torch.Tensor | None:
-    """Where each of a tile's rows is among its low nibbles followed by its high ones; None where they are in order.
+    """Position of each row of a tile among its low nibbles followed by its high ones; None if they are in order.
 
     Found by packing row numbers.
     """

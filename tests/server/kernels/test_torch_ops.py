@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from adapters.weights import LoraWeights, LowRank
-from server.kernels import aten, lora
-from server.kernels.aten import INT4PACK, PACKED_ROWS, PLAIN_ROWS, Aten
-from server.kernels.lora import SHARED_ROWS, Segment, Segments, SideBySide, SlotTable, SlotWeights
+from server.kernels import lora, torch_ops
+from server.kernels.lora import SHARED_ROWS, ConcatenatedAdapters, Segment, Segments, SlotTable, SlotWeights
 from server.kernels.packed_format import dequantize_stored
 from server.kernels.reference import Reference
+from server.kernels.torch_ops import INT4PACK, PACKED_ROWS, SCALAR_ROWS, TorchOps
 from server.kernels.weight import STORED, Weight
 from server.model.quantization import quantize
 
@@ -31,8 +31,8 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     plain loop. Without AVX2 torch's 4-bit product is one too."""
     if request.param == "as here":
         return
-    few = PLAIN_ROWS if request.param == "neither" else PACKED_ROWS
-    monkeypatch.setattr(aten, "_capability", lambda: "DEFAULT" if request.param == "neither" else "AVX2")
+    few = SCALAR_ROWS if request.param == "neither" else PACKED_ROWS
+    monkeypatch.setattr(torch_ops, "_capability", lambda: "DEFAULT" if request.param == "neither" else "AVX2")
     packed_product = torch.ops.aten._weight_int4pack_mm_for_cpu
 
     def of_few_rows(x: torch.Tensor, *more: Any) -> torch.Tensor:
@@ -49,7 +49,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
         return call
 
-    monkeypatch.setattr(aten, "_rows_times", checked(aten._rows_times))
+    monkeypatch.setattr(torch_ops, "_rows_times", checked(torch_ops._rows_times))
     monkeypatch.setattr(torch, "mm", checked(torch.mm))
     monkeypatch.setattr(torch.nn.functional, "linear", checked(torch.nn.functional.linear))
 
@@ -74,7 +74,7 @@ def rounded(stored: Weight) -> torch.Tensor:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("rows", "group"), [(64, 32), (192, 64), (80, 64), (112, 128), (16, 32)])
 def test_int4_is_exact_after_the_rounding_of_scales(rows: int, group: int, double_quant: bool) -> None:
-    backend = Aten()
+    backend = TorchOps()
     stored = quantize(torch.randn(rows, 256) * 0.05, "int4", group, double_quant)
     packed = backend.pack(stored)
     assert packed.layout == INT4PACK
@@ -89,22 +89,22 @@ def test_int4_is_exact_after_the_rounding_of_scales(rows: int, group: int, doubl
 @pytest.mark.parametrize(("rows", "columns", "group"), [(40, 128, 64), (64, 48, 16)])
 def test_shapes_that_torch_does_not_take_stay_stored(rows: int, columns: int, group: int) -> None:
     stored = quantize(torch.randn(rows, columns), "int4", group)
-    packed = Aten().pack(stored)
+    packed = TorchOps().pack(stored)
     assert packed is stored
     x = torch.randn(3, columns).bfloat16()
     torch.testing.assert_close(
-        Aten().linear(packed, x).float(), x.float() @ dequantize_stored(stored).t(), atol=0.1, rtol=0.02
+        TorchOps().linear(packed, x).float(), x.float() @ dequantize_stored(stored).t(), atol=0.1, rtol=0.02
     )
 
 
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("count", [1, PLAIN_ROWS, PLAIN_ROWS + 1, PACKED_ROWS, PACKED_ROWS + 1])
+@pytest.mark.parametrize("count", [1, SCALAR_ROWS, SCALAR_ROWS + 1, PACKED_ROWS, PACKED_ROWS + 1])
 @pytest.mark.parametrize(
     ("scheme", "double_quant"), [("int4", False), ("int4", True), ("nf4", True), ("int8", False), ("none", False)]
 )
 def test_products_are_the_dequantized_ones(scheme: str, double_quant: bool, count: int, dtype: torch.dtype) -> None:
-    backend = Aten()
+    backend = TorchOps()
     matrix = torch.randn(208, 256) * 0.05
     packed = backend.pack(quantize(matrix if scheme != "none" else matrix.bfloat16(), scheme, 64, double_quant))
     x = torch.randn(count, 256).to(dtype)
@@ -116,16 +116,16 @@ def test_products_are_the_dequantized_ones(scheme: str, double_quant: bool, coun
 
 
 def test_blocks_of_any_size_give_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = Aten().pack(quantize(torch.randn(336, 64), "int4", 32))
+    packed = TorchOps().pack(quantize(torch.randn(336, 64), "int4", 32))
     x = torch.randn(PACKED_ROWS + 8, 64).bfloat16()
-    whole = Aten().linear(packed, x)
-    monkeypatch.setattr(aten, "BLOCK_BYTES", 1)
-    torch.testing.assert_close(Aten().linear(packed, x), whole, atol=0, rtol=2 * BF16)
+    whole = TorchOps().linear(packed, x)
+    monkeypatch.setattr(torch_ops, "BLOCK_BYTES", 1)
+    torch.testing.assert_close(TorchOps().linear(packed, x), whole, atol=0, rtol=2 * BF16)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_product_stays_when_the_next_one_is_made(count: int) -> None:
-    table, backend = quantize(torch.randn(96, 64), "int8", 32), Aten()
+    table, backend = quantize(torch.randn(96, 64), "int8", 32), TorchOps()
     first = backend.linear(table, torch.ones(count, 64))
     kept = first.clone()
     backend.linear(table, torch.zeros(count, 64))
@@ -134,12 +134,12 @@ def test_a_product_stays_when_the_next_one_is_made(count: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "none"])
 def test_rows_are_looked_up(scheme: str) -> None:
-    packed = Aten().pack(quantize(torch.randn(96, 64), scheme, 32))
+    packed = TorchOps().pack(quantize(torch.randn(96, 64), scheme, 32))
     ids = torch.tensor([95, 3, 3, 64])
-    assert torch.equal(Aten().embed(packed, ids), Aten().dequantize(packed)[ids])
+    assert torch.equal(TorchOps().embed(packed, ids), TorchOps().dequantize(packed)[ids])
 
 
-def adapters(backend: Aten | Reference, count: int) -> list[LoraWeights]:
+def adapters(backend: TorchOps | Reference, count: int) -> list[LoraWeights]:
     """Adapters of ranks 1 to 24; the last lacks two modules, and one shares another's ranks."""
     generator = torch.Generator().manual_seed(5)
     made = []
@@ -162,7 +162,7 @@ def adapters(backend: Aten | Reference, count: int) -> list[LoraWeights]:
 def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
     draw = random.Random(seed)
     plain, ours = SlotTable(8), SlotTable(8)
-    for slot, (a, b) in enumerate(zip(adapters(Reference(), 7), adapters(Aten(), 7), strict=True)):
+    for slot, (a, b) in enumerate(zip(adapters(Reference(), 7), adapters(TorchOps(), 7), strict=True)):
         plain.load_adapter(slot, a)
         ours.load_adapter(slot, b)
     weights = [-1.0, 0.25, 1.0, 2.0] if seed % 2 else [-1.0, 0.3, 0.7]  # those that bf16 holds, and others
@@ -178,7 +178,7 @@ def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
     for path in ("m", "layer.q_proj", "layer.k_proj", "layer.v_proj", "n", "absent"):
         expected, y = torch.zeros(start, 32), torch.zeros(start, 32, dtype=torch.bfloat16)
         Reference().add_lora(expected, x.float(), path, Segments(plain, segments))
-        Aten().add_lora(y, x, path, Segments(ours, segments))
+        TorchOps().add_lora(y, x, path, Segments(ours, segments))
         for segment in segments:
             if not segment.mix:
                 assert not y[segment.start : segment.stop].any()
@@ -187,45 +187,49 @@ def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
 
 def test_what_overflows_in_one_adapter_stays_in_its_rows() -> None:
     table = SlotTable(3)
-    for slot, adapter in enumerate(adapters(Aten(), 3)):
+    for slot, adapter in enumerate(adapters(TorchOps(), 3)):
         table.load_adapter(slot, adapter)
     huge = {"m": LowRank(torch.full((2, 64), 3e38), torch.full((32, 2), 3e38), 16.0)}
-    table.load_adapter(2, Aten().prepare(LoraWeights("huge", "f" * 64, huge), "int4"))
+    table.load_adapter(2, TorchOps().prepare(LoraWeights("huge", "f" * 64, huge), "int4"))
     x, y = torch.randn(4, 64).abs().bfloat16(), torch.zeros(4, 32, dtype=torch.bfloat16)
     rows: list[SlotWeights] = [((0, 1.0),), ((2, 1.0),), (), ((0, 1.0), (1, 1.0))]
-    Aten().add_lora(y, x, "m", Segments(table, [Segment(i, i + 1, mix) for i, mix in enumerate(rows)]))
+    TorchOps().add_lora(y, x, "m", Segments(table, [Segment(i, i + 1, mix) for i, mix in enumerate(rows)]))
     assert not torch.isfinite(y[1]).any()
     assert torch.isfinite(y[[0, 2, 3]]).all()
 
 
 def test_the_copy_of_the_active_set_is_remade_only_when_it_must_be() -> None:
     table = SlotTable(4)
-    made = adapters(Aten(), 5)
+    made = adapters(TorchOps(), 5)
     for slot in range(4):
         table.load_adapter(slot, made[slot])
-    both: SideBySide = table.side_by_side([2, 3])
-    assert table.side_by_side([3]) is both  # less than what is held, and not much less
-    assert table.side_by_side([0]) is not both  # another adapter
-    three = table.side_by_side([2, 3, 0])
-    assert table.side_by_side([0]) is not three  # a small part of what is held
-    held = table.side_by_side([1, 2])
+    both: ConcatenatedAdapters = table.concatenated([2, 3])
+    assert table.concatenated([3]) is both  # less than what is held, and not much less
+    assert table.concatenated([0]) is not both  # another adapter
+    three = table.concatenated([2, 3, 0])
+    assert table.concatenated([0]) is not three  # a small part of what is held
+    held = table.concatenated([1, 2])
     table.unload_adapter(0)
-    assert table.side_by_side([1, 2]) is held
+    assert table.concatenated([1, 2]) is held
     table.unload_adapter(2)
     assert table.nbytes == 0
     table.load_adapter(2, made[4])
-    assert made[4].digest in table.side_by_side([1, 2]).place
+    assert made[4].digest in table.concatenated([1, 2]).index
 
 
 def test_a_layout_is_named_by_all_that_it_goes_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what was packed on another machine, or by another torch, is packed anew."""
-    names = [Aten().layout]
-    others = ((aten.platform, "machine", "riscv64"), (aten, "_capability", "SVE256"), (aten, "_tile_rows", 8))
+    names = [TorchOps().layout]
+    others = (
+        (torch_ops.platform, "machine", "riscv64"),
+        (torch_ops, "_capability", "SVE256"),
+        (torch_ops, "_tile_rows", 8),
+    )
     for where, what, other in others:
         monkeypatch.setattr(where, what, lambda other=other: other)
-        names.append(Aten().layout)
+        names.append(TorchOps().layout)
     monkeypatch.setattr(torch, "__version__", "9.9.1+cpu")
-    names.append(Aten().layout)
+    names.append(TorchOps().layout)
     assert len(set(names)) == 5 and names[-1] == f"{INT4PACK}-sve256-8-riscv64-torch9.9"
     monkeypatch.setattr(torch, "__version__", "9.9.2")
-    assert Aten().layout == names[-1]
+    assert TorchOps().layout == names[-1]

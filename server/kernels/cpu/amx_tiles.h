@@ -1,4 +1,4 @@
-// The matrix unit's tiles as a thread has them. Whoever has used the unit in this thread before may have left them otherwise.
+// Configuration of a thread's AMX tiles.
 #pragma once
 #include "target.h"
 
@@ -7,7 +7,7 @@
 
 namespace loramux {
 
-// How many rows each tile has, and how many bytes a row; those that have none are not used.
+// Rows and bytes per row of each tile; unused tiles have 0.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
@@ -18,15 +18,15 @@ struct alignas(64) TileConfig {
   }
 };
 
-// To ask takes a tenth of the time of saying so.
-inline void configure(const TileConfig& wanted) {
+// Reading the configuration takes a tenth of the time of writing it.
+inline void configure_tiles(const TileConfig& wanted) {
   TileConfig now;
   _tile_storeconfig(&now);
   if (_mm512_cmpneq_epi32_mask(_mm512_load_si512(&now), _mm512_load_si512(&wanted)) != 0) _tile_loadconfig(&wanted);
 }
 
-// Intrinsics of tiles do not tell the compiler what memory they read.
-inline void written() { asm volatile("" ::: "memory"); }
+// Compiler barrier: tile intrinsics do not tell the compiler which memory they access.
+inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 }  // namespace loramux
 
