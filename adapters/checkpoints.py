@@ -1,7 +1,4 @@
-"""A training run on disk, to go on from: one safetensors file, replaced by a rename, so a kill leaves a whole one.
-
-So is an adapter that is made on the way, of which the rest of a run is to be the continuation.
-"""
+"""Checkpoints of training runs: one safetensors file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ from adapters.weights import LoraWeights, LowRank, with_digest
 
 FILE = "checkpoint.safetensors"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-"""What a checkpoint may hold, by safetensors' names."""
+"""Dtypes that a checkpoint can contain, by safetensors' names."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`key` says which run it is of, `progress` where it is (JSON values), `tensors` its state."""
+    """`key` identifies the run, `progress` (JSON values) and `tensors` are its state."""
 
     key: str
     progress: Mapping[str, Any]
@@ -33,7 +30,7 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, state: Checkpoint) -> None:
-    """Replaces the folder's checkpoint. Raises StoreFailed, and then the old one is still there."""
+    """Replace the folder's checkpoint. Raises StoreFailed; the old one is then still there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / FILE, *_parts(state))
@@ -42,12 +39,10 @@ def write_checkpoint(folder: Path, state: Checkpoint) -> None:
 
 
 def _parts(state: Checkpoint) -> Iterator[bytes | memoryview]:
-    """A safetensors file, whose tensors are written from where they lie: `safetensors.torch.save` has them twice in
-    memory, which may be as much as the whole run takes otherwise.
-    """
+    """The parts of a safetensors file. `safetensors.torch.save` would copy all tensors in memory first."""
     metadata = {"key": state.key, "progress": json.dumps(dict(state.progress))}
     header: dict[str, Any] = {"__metadata__": metadata}
-    tensors = sorted(state.tensors.items(), key=lambda entry: -entry[1].itemsize)  # each at a multiple of its size
+    tensors = sorted(state.tensors.items(), key=lambda entry: -entry[1].itemsize)  # aligned to its item size
     end = 0
     for name, tensor in tensors:
         start, end = end, end + tensor.nbytes
@@ -59,34 +54,40 @@ def _parts(state: Checkpoint) -> Iterator[bytes | memoryview]:
         yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def read_checkpoint(folder: Path, key: str, whole: Path | None = None) -> Checkpoint | None:
-    """The folder's checkpoint, None if there is none. Raises StoreFailed if it is damaged or cannot be read now,
-    AdapterError if it is of another run. `whole` is the folder that such a run is removed with, if that is another.
+def read_checkpoint(folder: Path, key: str, run_folder: Path | None = None) -> Checkpoint | None:
+    """The folder's checkpoint; None if there is none.
+
+    Args:
+        run_folder: the folder that the error for another run names, if it is not `folder`.
+
+    Raises:
+        StoreFailed: the checkpoint is damaged or cannot be read.
+        AdapterError: it is of another run.
     """
     path = folder / FILE
-    shown = Path(*(whole or folder).parts[-3:])  # where it is, without the whole of the machine's path
+    shown = Path(*(run_folder or folder).parts[-3:])  # without the full path of the machine
     try:
         if not path.exists():
             return None
-        path.open("rb").close()  # which says why it cannot be opened; safetensors takes it for missing
+        path.open("rb").close()  # raises the reason; safetensors would say that it is missing
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         progress = json.loads(header["progress"])
-    except OSError as error:  # the machine's fault, or that of its rights: hours of training may be whole
+    except OSError as error:
         raise StoreFailed(f"the checkpoint in {shown} cannot be read: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise StoreFailed(f"the checkpoint in {shown} is damaged ({error}); remove it to begin anew") from error
+        raise StoreFailed(f"the checkpoint in {shown} is damaged ({error}); remove it to start again") from error
     if header.get("key") != key:
         raise AdapterError(
-            f"the checkpoint in {shown} is of another run: other data, settings or start; remove that folder to begin "
-            "anew, or give another"
+            f"the checkpoint in {shown} is of another run (other data, settings or initial weights); "
+            "remove that folder to start again, or choose another one"
         )
     return Checkpoint(key, progress, tensors)
 
 
 def write_adapter(folder: Path, key: str, weights: LoraWeights) -> None:
-    """Replaces the folder's checkpoint by an adapter, with metadata of JSON values. Raises StoreFailed."""
+    """Write an adapter as the folder's checkpoint. Its metadata are JSON values. Raises StoreFailed."""
     tensors = {f"A {path}": m.A for path, m in weights.modules.items()}
     tensors |= {f"B {path}": m.B for path, m in weights.modules.items()}
     scales = {path: m.scale for path, m in weights.modules.items()}
@@ -94,9 +95,9 @@ def write_adapter(folder: Path, key: str, weights: LoraWeights) -> None:
     write_checkpoint(folder, Checkpoint(key, progress, tensors))
 
 
-def read_adapter(folder: Path, key: str, whole: Path | None = None) -> LoraWeights | None:
-    """What `write_adapter` has left in the folder, bit for bit. Raises as `read_checkpoint`."""
-    found = read_checkpoint(folder, key, whole)
+def read_adapter(folder: Path, key: str, run_folder: Path | None = None) -> LoraWeights | None:
+    """The adapter that `write_adapter` wrote, bit for bit; None if there is none. Raises as `read_checkpoint`."""
+    found = read_checkpoint(folder, key, run_folder)
     if found is None:
         return None
     modules = {

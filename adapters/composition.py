@@ -1,10 +1,8 @@
-"""Makes one adapter of several, ahead of serving: exactly, or by the merges of the literature.
+"""Composition of several adapters into one: exactly, or by linear, TIES or DARE merging.
 
-`exact` is the weighted sum itself. Serving gives the same without it, but for what holding each adapter in few bits
-costs: a share of that adapter, which is little of most sums, and much of one in which adapters nearly cancel, such as
-one version less another. So `exact` is for files that leave the house, and for such sums. The others are other
-functions of the same adapters: `linear`, TIES (Yadav et al. 2023) and DARE (Yu et al. 2024) as PEFT's
-add_weighted_adapter defines them, on the factors, which PEFT's tests are held against. Knows no files and no models.
+`exact` is the weighted sum that serving computes for a mix, without the error of 8-bit adapter weights. Use it for
+adapters that nearly cancel (version A minus version B), and for files. The other methods merge the factors as PEFT's
+`add_weighted_adapter` does: linear, TIES (Yadav et al. 2023), DARE (Yu et al. 2024).
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from adapters.weights import LoraWeights, LowRank, check_weight, is_nonzero, wit
 Pairs = Sequence[tuple[LoraWeights, float]]
 """Adapters and their weights."""
 Merge = Callable[[list[torch.Tensor], list[float]], torch.Tensor]
-"""One factor of several adapters and the factor's weights -> the merged factor. All [r, in] or all [out, r]."""
+"""Merges one factor of several adapters, all [r, in] or all [out, r], with their weights."""
 
 METHODS = ("exact", "linear", "ties", "dare_linear", "dare_ties")
 
@@ -36,11 +34,20 @@ def compose(
     density: float = 0.5,
     seed: int = 0,
 ) -> LoraWeights:
-    """One adapter of several, by one of `METHODS`, float32 and of scale 1; cut to `rank` afterwards if that is given.
+    """Compose adapters into one, float32 with scale 1.
 
-    `density` is the share of values that TIES and DARE keep, `seed` DARE's draw. The metadata say what was done
-    (`composition`), a cut's error included (`pruning`). Raises InvalidChoice for the pairs and AdapterError for the
-    rest.
+    Args:
+        method: one of `METHODS`.
+        rank: truncate the result to this rank; the error is in `metadata["pruning"]`.
+        density: share of values that TIES and DARE keep.
+        seed: of DARE's random mask.
+
+    Returns:
+        The composed adapter, with `metadata["composition"]`.
+
+    Raises:
+        InvalidChoice: the pairs cannot be composed.
+        AdapterError: another argument is invalid.
     """
     if method == "exact":
         result = exact(pairs, name)
@@ -51,13 +58,14 @@ def compose(
     elif method in ("dare_linear", "dare_ties"):
         result = dare(pairs, name, density=density, seed=seed, elect=method == "dare_ties")
     else:
-        raise AdapterError(f"{method!r} is no way to compose; there are {', '.join(METHODS)}", "method")
+        raise AdapterError(f"unknown method {method!r}; use one of {', '.join(METHODS)}", "method")
     return result if rank is None else pruning.truncate(result, rank)[0]
 
 
 def exact(pairs: Pairs, name: str) -> LoraWeights:
-    """The weighted sum of the updates, without error: ranks are concatenated, so they add up. One content under two
-    names adds its weights, as where it is served. Raises InvalidChoice for the pairs, as all of the following do.
+    """The exact weighted sum of the updates, by concatenating ranks. Equal contents add their weights.
+
+    Raises InvalidChoice, as all methods do.
     """
     _check(pairs)
     summed: dict[str, tuple[LoraWeights, float]] = {}
@@ -65,9 +73,7 @@ def exact(pairs: Pairs, name: str) -> LoraWeights:
         summed[weights.digest] = weights, summed.get(weights.digest, (weights, 0.0))[1] + weight
     modules = {}
     for path in _paths(pairs):
-        present = [
-            (w.modules[path], weight) for w, weight in summed.values() if path in w.modules and is_nonzero(weight)
-        ]
+        present = [(w.modules[path], x) for w, x in summed.values() if path in w.modules and is_nonzero(x)]
         if present:
             a = torch.cat([m.A.float() for m, _ in present])
             b = torch.cat([m.B.float() * (m.scale * weight) for m, weight in present], dim=1)
@@ -79,15 +85,16 @@ def exact(pairs: Pairs, name: str) -> LoraWeights:
 
 
 def linear(pairs: Pairs, name: str) -> LoraWeights:
-    """PEFT's `linear`: both factors are summed with the root of their weight. This is *not* the sum of the updates
-    (the cross terms B_i A_j are in it), and exists for those who want PEFT's result. Ranks must be equal.
+    """PEFT's `linear`: both factors are summed, weighted by the square root of the weight. Ranks must be equal.
+
+    The result is not the sum of the updates: it contains the cross terms B_i A_j.
     """
     return _merged(pairs, name, lambda factors, weights: _weighted(factors, weights).sum(0), {"method": "linear"})
 
 
 def ties(pairs: Pairs, name: str, *, density: float) -> LoraWeights:
-    """TIES on the factors: keep the largest values, elect a sign for each place (that of the sum), average what agrees
-    with it. Raises AdapterError for a density that is none."""
+    """TIES on the factors: keep the largest values, elect the sign of the sum for each element, average the values with
+    that sign. Raises AdapterError for an invalid density."""
     _check_density(density)
 
     def merge(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
@@ -97,9 +104,9 @@ def ties(pairs: Pairs, name: str, *, density: float) -> LoraWeights:
 
 
 def dare(pairs: Pairs, name: str, *, density: float, seed: int, elect: bool = False) -> LoraWeights:
-    """DARE on the factors: drop values at random and rescale the rest; then sum, or `elect` signs as TIES.
+    """DARE on the factors: drop values at random and rescale the rest, then sum, or `elect` signs as TIES.
 
-    Raises AdapterError for a density or a seed that is none."""
+    Raises AdapterError for an invalid density or seed."""
     _check_density(density)
     draw = torch.Generator().manual_seed(check_seed(seed))
 
@@ -112,7 +119,7 @@ def dare(pairs: Pairs, name: str, *, density: float, seed: int, elect: bool = Fa
 
 
 def _merged(pairs: Pairs, name: str, merge: Merge, how: dict[str, object]) -> LoraWeights:
-    """Both factors of each module by `merge`, with the root of |weight * scale|, its sign on A's side."""
+    """Merge both factors of each module with sqrt(|weight * scale|); the sign goes to A."""
     _check(pairs)
     modules = {}
     for path in _paths(pairs):
@@ -120,7 +127,7 @@ def _merged(pairs: Pairs, name: str, merge: Merge, how: dict[str, object]) -> Lo
         ranks = sorted({m.rank for m, _ in present})
         if len(ranks) > 1:
             raise InvalidChoice(
-                f"{how['method']} needs equal ranks, but {path} has {ranks}; use exact, or re-rank them first",
+                f"{how['method']} needs equal ranks, but {path} has {ranks}; use exact, or change the ranks first",
                 "adapters",
             )
         roots = [math.sqrt(abs(weight)) for _, weight in present]
@@ -136,7 +143,7 @@ def _weighted(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor
 
 
 def _largest(factor: torch.Tensor, density: float) -> torch.Tensor:
-    """The `density` largest values of a factor, by size, and zeros elsewhere."""
+    """The `density` share of values with the largest magnitude; zeros elsewhere."""
     count = int(density * factor.numel())
     mask = torch.zeros(factor.numel())
     mask[factor.abs().flatten().topk(count).indices] = 1.0
@@ -144,7 +151,7 @@ def _largest(factor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def _agreeing(factors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
-    """At each place the weighted mean of the values that have the sum's sign."""
+    """The weighted mean of the values that have the sign of the sum, for each element."""
     stacked = torch.stack(factors)
     elected = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
     agree = (stacked.sign() == elected).float()
@@ -157,7 +164,7 @@ def _paths(pairs: Pairs) -> list[str]:
 
 def _check(pairs: Pairs) -> None:
     if not pairs:
-        raise InvalidChoice("there is nothing to compose", "adapters")
+        raise InvalidChoice("no adapters to compose; name at least one", "adapters")
     for _, weight in pairs:
         check_weight(weight)
     for path in _paths(pairs):
@@ -170,7 +177,7 @@ def _check(pairs: Pairs) -> None:
 
 def _check_density(density: float) -> None:
     if not 0.0 < density <= 1.0:
-        raise AdapterError(f"the density is a share over 0 and up to 1, not {density!r}", "density")
+        raise AdapterError(f"density must be over 0 and at most 1, not {density!r}", "density")
 
 
 def _result(pairs: Pairs, name: str, modules: dict[str, LowRank], how: dict[str, object]) -> LoraWeights:

@@ -1,8 +1,4 @@
-"""Training data: JSON and JSONL files as people write them, checked line by line, and as tokens.
-
-Owns the three forms of an example and what can be wrong with one. How text becomes tokens is the caller's `encode`;
-neither templates nor tokenizers are known here.
-"""
+"""Training data: JSON and JSONL files in three forms, validated line by line and tokenized."""
 
 from __future__ import annotations
 
@@ -19,50 +15,49 @@ from adapters.strict_json import once
 
 MAX_LINE = 4 << 20
 INSTRUCTIONS = ("instruction", "instructions", "system", "history")
-"""What others' forms have beside an input, and ours has not: without it the answer would be to another question."""
+"""Fields of other formats. Ignoring them would train answers to other questions, so they are refused."""
 BESIDE_INPUTS = (*INSTRUCTIONS, "context")
-"""The same beside an input alone: a conversation has all that was said in its messages."""
+"""Fields that are refused beside an input."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TABLES = (".csv", ".tsv")
-"""Names of what spreadsheets write, which begins with no JSON."""
-_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+_BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """Where an example stands in its file: in which line, or as which entry of a list; `unit` says which."""
+class _Located:
+    """The position of an example in its file: a line of JSONL, or an entry of a list (`unit`)."""
 
     line: int
     unit: str = field(default="line", kw_only=True)
 
     @property
     def place(self) -> str:
-        """For people: `line 3`, `entry 3`."""
+        """`line 3` or `entry 3`, for messages."""
         return f"{self.unit} {self.line}"
 
 
 @dataclass(frozen=True)
-class Pair(_Placed):
-    """`{"input", "output"}`: the input goes into the task's prompt template, the output is learned."""
+class Pair(_Located):
+    """`{"input", "output"}`: the input goes into the task's prompt template, the output is the target."""
 
     input: str
     output: str
 
 
 @dataclass(frozen=True)
-class Completion(_Placed):
-    """`{"prompt", "completion"}`: the text as it is, the completion is learned."""
+class Completion(_Located):
+    """`{"prompt", "completion"}`: raw text; the completion is the target."""
 
     prompt: str
     completion: str
 
 
 @dataclass(frozen=True)
-class Chat(_Placed):
-    """`{"messages"}`: a conversation; what the assistant says is learned, but for messages of weight 0."""
+class Chat(_Located):
+    """`{"messages"}`: a conversation; assistant messages are targets, except those of weight 0."""
 
     messages: tuple[dict[str, Any], ...]
 
@@ -72,7 +67,7 @@ Record = Pair | Completion | Chat
 
 @dataclass(frozen=True)
 class Example:
-    """A sequence of tokens. `learned[i]` says whether token i is a target: predicted from those before it."""
+    """A sequence of tokens. `learned[i]` says whether token i is a target of the loss."""
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
@@ -83,12 +78,12 @@ class Example:
 
 
 Encode = Callable[[Record], tuple[Sequence[int], Sequence[bool]]]
-"""A record -> its token ids, and which of them are learned; the end token is among both."""
+"""Record -> token ids with the end token, and a flag for each that marks targets."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Examples, and how many records were left out because they are longer than the limit."""
+    """Tokenized examples, and the number of records that were skipped because they are too long."""
 
     examples: tuple[Example, ...]
     too_long: int = 0
@@ -102,15 +97,15 @@ class Tokens:
         return h.hexdigest()
 
     def among(self, others: Tokens) -> int:
-        """How many of these examples are among others, token for token."""
+        """How many of these examples are also in `others`."""
         known = {example.ids for example in others.examples}
         return sum(example.ids in known for example in self.examples)
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a .json file (a list of objects) or a .jsonl file (one object a line; empty lines are skipped).
+    """Read a .json file (a list of objects) or a .jsonl file (one object per line; empty lines are skipped).
 
-    Raises InvalidData, which names the file, the line or the entry, and what is wrong with it.
+    Raises InvalidData with the file, the line or entry, and the reason.
     """
     try:
         return parse(path.read_bytes(), str(path))
@@ -119,9 +114,9 @@ def read(path: Path) -> list[Record]:
 
 
 def parse(data: bytes, name: str = "data") -> list[Record]:
-    """The records in the bytes of a file; see `read`. Whether it is JSON or JSONL is seen from its first character."""
-    if wide := _wide(data):
-        raise InvalidData(f"{name} looks like {wide}, and UTF-8 is read: save it as that")
+    """Parse the bytes of a file; see `read`. The first character tells JSON from JSONL."""
+    if encoding := _wide_encoding(data):
+        raise InvalidData(f"{name} looks like {encoding}; save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -133,12 +128,11 @@ def parse(data: bytes, name: str = "data") -> list[Record]:
     return records
 
 
-def _wide(data: bytes) -> str | None:
-    """The encoding of more than a byte a letter that this looks like: by its mark, or as none of JSON's first
-    characters is a zero."""
-    if data.startswith(b"\x1f\x8b"):  # gzip, whose third byte may be followed by zeros
+def _wide_encoding(data: bytes) -> str | None:
+    """UTF-16 or UTF-32 if the data look like that, by the byte order mark or zero bytes at the start."""
+    if data.startswith(b"\x1f\x8b"):  # gzip
         return None
-    marked = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), None)
+    marked = next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
     zeros = data[:4].count(0)
     return marked or ("UTF-32" if zeros > 2 else "UTF-16" if zeros else None)
 
@@ -147,13 +141,13 @@ def _from_list(text: str, name: str) -> Iterator[Record]:
     try:
         entries = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise InvalidData(f"{name} is no valid JSON: {error}") from error
+        raise InvalidData(f"{name} is not valid JSON: {error}") from error
     for number, entry in enumerate(entries, 1):
         yield record(entry, number, name, "entry")
 
 
 def _from_lines(text: str, name: str) -> Iterator[Record]:
-    begun = False
+    first = True
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -163,48 +157,41 @@ def _from_lines(text: str, name: str) -> Iterator[Record]:
         try:
             entry = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
-            if not begun and name.lower().endswith(TABLES):
+            if first and name.lower().endswith(TABLES):
                 raise InvalidData(
-                    f"{name} is {name[-3:].upper()}, and JSON or JSONL is read; docs/training.md has a line that makes "
-                    "the one of the other"
+                    f"{name} is {name[-3:].upper()}; convert it to JSON or JSONL (docs/training.md has a command)"
                 ) from error
-            raise InvalidData(f"{where}: no valid JSON ({error})") from error
-        begun = True
+            raise InvalidData(f"{where}: not valid JSON ({error})") from error
+        first = False
         yield record(entry, number, name)
 
 
 def record(entry: object, number: int, name: str, unit: str = "line") -> Record:
-    """One example from its JSON value, the `number`th line or other `unit` of the file. Raises InvalidData, which
-    begins with the file's name and that place.
-    """
+    """Validate one example. `number` and `unit` are its position in the file `name`. Raises InvalidData."""
     where = f"{name}, {unit} {number}"
     if not isinstance(entry, dict):
         raise InvalidData(f"{where}: an example is an object, not {type(entry).__name__}")
-    # What has no value asks for nothing: tools write rows of several forms with the columns of all.
+    # Tools write null for the fields of other forms.
     keys = {key for key, value in entry.items() if value is not None}
     if "messages" in keys:
         _refuse(entry, ("tools", "functions"), where)
-        _refuse(entry, INSTRUCTIONS, where, "make it the first of the 'messages'")
-        # A 'prompt' alone is no second example: sets of conversations have the first message so once more.
-        _refuse(entry, ("input", "output", "completion"), where, "leave it out beside 'messages'")
+        _refuse(entry, INSTRUCTIONS, where, "put it into the first of the 'messages'")
+        # 'prompt' is allowed: some data sets repeat the first message there.
+        _refuse(entry, ("input", "output", "completion"), where, "remove it beside 'messages'")
         return Chat(number, tuple(_messages(entry["messages"], where)), unit=unit)
     for first, second in (("input", "output"), ("prompt", "completion")):
         if first in keys or second in keys:
-            _refuse(
-                entry, BESIDE_INPUTS, where, f"make it part of {first!r} or of the task's template, or of 'messages'"
-            )
+            _refuse(entry, BESIDE_INPUTS, where, f"put it into {first!r}, the task's template, or 'messages'")
             _refuse(entry, ("tools", "functions"), where)
             if first == "input":
-                _refuse(entry, ("prompt", "completion"), where, "leave it out beside 'input' and 'output'")
-            given, learned = _string(entry, first, where), _string(entry, second, where)
-            if not learned.strip():
-                raise InvalidData(f"{where}: {second!r} is empty; there is nothing to learn or to compare with")
+                _refuse(entry, ("prompt", "completion"), where, "remove it beside 'input' and 'output'")
+            text, target = _string(entry, first, where), _string(entry, second, where)
+            if not target.strip():
+                raise InvalidData(f"{where}: {second!r} is empty")
             form = Pair if first == "input" else Completion
-            return form(number, given, learned, unit=unit)
+            return form(number, text, target, unit=unit)
     shown = ", ".join(sorted(map(str, keys))[:8]) or "nothing"
-    raise InvalidData(
-        f"{where}: it has {shown}; an example has 'input' and 'output', or 'prompt' and 'completion', or 'messages'"
-    )
+    raise InvalidData(f"{where}: it has {shown}; use 'input' and 'output', or 'prompt' and 'completion', or 'messages'")
 
 
 def _string(entry: dict[str, Any], key: str, where: str) -> str:
@@ -212,45 +199,43 @@ def _string(entry: dict[str, Any], key: str, where: str) -> str:
         raise InvalidData(f"{where}: {key!r} is missing")
     value = entry[key]
     if not isinstance(value, str):
-        instead = "; write it as text, in quotes" if isinstance(value, int | float) else ""
-        raise InvalidData(f"{where}: {key!r} must be a string, not {type(value).__name__}{instead}")
-    return _written(value, repr(key), where)
+        hint = "; write it as text, in quotes" if isinstance(value, int | float) else ""
+        raise InvalidData(f"{where}: {key!r} must be a string, not {type(value).__name__}{hint}")
+    return _check_text(value, repr(key), where)
 
 
-def _written(text: str, what: str, where: str) -> str:
-    """The text, which JSON lets be no text: its escapes can name half of a surrogate pair."""
+def _check_text(text: str, what: str, where: str) -> str:
+    """Refuse lone surrogates, which JSON escapes allow."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidData(f"{where}: {what} is no text: character {error.start + 1} is half of a pair") from None
+        raise InvalidData(f"{where}: {what} has a lone surrogate at character {error.start + 1}") from None
     return text
 
 
-def _refuse(
-    value: dict[str, Any], keys: Sequence[str], where: str, instead: str = "give what is said as text in 'content'"
-) -> None:
-    """What an example has beside its form would be dropped without a word, and an answer learned that nobody gave."""
+def _refuse(value: dict[str, Any], keys: Sequence[str], where: str, hint: str = "use text in 'content' only") -> None:
+    """Refuse fields that training would ignore silently."""
     for key in keys:
         if value.get(key):
-            raise InvalidData(f"{where}: {key!r} cannot be learned; {instead}, or leave the example out")
+            raise InvalidData(f"{where}: {key!r} is not supported; {hint}, or remove the example")
 
 
 def _joined(content: object) -> str | None:
-    """The text of a content in parts, as a server is given it too; None if it is none, or has parts of another kind."""
+    """The text of a content that is a list of text parts; None for anything else."""
     if not isinstance(content, list):
         return None
-    given = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    texts = [text for text in given if isinstance(text, str)]
+    parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [text for text in parts if isinstance(text, str)]
     return "".join(texts) if len(texts) == len(content) else None
 
 
 def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise InvalidData(f"{where}: 'messages' must be a list of messages")
-    learned = 0
+    targets = 0
     for i, message in enumerate(value, 1):
         if not isinstance(message, dict):
-            raise InvalidData(f"{where}: message {i} is no object")
+            raise InvalidData(f"{where}: message {i} is not an object")
         role, content, weight = message.get("role"), message.get("content"), message.get("weight")
         if weight is None:
             weight, message = 1, {key: value for key, value in message.items() if key != "weight"}
@@ -261,32 +246,32 @@ def _messages(value: object, where: str) -> Iterator[dict[str, Any]]:
             content, message = text, {**message, "content": text}
         if not isinstance(content, str):
             raise InvalidData(f"{where}: message {i} has no text in 'content'")
-        _written(content, f"message {i}", where)
+        _check_text(content, f"message {i}", where)
         if weight not in (0, 1):
             raise InvalidData(f"{where}: message {i} has the weight {weight!r}; it is 0 or 1")
         if role == "assistant" and weight == 1 and not content.strip():
-            raise InvalidData(f"{where}: message {i} is empty; there is nothing to learn, so give it the weight 0")
-        learned += role == "assistant" and weight == 1
+            raise InvalidData(f"{where}: message {i} is empty; set its weight to 0")
+        targets += role == "assistant" and weight == 1
         yield {**message, "role": "system"} if role == "developer" else message
-    if not learned:
-        raise InvalidData(f"{where}: no message of the assistant is there to learn")
+    if not targets:
+        raise InvalidData(f"{where}: there is no assistant message with weight 1")
 
 
 def tokenize(records: Iterable[Record], encode: Encode, max_length: int, name: str = "data") -> Tokens:
-    """The records as tokens. Those over `max_length` are left out and counted.
+    """Tokenize records. Those over `max_length` tokens are skipped and counted.
 
-    Raises InvalidData if nothing is left, or for a record without a token to learn, naming its line or entry.
+    Raises InvalidData if no record is left, or for a record without target tokens.
     """
     examples = []
     too_long = 0
     for item in records:
         ids, learned = encode(item)
         if len(ids) != len(learned) or not any(learned[1:]):
-            raise InvalidData(f"{name}, {item.place}: no token of it would be learned")
+            raise InvalidData(f"{name}, {item.place}: it has no target tokens")
         if len(ids) > max_length:
             too_long += 1
             continue
-        # The first token has none before it to be predicted from.
+        # The first token has no context to be predicted from.
         examples.append(Example(tuple(ids), (False, *map(bool, learned[1:]))))
     if not examples:
         raise InvalidData(

@@ -1,12 +1,8 @@
-"""`LoRALinear`, and how it gets into a module tree and out again as `LoraWeights` (LoRA, Hu et al. 2021).
+"""`LoRALinear` (Hu et al. 2021), and its injection into a module tree.
 
-Owns the trainable factors and their first values. The base layer is any module with `in_features` and `out_features`
-that is called with x and whatever else its tree passes on; how it multiplies, and how it sends a gradient through
-frozen 4-bit weights, is its own business.
-
-The sum of the two products is rounded once. An update is often less than half a unit of the last place of what it is
-added to: a base's product that is rounded to bf16 before would swallow it, and the losses that are told would be the
-base's own.
+The base layer is any module with `in_features` and `out_features`. The base's output and the LoRA update are added
+before rounding to bf16. An update is often smaller than half a unit in the last place of the base's output, and would
+be lost otherwise.
 """
 
 from __future__ import annotations
@@ -25,17 +21,20 @@ from adapters.errors import AdapterError, BaseMismatch
 from adapters.weights import LoraWeights, LowRank, with_digest
 
 TRAINED_BYTES = 24
-"""Of each parameter, in float32: its value, its gradient, two moments, the best value so far, and what a step or the
-result's copy takes beside them."""
+"""Bytes per parameter in float32: value, gradient, two moments, best value so far, and a temporary copy."""
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Which linears get a LoRA, and of what size.
+    """Which linears get a LoRA, and of which rank.
 
-    `targets` is a list of names (last parts, or more, of module paths), or a pattern for the whole path, or
-    "all-linear". `rank_of` overrides `rank` for whole module paths; 0 there leaves the module out. The scale is
-    `peft_config.scale_of`, with `rslora` or without.
+    Attributes:
+        targets: names (suffixes of module paths), a regular expression for whole paths, or "all-linear".
+        rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
+        rank_of: ranks of single module paths; 0 excludes a module.
+
+    Raises:
+        AdapterError: rank, alpha or dropout is out of range.
     """
 
     rank: int = 8
@@ -54,9 +53,13 @@ class LoraSpec:
             raise AdapterError(f"alpha must be finite and over 0, not {self.alpha!r}", "lora_alpha")
 
     def ranks(self, names: Iterable[str]) -> dict[str, int]:
-        """The rank of each of the base's linears that gets one. Raises BaseMismatch if none does, for a listed name
-        that is none's, and for a rank of its own for a path that is no target; InvalidAdapter for a pattern that is
-        none, and UnsupportedAdapter for what no LoRA may be put on.
+        """Module path -> rank, for those of the base's linears (`names`) that get a LoRA.
+
+        Raises:
+            BaseMismatch: no linear matches, a name of `targets` matches none, or `rank_of` names a path that is no
+                target.
+            InvalidAdapter: `targets` is not a valid regular expression.
+            UnsupportedAdapter: a target cannot have a LoRA.
         """
         targets = self.targets if isinstance(self.targets, str) else frozenset(self.targets)
         config = peft_config.LoraConfig(self.rank, self.alpha, self.rslora, (), (), targets, frozenset(), None, ())
@@ -66,30 +69,32 @@ class LoraSpec:
         listed = () if isinstance(self.targets, str) else self.targets
         odd = [name for name in listed if not any(f".{path}".endswith(f".{name}") for path in known)]
         if odd or not result:
-            asked = ", ".join(odd or listed) or self.targets
-            called = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
-            told = f"no linear of the base is meant by target_modules = {asked}; they are called {called}"
-            raise BaseMismatch(told, "target_modules")
+            targets_shown = ", ".join(odd or listed) or self.targets
+            available = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+            raise BaseMismatch(
+                f"target_modules = {targets_shown} matches no linear of the base; its linears are {available}",
+                "target_modules",
+            )
         for path, rank in self.rank_of.items():
             if path not in chosen:
-                why = "is not among target_modules" if path in known else "is no linear of the base"
-                raise BaseMismatch(f"lora_rank_of gives {path!r} a rank of {rank}, but that {why}", "lora_rank_of")
+                why = "is not in target_modules" if path in known else "is no linear of the base"
+                raise BaseMismatch(f"lora_rank_of sets rank {rank} for {path!r}, which {why}", "lora_rank_of")
         return result
 
 
 @runtime_checkable
 class Onto(Protocol):
-    """A base layer that adds its product to a LoRA's before either is rounded to x's dtype."""
+    """A base layer that adds a LoRA update to its output before rounding to x's dtype."""
 
     def onto(self, update: torch.Tensor, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        """`update` [..., out] plus what the layer makes of x [..., in]."""
+        """`update` [..., out] plus the layer's output for x [..., in]."""
 
 
 class LoRALinear(nn.Module):
     """`base_layer(x) + scale * B (A dropout(x))`. A is [rank, in], B is [out, rank], float32; the base is frozen.
 
-    A begins normal, with the variance of PEFT's uniform start (1 / (3 in)), B at zero: the first forward is the base's.
-    The products run in x's dtype. Raises AdapterError as `LoraSpec` does.
+    A is initialized from a normal distribution with the variance of PEFT's uniform one, 1 / (3 in), and B with zeros.
+    GEMMs run in x's dtype. Raises AdapterError as `LoraSpec` does.
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        LoraSpec(rank, alpha, dropout)  # which says what is wrong with them
+        LoraSpec(rank, alpha, dropout)  # validates them
         width: int = base_layer.in_features  # type: ignore[assignment]
         out: int = base_layer.out_features  # type: ignore[assignment]
         self.base_layer = base_layer
@@ -132,15 +137,12 @@ class LoRALinear(nn.Module):
         return base(x, *args) + update  # type: ignore[no-any-return]
 
     def low_rank(self) -> LowRank:
-        """A copy of the factors as they are now."""
+        """A copy of the current factors."""
         return LowRank(self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scale)
 
 
 class _Fused(torch.autograd.Function):
-    """A frozen `nn.Linear` and its LoRA in one: the base's product is added to the update as it is made, both ways.
-
-    Keeps x and A x for the way back, which is what the two would keep apart.
-    """
+    """A frozen `nn.Linear` and its LoRA as one function, in forward and backward. Saves x and A x."""
 
     @staticmethod
     def forward(
@@ -167,15 +169,15 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, inner, weight, a, b = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
-        back = (grad @ b) * ctx.scale
-        grad_x = (back @ a).addmm_(grad, weight) if ctx.needs_input_grad[0] else None
-        grad_b = (inner.T @ grad).T * ctx.scale  # a wide matrix is not turned
+        grad_inner = (grad @ b) * ctx.scale
+        grad_x = (grad_inner @ a).addmm_(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_b = (inner.T @ grad).T * ctx.scale  # avoids transposing the wide matrix
         shape = (*grads[0].shape[:-1], weight.shape[1])
-        return (grad_x.view(shape) if grad_x is not None else None), None, None, back.T @ rows, grad_b, None
+        return (grad_x.view(shape) if grad_x is not None else None), None, None, grad_inner.T @ rows, grad_b, None
 
 
 def linears(tree: nn.Module) -> dict[str, nn.Module]:
-    """The linears of a tree by their path: modules with `in_features` and `out_features`, heads left out."""
+    """Path -> module with `in_features` and `out_features`, without output heads."""
     return {
         path: module
         for path, module in tree.named_modules()
@@ -188,14 +190,16 @@ def linears(tree: nn.Module) -> dict[str, nn.Module]:
 
 
 def injected(tree: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRALinears of a tree by their path."""
+    """Path -> LoRALinear of a tree."""
     return {path: module for path, module in tree.named_modules() if isinstance(module, LoRALinear)}
 
 
 def inject(tree: nn.Module, spec: LoraSpec, seed: int = 0) -> dict[str, LoRALinear]:
-    """Puts a LoRALinear over each targeted linear of a tree that has none, and freezes all else.
+    """Wrap each targeted linear with a LoRALinear and freeze everything else.
 
-    Raises BaseMismatch if the spec means no linear, AdapterError if there are LoRALinears already.
+    Raises:
+        BaseMismatch: the spec matches no linear.
+        AdapterError: the tree has LoRA layers already.
     """
     if injected(tree):
         raise AdapterError("the tree has LoRA layers already; eject them first")
@@ -212,15 +216,17 @@ def inject(tree: nn.Module, spec: LoraSpec, seed: int = 0) -> dict[str, LoRALine
 
 
 def load(layers: Mapping[str, LoRALinear], weights: LoraWeights) -> None:
-    """Makes the factors those of `weights`, its scales included. Raises BaseMismatch if modules or shapes differ."""
+    """Set factors and scales to those of `weights`. Raises BaseMismatch if modules or shapes differ."""
     if set(layers) != set(weights.modules):
-        odd = sorted(set(layers) ^ set(weights.modules))
-        raise BaseMismatch(f"the adapter to start from and the targets differ in {len(odd)} modules, {odd[0]!r} first")
+        different = sorted(set(layers) ^ set(weights.modules))
+        raise BaseMismatch(
+            f"the initial adapter and the targets differ in {len(different)} modules, the first is {different[0]!r}"
+        )
     for path, layer in layers.items():
         a, b, scale = weights.modules[path][:3]
         if a.shape != layer.lora_A.shape or b.shape != layer.lora_B.shape:
             raise BaseMismatch(
-                f"{path}: the adapter to start from has {list(b.shape)} x {list(a.shape)}, "
+                f"{path}: the initial adapter has {list(b.shape)} x {list(a.shape)}, "
                 f"not {list(layer.lora_B.shape)} x {list(layer.lora_A.shape)}"
             )
         with torch.no_grad():
@@ -230,12 +236,12 @@ def load(layers: Mapping[str, LoRALinear], weights: LoraWeights) -> None:
 
 
 def extract(tree: nn.Module, name: str) -> LoraWeights:
-    """The factors of a tree's LoRALinears as they are now, copied, float32."""
+    """A copy of the factors of a tree's LoRALinears, float32."""
     return with_digest(name, {path: layer.low_rank() for path, layer in injected(tree).items()})
 
 
 def eject(tree: nn.Module) -> None:
-    """Puts the base layers back."""
+    """Restore the base layers."""
     for path, layer in injected(tree).items():
         _set(tree, path, layer.base_layer)
 
@@ -246,19 +252,19 @@ def shapes(tree: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def trainable_parameters(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec) -> int:
-    """How many values a spec trains on a base with these linears (path -> (out, in))."""
+    """The number of trainable parameters of a spec on a base with these linears (path -> (out, in))."""
     return sum(rank * sum(shapes[path]) for path, rank in spec.ranks(shapes).items())
 
 
 def check_room(tree: nn.Module, spec: LoraSpec) -> None:
-    """Raises AdapterError for ranks whose parameters alone take more memory than is left. A GPU tells so by itself."""
+    """Raises AdapterError if the parameters would not fit into free memory. On a GPU the allocator does that."""
     if torch.get_default_device().type != "cpu":
         return
     count, free = trainable_parameters(shapes(tree), spec), memory.free()
     if count * TRAINED_BYTES > free:
         raise AdapterError(
-            f"{count:,} parameters take {count * TRAINED_BYTES >> 20:,} MiB to train, and {free >> 20:,} MiB are left; "
-            "lower lora_rank, or name fewer target_modules",
+            f"training {count:,} parameters needs {count * TRAINED_BYTES >> 20:,} MiB and {free >> 20:,} MiB are free; "
+            "lower lora_rank, or choose fewer target_modules",
             "lora_rank",
         )
 

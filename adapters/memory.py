@@ -1,4 +1,4 @@
-"""How much memory this process takes, took at most and may still have, as Linux counts it; and less of it."""
+"""Memory of this process as Linux counts it: resident, peak, limit by cgroups, and free."""
 
 from __future__ import annotations
 
@@ -19,63 +19,61 @@ _USED = ("memory.current", "memory.usage_in_bytes")
 
 @dataclass(frozen=True)
 class Peak:
-    """Resident bytes: `before` when the watch began, `peak` the most since then."""
+    """Resident bytes at the start of a measurement (`before`) and at most since then (`peak`)."""
 
     before: int | None
     peak: int | None
 
-    def told(self) -> dict[str, int | None]:
-        """For a report: the peak, and how far it is above what was there before."""
+    def as_dict(self) -> dict[str, int | None]:
+        """For a report: the peak, and its difference to the start."""
         above = self.peak - self.before if self.peak is not None and self.before is not None else None
         return {"peak_process": self.peak, "peak_above_start": above}
 
 
-class Watch:
-    """Counts the peak from here on; the kernel keeps it, so nothing is sampled and nothing missed. It keeps one: where
-    another watch begins, as each training run's does, this one's peak is of what comes after."""
+class PeakMeter:
+    """Measures peak memory by the kernel's high-water mark. A process has one; a second meter resets it."""
 
     def __init__(self) -> None:
-        # Forgets the peak so far. Where that is not allowed, it is that of the process's whole life, never less.
+        # Reset the high-water mark. Without the permission, the peak is that of the whole process.
         with contextlib.suppress(OSError):
             _RESET.write_text("5")
         self.before = resident("VmRSS")
 
     def peak(self) -> Peak:
-        """The peak until now."""
+        """The peak so far."""
         return Peak(self.before, resident("VmHWM"))
 
 
 def trim() -> None:
-    """Gives back to the system what the C library's heap holds in pieces and nobody uses. Nothing where it cannot."""
+    """Return unused heap memory to the system (glibc's malloc_trim)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident(field: str = "VmRSS") -> int | None:
-    """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM"). None where the system does not say."""
+    """Resident bytes of this process, now ("VmRSS") or at most ("VmHWM"); None if unknown."""
     return _field(_STATUS, field)
 
 
 def total() -> int:
-    """Bytes of memory that the machine has."""
+    """Bytes of memory of the machine."""
     found = _field(_MACHINE, "MemTotal")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if found is None else found
 
 
 def limit() -> int | None:
-    """Bytes that this process's control groups may have, as containers and systemd's `MemoryMax` set them. None where
-    that is no less than what the machine has."""
+    """The smallest cgroup limit of this process in bytes, as set by containers and systemd; None without one."""
     least = min((most for _, most in _limits()), default=total())
     return least if least < total() else None
 
 
 def most() -> int:
-    """Bytes that this process could ever have: what the machine has, or less by its control groups."""
+    """The most bytes that this process could use: the machine's memory or the cgroup limit."""
     return limit() or total()
 
 
 def _limits() -> Iterator[tuple[Path, int]]:
-    """The control groups of v2 and of v1 that limit this process, and their bytes: its own and all around them."""
+    """Folder and limit of each cgroup (v1 and v2) of this process, and of their parents."""
     own = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in _text(_GROUP).splitlines() if line.count(":") >= 2}
     for controller, root, file in (("", _GROUPS, "memory.max"),
                                    ("memory", _GROUPS / "memory", "memory.limit_in_bytes")):  # fmt: skip
@@ -94,16 +92,14 @@ def _text(path: Path) -> str:
 
 
 def free() -> int:
-    """Bytes that this process can have without swapping, within its control groups' limit. Half of the machine's memory
-    where the system does not say."""
+    """Bytes that this process can allocate without swapping, within its cgroup limits."""
     available = _field(_MACHINE, "MemAvailable")
     found = total() // 2 if available is None else available
-    return max(0, min([found, *(most - _held(group) for group, most in _limits())]))
+    return max(0, min([found, *(most - _used_by(group) for group, most in _limits())]))
 
 
-def _held(group: Path) -> int:
-    """Bytes that a control group has, less the files that it last read long ago, which make room: of this process and
-    of all others in it. Those of this process alone where the group does not say."""
+def _used_by(group: Path) -> int:
+    """Bytes used by all processes of a cgroup, without reclaimable page cache."""
     used = next((text for file in _USED if (text := _text(group / file).strip()).isdigit()), None)
     if used is None:
         return resident() or 0

@@ -1,7 +1,6 @@
-"""AdamW over all factors at once, the learning-rate schedule, and clipping.
+"""AdamW on flat float32 buffers, gradient clipping, and the learning-rate schedule.
 
-Owns one flat float32 buffer each for values, gradients and moments: the parameters become views of it, so a step, a
-clip and a checkpoint are a few operations on whole buffers, and the state has no other place. Knows no model.
+Parameters become views of one buffer, so a step, a clip and a checkpoint are a few operations on whole buffers.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ class AdamW:
         }
 
     def clip(self, limit: float) -> float:
-        """Scales the gradients down to this norm if theirs is over it; 0 never does. Answers their norm before."""
+        """Scale gradients down to norm `limit` (0: never). Returns the norm before."""
         norm = float(self.gradients.norm())
         if limit > 0.0 and norm > limit:
             self.gradients.mul_(limit / norm)
         return norm
 
     def step(self, learning_rate: float) -> None:
-        """One update, after which the gradients are zero."""
+        """Update the parameters and zero the gradients."""
         self.steps += 1
         b1, b2 = BETAS
         self.first.lerp_(self.gradients, 1.0 - b1)
@@ -64,7 +63,7 @@ class AdamW:
         self.gradients.zero_()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that a run needs to go on from here; the tensors are the live ones."""
+        """The state for a checkpoint. The tensors are not copied."""
         return {
             "values": self.values,
             "first": self.first,
@@ -73,7 +72,7 @@ class AdamW:
         }
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Goes back to a `state`."""
+        """Load a `state`."""
         with torch.no_grad():
             for name in ("values", "first", "second"):
                 getattr(self, name).copy_(state[name])
@@ -82,7 +81,7 @@ class AdamW:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """For the step of this number (from 0) of `steps`: a linear warm-up to `peak`, then half a cosine down to zero."""
+    """The rate of step `step` (from 0): linear warm-up to `peak`, then cosine decay to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

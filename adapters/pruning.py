@@ -1,7 +1,6 @@
-"""Makes adapters smaller, and says what that costs: truncated ranks, dropped modules, one global threshold.
+"""Smaller adapters with a stated error: truncated ranks, dropped modules, one global threshold.
 
-Owns what is kept of an update's singular values. By Eckart and Young a truncation is the best of its rank. Knows
-neither data nor models: what a cut does to a task is measured elsewhere.
+Ranks are truncated by SVD of the update, the best approximation of its rank (Eckart and Young 1936).
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from adapters.weights import LoraWeights, LowRank, Spectrum, with_digest
 
 @dataclass(frozen=True)
 class Cut:
-    """What was cut. Errors are relative, in the Frobenius norm of the updates: |new - old| / |old|, over all modules
-    together and at the worst module, of the new tensors as they are: what rounding them has cost is in it.
+    """The effect of a cut. Errors are relative in the Frobenius norm, |new - old| / |old|, over all modules and for the
+    worst module. They include the rounding of the new tensors.
     """
 
     parameters_before: int
@@ -43,8 +42,14 @@ def parameters(weights: LoraWeights) -> int:
 def truncate(
     weights: LoraWeights, rank: int, name: str | None = None, *, dtype: torch.dtype | None = None
 ) -> tuple[LoraWeights, Cut]:
-    """Every module cut to at most `rank`, of scale 1; one that has no more stays as it is. Tensors are of the types
-    that they had, or all of `dtype`, if that is what a file will have. Raises AdapterError for a rank under 1."""
+    """Truncate every module to at most `rank`. Modules of lower rank are unchanged.
+
+    Args:
+        dtype: dtype of the new tensors; None keeps that of each module.
+
+    Raises:
+        AdapterError: `rank` is below 1.
+    """
     if rank < 1:
         raise AdapterError(f"a rank must be at least 1, not {rank}", "rank")
     found = spectra(weights)
@@ -58,10 +63,14 @@ def truncate_globally(
     energy: float | None = None,
     name: str | None = None,
 ) -> tuple[LoraWeights, Cut]:
-    """One threshold over the singular values of all modules; a module that has none above it is dropped.
+    """Truncate by one threshold over the singular values of all modules. Modules below it are dropped.
 
-    The threshold is the lowest that keeps at most `budget` parameters, or the highest that keeps this share (0 to 1)
-    of the sum of squares, the `energy`; exactly one of the two. Raises AdapterError for bounds that cannot be met.
+    Args:
+        budget: most parameters to keep. Exactly one of `budget` and `energy` is given.
+        energy: share (0 to 1) of the sum of squared singular values to keep.
+
+    Raises:
+        AdapterError: the bounds cannot be met.
     """
     if (budget is None) == (energy is None):
         raise AdapterError("give either a budget of parameters or an energy to keep", "budget")
@@ -92,7 +101,7 @@ def truncate_globally(
 
 
 def drop_modules(weights: LoraWeights, modules: Collection[str], name: str | None = None) -> tuple[LoraWeights, Cut]:
-    """Without the modules of these paths. Raises AdapterError for a path that is not there, or if nothing is left."""
+    """Drop the modules of these paths. Raises AdapterError for an unknown path, or if nothing is left."""
     unknown = sorted(set(modules) - set(weights.modules))
     if unknown:
         raise AdapterError(f"the adapter has no module {unknown[0]!r}", "modules")
@@ -105,8 +114,8 @@ def drop_modules(weights: LoraWeights, modules: Collection[str], name: str | Non
 
 
 def weakest_modules(weights: LoraWeights, share: float) -> list[str]:
-    """The modules with the smallest updates (Frobenius norm), as many as this share of them all, weakest first. Raises
-    AdapterError for a share that is not from 0 to under 1."""
+    """The given share of modules with the smallest updates (Frobenius norm), smallest first. Raises AdapterError for a
+    share outside [0, 1)."""
     if not 0.0 <= share < 1.0:
         raise AdapterError(f"the share of modules to drop is from 0 to under 1, not {share!r}", "share")
     ranked = sorted(weights.modules, key=lambda path: norm(weights.modules[path]))
@@ -126,9 +135,9 @@ def keep(
     name: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[LoraWeights, Cut]:
-    """The first `ranks[path]` singular values of each module, in the types that it had or in `dtype`; one without a
-    rank is dropped. One of which nothing is cut has its own factors still: others of the same update would round to
-    another.
+    """Keep the first `ranks[path]` singular values of each module; a module without a rank is dropped.
+
+    A module that is not truncated keeps its factors, so that it is not rounded again.
     """
     left = {}
     for path, old in weights.modules.items():
@@ -136,18 +145,18 @@ def keep(
             a, b, scale, *_ = old if rank >= old.rank else found[path].low_rank(rank)
             left[path] = LowRank(a.to(dtype or old.A.dtype), b.to(dtype or old.B.dtype), scale)
     norms = {path: float(s.S.double().norm()) for path, s in found.items()}
-    lost = {path: _apart(left[path], old) if path in left else norms[path] for path, old in weights.modules.items()}
+    lost = {path: _distance(left[path], old) if path in left else norms[path] for path, old in weights.modules.items()}
     cut = _account(weights, left, lost, norms)
     return _result(weights, left, cut, name), cut
 
 
-def _apart(new: LowRank, old: LowRank) -> float:
-    """The Frobenius norm of what is between two updates, from the singular values of their difference: Gram matrices
-    would lose what is under a hundred-millionth of them.
+def _distance(new: LowRank, old: LowRank) -> float:
+    """The Frobenius norm of the difference of two updates, by its singular values: Gram matrices are not accurate
+    enough below 1e-8.
     """
     if new.A is old.A and new.B is old.B and new.scale == old.scale:
         return 0.0
-    if not (new.A.isfinite().all() and new.B.isfinite().all()):  # over what its type holds: there are no such values
+    if not (new.A.isfinite().all() and new.B.isfinite().all()):  # overflow of the dtype
         return math.inf
     a = torch.cat([new.A.double(), old.A.double()])
     b = torch.cat([new.B.double() * new.scale, old.B.double() * -old.scale], dim=1)

@@ -1,7 +1,6 @@
-"""Which rank is good enough, and where ranks are best spent: rank search by successive halving, and auto-LoRA.
+"""Rank search by successive halving, and auto-LoRA: ranks per module by the variance of the activations.
 
-Owns the choice, the table and the advice drawn from it. Training and scoring are callables of the caller; a score is
-any number of which more is better (accuracy, chrF, minus a loss).
+Training and scoring are callables of the caller. A score is a number where higher is better.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from adapters.training import Model, TrainingConfig
 from adapters.weights import LoraWeights, LowRank, with_digest
 
 Trial = Callable[[int, int, int], tuple[float, int]]
-"""(rank, steps, seed) -> the score of an adapter trained so, and how many parameters it has. A score that is not finite
-is that of a run which diverged."""
+"""(rank, steps, seed) -> score and number of parameters of the trained adapter. A score that is not finite means that
+training diverged."""
 
-WIDEST = 2.0
-"""The most that `allocate` gives a module, in times of `lora_rank`."""
+MAX_RANK_FACTOR = 2.0
+"""The highest rank that `allocate` gives a module, as a multiple of `lora_rank`."""
 START = "start"
-"""The folder, among checkpoints, of what a run is to begin from, be anything trained yet or not."""
+"""The folder of the initial weights among the checkpoints of a run."""
 CALIBRATION_ROWS = 512
-"""Rows of each module's inputs that the activation-variance start looks at."""
+"""Rows of each module's inputs that `allocate` uses."""
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """A rank as it was last tried: mean score over the seeds, and how far the seeds are apart. The score is -inf where
+    """The last trial of a rank: mean score over the seeds, and the range between them (`spread`). The score is -inf if
     training diverged with one of them.
     """
 
@@ -49,7 +48,7 @@ class RankResult:
 
     @staticmethod
     def of(rank: int, steps: int, results: Sequence[tuple[float, int]]) -> RankResult:
-        """The row of a rank's trials, one for each seed."""
+        """The result of a rank's trials, one per seed."""
         scores = [score for score, _ in results]
         if not all(map(math.isfinite, scores)):
             return RankResult(rank, results[0][1], steps, -math.inf, 0.0)
@@ -62,7 +61,7 @@ class RankResult:
 
 @dataclass(frozen=True)
 class RankSearch:
-    """`chosen` is the smallest rank whose score is within `tolerance` of the best; `table` has a row per rank."""
+    """`chosen` is the smallest rank whose score is within `tolerance` of the best."""
 
     chosen: int
     table: tuple[RankResult, ...]
@@ -83,15 +82,19 @@ def search_rank(
     tell: Callable[[RankResult], None] | None = None,
     shown: Callable[[float], float] = lambda score: score,
 ) -> RankSearch:
-    """The smallest rank that is good enough, by successive halving (Jamieson & Talwalkar 2016), factor 3.
+    """Find the smallest rank that is good enough, by successive halving with factor 3 (Jamieson & Talwalkar 2016).
 
-    Every rank gets a ninth of `max_steps`; a third goes to the best one, and to as many others as leave the whole
-    within `share` of the steps of the full grid, which is every rank for `max_steps` with every seed. At least two get
-    so far; shorter rungs make room if need be. The smaller of two equals goes on: small ranks learn more slowly at
-    first, so what is within three times `tolerance` of the best after a ninth of the steps counts as equal to it.
-    A rank that diverged goes no further. `tell` hears of every rank that was tried; `shown` is how the advice tells a
-    score. Raises AdapterError for arguments that leave no choice, for so few steps that the share is spent before each
-    rung has one, and where all that were trained for as long diverged.
+    Every rank trains for `max_steps` / 9. The best ones, at least two, train for `max_steps` / 3. Small ranks learn
+    more slowly at first, so ranks within 3 * `tolerance` of the best count as equal after the first rung, and the
+    smaller one is preferred. A rank that diverged is dropped.
+
+    Args:
+        share: most steps to spend, as a share of the full grid (every rank for `max_steps` with every seed).
+        tell: called with the result of each trial.
+        shown: converts a score for the advice.
+
+    Raises:
+        AdapterError: invalid arguments, too few steps for the share, or all ranks diverged.
     """
     ranks = sorted(set(ranks))
     if not ranks or ranks[0] < 1:
@@ -123,9 +126,10 @@ def search_rank(
             if tell is not None:
                 tell(rows[rank])
         if all(rows[rank].diverged for rank in left):
-            told = ", ".join(map(str, left))
-            raise AdapterError(f"rank {told}: training for {steps} steps diverges; lower the learning rate",
-                               "learning_rate")  # fmt: skip
+            ranks_shown = ", ".join(map(str, left))
+            raise AdapterError(
+                f"training diverges with rank {ranks_shown} in {steps} steps; lower the learning rate", "learning_rate"
+            )
     top = max(rows[r].score for r in left)
     chosen = next(r for r in left if rows[r].score >= top - tolerance)
     table = tuple(rows[r] for r in ranks)
@@ -133,7 +137,7 @@ def search_rank(
 
 
 def _best(ranks: list[int], rows: Mapping[int, RankResult], keep: int, tolerance: float) -> list[int]:
-    """`keep` of the ranks, ascending: the best one, then those as good from the smallest up, then by score."""
+    """`keep` ranks, ascending: the best, then ranks as good from the smallest up, then by score."""
     if keep >= len(ranks):
         return ranks
     best = max(ranks, key=lambda r: rows[r].score)
@@ -149,35 +153,31 @@ def _advice(
     tolerance: float,
     shown: Callable[[float], float],
 ) -> str:
-    lost = [r.rank for r in table if r.diverged]
-    table, finalists = [r for r in table if not r.diverged], [rank for rank in finalists if rank not in lost]
+    diverged = [r.rank for r in table if r.diverged]
+    table, finalists = [r for r in table if not r.diverged], [rank for rank in finalists if rank not in diverged]
     row = next(r for r in table if r.rank == chosen)
     largest = table[-1]
     score = f"score {shown(row.score):.4f}"
-    lines = [f"Take rank {chosen}: {row.parameters:,} parameters, {score} after {row.steps} steps."]
+    lines = [f"Use rank {chosen}: {row.parameters:,} parameters, {score} after {row.steps} steps."]
     if chosen == 1 and len(table) > 1:
-        lines.append("There is none smaller.")
+        lines.append("It is the smallest possible.")
     elif chosen == table[0].rank and len(table) > 1:
-        lines.append("It is the smallest that was tried; a smaller one may do as well.")
+        lines.append("It is the smallest that was tried; a smaller one may be as good.")
     elif chosen == largest.rank and len(table) > 1:
-        lines.append("It is the largest that was tried, and smaller ones were worse; a larger one may be better.")
+        lines.append("It is the largest that was tried; a larger one may be better.")
     elif len(table) > 1 and largest.parameters:
         lines.append(f"Rank {largest.rank} has {largest.parameters / row.parameters:.1f} times its parameters.")
     if row.spread > tolerance:
-        lines.append(f"Its seeds are {row.spread:.4f} apart, more than the tolerance of {tolerance:g}: try more seeds.")
-    if lost:
-        told = ", ".join(map(str, lost))
-        lines.append(f"With rank {told} training diverged; a lower learning rate would let it be compared.")
+        lines.append(f"Its seeds differ by {row.spread:.4f}, more than the tolerance of {tolerance:g}: try more seeds.")
+    if diverged:
+        lines.append(f"Training diverged with rank {', '.join(map(str, diverged))}; try a lower learning rate.")
     if len(finalists) < len(table):
-        told = ", ".join(map(str, finalists))
-        lines.append(f"Ranks {told} were compared at the longest trial; the others dropped out.")
+        lines.append(f"Ranks {', '.join(map(str, finalists))} were compared at the longest trial.")
     return " ".join(lines)
 
 
 def plot(table: Sequence[RankResult], chosen: int, title: str = "quality against parameters") -> str:
-    """An SVG picture of a search's table: parameters on a logarithmic axis, the chosen rank filled. What diverged is
-    left out.
-    """
+    """An SVG plot of score against parameters (log axis). The chosen rank is filled; diverged ranks are not shown."""
     table = [row for row in table if not row.diverged]
     width, height, left, bottom = 480, 300, 60, 40
     xs = [math.log10(max(1, row.parameters)) for row in table]
@@ -204,15 +204,17 @@ def plot(table: Sequence[RankResult], chosen: int, title: str = "quality against
 
 
 def allocate(model: Model, data: Tokens, config: TrainingConfig) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-    """Ranks by the variance of each module's inputs, and the directions that explain it (EVA, Paischer et al. 2024).
+    """Distribute ranks by the variance of each module's inputs (EVA, Paischer et al. 2024).
 
-    The sum of ranks is that of the uniform `config`, or less where there are too few inputs to tell so many directions
-    apart; no module gets over WIDEST times `lora_rank`. A module that explains too little gets 0. Answers path -> rank,
-    and path -> orthonormal rows [rank, in] for A to begin with.
+    The sum of ranks is that of the uniform `config`, or less with few inputs. No module gets more than
+    `MAX_RANK_FACTOR` times `lora_rank`; a module that explains little variance gets 0.
+
+    Returns:
+        Path -> rank, and path -> orthonormal rows [rank, in] to initialize A with.
     """
     found = layers.linears(model.tree)
     uniform = config.spec().ranks(found)
-    with torch.random.fork_rng(devices=[]):  # the decomposition draws, and a run that goes on must draw the same
+    with torch.random.fork_rng(devices=[]):  # the randomized SVD must draw the same in a resumed run
         torch.manual_seed(config.seed)
         return _allocated(model, data, config, found, uniform)
 
@@ -225,7 +227,7 @@ def _allocated(
     uniform: Mapping[str, int],
 ) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     inputs = _inputs(model, data, {path: found[path] for path in uniform}, config.micro_tokens)
-    limit = max(1, int(config.lora_rank * WIDEST))
+    limit = max(1, int(config.lora_rank * MAX_RANK_FACTOR))
     shares: list[tuple[float, str]] = []
     directions = {}
     for path, x in inputs.items():
@@ -242,8 +244,7 @@ def _allocated(
 
 
 def _inputs(model: Model, data: Tokens, found: Mapping[str, nn.Module], micro_tokens: int) -> dict[str, torch.Tensor]:
-    """Up to `CALIBRATION_ROWS` rows of what goes into each module, float32, spread over packs of the first examples,
-    those with the longest first."""
+    """Up to `CALIBRATION_ROWS` rows of each module's inputs, float32, from packs of the first examples."""
     rows: dict[str, list[torch.Tensor]] = {path: [] for path in found}
 
     def keep(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -256,7 +257,7 @@ def _inputs(model: Model, data: Tokens, found: Mapping[str, nn.Module], micro_to
     hooks = [module.register_forward_pre_hook(keep(path)) for path, module in found.items()]
     try:
         with torch.no_grad():
-            for piece in training.pieces(data.examples[: 4 * CALIBRATION_ROWS // 16], micro_tokens)[:4]:
+            for piece in training.pack(data.examples[: 4 * CALIBRATION_ROWS // 16], micro_tokens)[:4]:
                 ids = torch.tensor([token for example in piece for token in example.ids])
                 model.hidden(ids, [len(example.ids) for example in piece])
     finally:
@@ -278,12 +279,13 @@ def auto_lora(
     checkpoints: Path | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> LoraWeights:
-    """An adapter of at most the parameters that `config` would have uniformly, spent where they count.
+    """Train an adapter with the parameters of a uniform `config`, distributed over the modules where they matter.
 
-    Ranks and first directions come from the variance of the inputs, at `widen` times the parameters; after training
-    one global threshold over singular values cuts to the budget and drops modules; a share `recovery` of the steps
-    then trains what is left. The metadata tell the cut (`pruning`) and the ranks. With a folder for `checkpoints` both
-    runs resume as `train` does, and from the same start and cut; `stop` raises TrainingStopped in either.
+    1. `allocate` chooses ranks and initial directions for `widen` times the parameters.
+    2. After training, one global threshold over the singular values truncates to the budget and drops modules.
+    3. A share `recovery` of the steps trains the truncated adapter.
+
+    Both runs use `checkpoints` and `stop` as `train` does. The metadata contain `pruning`, `auto_lora` and `training`.
     """
     shapes = layers.shapes(model.tree)
     uniform = config.spec().ranks(shapes)
@@ -294,78 +296,77 @@ def auto_lora(
         use_rslora=False,
         lora_alpha=config.lora_alpha * widen,
     )
-    told_to: dict[str, Any] = {"name": name, "validation": validation, "on_event": on_event, "stop": stop}
+    common: dict[str, Any] = {"name": name, "validation": validation, "on_event": on_event, "stop": stop}
     folders = (checkpoints / "wide", checkpoints / "narrow") if checkpoints is not None else (None, None)
-    kept = _Kept(checkpoints, f"{training.run_key(model, data, config, None, validation)} {widen!r}")
-    made_now = (cut := kept.read("cut", before="narrow")) is None
+    state = _ResumeState(checkpoints, f"{training.run_key(model, data, config, None, validation)} {widen!r}")
+    cut_now = (cut := state.read("cut", before="narrow")) is None
     if cut is None:
-        if (start := kept.read(START, before="wide")) is None:
+        if (start := state.read(START, before="wide")) is None:
             start = _start(model, data, config, wide, name)
-            kept.write(START, start, before="wide")
-        given = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in start.modules.items()}
-        first = replace(wide, lora_rank_of={**config.lora_rank_of, **given})
-        trained = training.train(model, data, first, start, checkpoints=folders[0], **told_to)
+            state.write(START, start, before="wide")
+        ranks = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in start.modules.items()}
+        first = replace(wide, lora_rank_of={**config.lora_rank_of, **ranks})
+        trained = training.train(model, data, first, start, checkpoints=folders[0], **common)
         cut, _ = pruning.truncate_globally(trained, budget=budget)
     elif on_event is not None:
-        on_event(training.done(cut.metadata["training"]))
+        on_event(training.finished_event(cut.metadata["training"]))
     left = dict.fromkeys(uniform, 0) | {path: module.rank for path, module in cut.modules.items()}
     steps = max(1, round(recovery * config.steps(len(data.examples))))
     after = replace(
         wide, lora_rank_of={**config.lora_rank_of, **left}, max_steps=steps, learning_rate=config.learning_rate / 4
     )
-    if made_now:
-        kept.drop_other("narrow", training.run_key(model, data, after, cut, validation))
-        kept.write("cut", cut, before="narrow")
-    result = training.train(model, data, after, cut, checkpoints=folders[1], **told_to)
-    none = sorted(path for path, rank in left.items() if not rank)
-    told = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": none, "budget": budget}
-    made = _both(cut.metadata["training"], result.metadata["training"])
+    if cut_now:
+        state.drop_other("narrow", training.run_key(model, data, after, cut, validation))
+        state.write("cut", cut, before="narrow")
+    result = training.train(model, data, after, cut, checkpoints=folders[1], **common)
+    dropped = sorted(path for path, rank in left.items() if not rank)
+    summary = {"ranks": {p: m.rank for p, m in result.modules.items()}, "dropped": dropped, "budget": budget}
+    report = _combined_report(cut.metadata["training"], result.metadata["training"])
     return replace(
-        result, metadata={**result.metadata, "training": made, "auto_lora": told, "pruning": cut.metadata["pruning"]}
+        result,
+        metadata={**result.metadata, "training": report, "auto_lora": summary, "pruning": cut.metadata["pruning"]},
     )
 
 
 def _start(model: Model, data: Tokens, config: TrainingConfig, wide: TrainingConfig, name: str) -> LoraWeights:
-    """What the wide run begins from: the directions of `allocate`, and an update of zero."""
+    """Initial weights of the wide run: the directions of `allocate` as A, zeros as B."""
     shapes = layers.shapes(model.tree)
     _, directions = allocate(model, data, wide)
     scale = peft_config.scale_of(config.lora_alpha, config.lora_rank, config.use_rslora)
     modules = {
-        # As long as a random row of A would be, so that learning rates keep their meaning.
+        # The norm of a random row of A, so that learning rates keep their meaning.
         path: LowRank(rows / math.sqrt(3.0), torch.zeros(shapes[path][0], len(rows)), scale)
         for path, rows in directions.items()
     }
     return with_digest(name, modules)
 
 
-class _Kept:
-    """What a stopped `auto_lora` goes on from beside the checkpoints of its two runs. Both begin from what long sums
-    of floating-point numbers made, which come out otherwise on another number of threads or another processor.
+class _ResumeState:
+    """The initial weights of the two runs of `auto_lora`, stored so that a resumed run starts from the same bits. They
+    depend on the number of threads and the processor.
     """
 
     def __init__(self, folder: Path | None, key: str) -> None:
         self._folder, self._key = folder, key
 
     def read(self, part: str, before: str) -> LoraWeights | None:
-        """The adapter that the run `before` which it was made began from. Raises as `read_adapter`, but where nothing
-        has been trained from it: there it is made anew."""
+        """The initial weights of the run `before`; None if it has not started. Raises as `read_adapter`."""
         if self._folder is None:
             return None
         try:
             return read_adapter(self._folder / part, self._key, self._folder)
         except AdapterError:  # of another run, or damaged
-            if self._begun(before):
+            if self._started(before):
                 raise
             return None
 
     def write(self, part: str, weights: LoraWeights, before: str) -> None:
-        """Keep it, unless that run goes on from what it began from before. Raises StoreFailed."""
-        if self._folder is not None and not self._begun(before):
+        """Store the initial weights of a run that has not started. Raises StoreFailed."""
+        if self._folder is not None and not self._started(before):
             write_adapter(self._folder / part, self._key, weights)
 
     def drop_other(self, run: str, key: str) -> None:
-        """Let the run begin anew if its checkpoint is of another cut than the one that was made now: versions that kept
-        none cut otherwise. Raises StoreFailed for a damaged one."""
+        """Delete a checkpoint that was trained from another cut. Raises StoreFailed for a damaged one."""
         if self._folder is None:
             return
         try:
@@ -375,15 +376,13 @@ class _Kept:
         except AdapterError:
             (self._folder / run / FILE).unlink()
 
-    def _begun(self, run: str) -> bool:
+    def _started(self, run: str) -> bool:
         assert self._folder is not None
         return (self._folder / run / FILE).exists()
 
 
-def _both(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of two runs, one after the other: the work of both, and all else of the last. What each began from
-    is nobody's version.
-    """
+def _combined_report(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Any]:
+    """One report for both runs: work is summed, the rest is that of the second run."""
     sums = {key: wide[key] + narrow[key] for key in ("steps", "tokens", "target_tokens", "seconds")}
     before = wide["steps"]
     return {
@@ -393,12 +392,12 @@ def _both(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1) if sums["seconds"] else None,
         "evaluations": [{**e, "step": before + e["step"]} for e in narrow["evaluations"]],
         "best_step": before + narrow["best_step"],
-        "memory": _most(wide["memory"], narrow["memory"]),
+        "memory": _max_memory(wide["memory"], narrow["memory"]),
     }
 
 
-def _most(wide: Mapping[str, int | None], narrow: Mapping[str, int | None]) -> dict[str, int | None]:
-    """Memory by kind, of which two runs took the larger; above what there was before the first."""
+def _max_memory(wide: Mapping[str, int | None], narrow: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Memory by kind: the maximum of both runs, relative to the start of the first."""
     most = {key: max(wide[key] or 0, size) if size is not None else None for key, size in narrow.items()}
     peak, first, above = most["peak_process"], wide["peak_process"], wide["peak_above_start"]
     if peak is None or first is None or above is None:

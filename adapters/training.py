@@ -1,7 +1,7 @@
-"""`train`: a model, tokens and a config -> `LoraWeights`. The same result for the same arguments, resumed or not.
+"""LoRA training: `train(model, data, config) -> LoraWeights`, deterministic and resumable.
 
-Owns the loop: batches, packing, the loss over learned tokens only, evaluation, checkpoints. The model is an argument
-(`Model`), and so are the clock's listeners; neither serving nor tokenizers nor files of data are known here.
+The loop packs examples without padding, takes the loss over target tokens only, evaluates, and writes checkpoints. The
+model is an argument (`Model`).
 """
 
 from __future__ import annotations
@@ -32,45 +32,57 @@ from adapters.seeds import check_seed
 from adapters.weights import LoraWeights
 
 TRIM_STEPS = 16
-"""Updates after which freed memory is given back: batches differ in size, so the heap falls into ever more pieces."""
+"""Updates between calls of malloc_trim: batches of different sizes fragment the heap."""
 LOSS_ROWS = 256
-"""Rows whose logits are in memory at a time."""
-MOST_EPOCHS = 1e9
-"""More are no number of steps that could be counted."""
+"""Rows of logits that are computed at a time, to bound memory."""
+MAX_EPOCHS = 1e9
 
 
 class Model(Protocol):
-    """A causal language model whose linears can be wrapped. Its own weights are frozen and shared, never changed."""
+    """A causal language model whose linears can be wrapped with LoRA. Its own weights are frozen and shared."""
 
     tree: nn.Module
-    """Where LoRALinears are put, by the base's own module paths."""
+    """The module tree that `LoRALinear` is injected into, with the base's module paths."""
     blocks: Sequence[nn.Module]
-    """The layers that activation checkpointing computes again, by `whole` where one has such a forward."""
+    """Layers that activation checkpointing recomputes. A layer may have a separate forward for that, `whole`."""
     metadata: Mapping[str, Any]
-    """`base` (name), `base_id`, `quantization`: goes into the result."""
+    """`base` (name), `base_id`, `quantization`: copied into the result."""
     nbytes: int
     """Bytes of the frozen weights."""
 
     def hidden(self, ids: torch.Tensor, lengths: Sequence[int], rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Several sequences one after the other, int64 [T] with T the sum of `lengths`: their last states [T, h], or
-        those of `rows`, int64 [L], alone.
+        """The last hidden states of packed sequences. Sequences do not attend to each other.
 
-        No sequence sees another. Keeps the graph if gradients are on.
+        Args:
+            ids: int64 [T], the sequences one after another.
+            lengths: their lengths, which sum to T.
+            rows: int64 [L], the positions to return; None for all.
+
+        Returns:
+            Hidden states [T, h] or [L, h], with a graph if gradients are enabled.
         """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """States of any rows [L, h] -> float [L, vocab]."""
+        """Hidden states [L, h] -> logits, float [L, vocab]."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What a run does. `model`, `data`, `output`, `quantization`, `use_double_quant` and `compute_dtype` say to whoever
-    builds the arguments of `train` what to build; all else is read here.
+    """Settings of a run.
 
-    `batch_size` is examples an update, which are computed in packed pieces of up to `micro_tokens` tokens; a piece's
-    size changes speed and memory only. `lora_rank_of` gives ranks to single module paths. `max_steps` 0 is no limit.
-    Evaluation comes every `eval_steps` updates (0: only at the end) and training stops when it has not been better
-    for `patience` times (0: never); the result is the best that was evaluated, or the last without validation data.
+    Attributes:
+        model, data, output, quantization, use_double_quant, compute_dtype: for the caller, who builds the arguments of
+            `train` from them.
+        batch_size: examples per update. They are computed in packs of up to `micro_tokens` tokens; the pack size
+            changes speed and memory only.
+        lora_rank_of: ranks of single module paths.
+        max_steps: most updates; 0 is no limit.
+        eval_steps: updates between evaluations; 0 evaluates at the end only. The best evaluated state is the result, or
+            the last one without validation data.
+        patience: evaluations without improvement before training stops; 0 never stops early.
+
+    Raises:
+        AdapterError: a value has the wrong type or is out of range; `param` names it.
     """
 
     model: str = "smollm2-135m"
@@ -101,8 +113,8 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_kinds()
-        for name, most in (("epochs", MOST_EPOCHS), ("learning_rate", math.inf)):
+        self._check_types()
+        for name, most in (("epochs", MAX_EPOCHS), ("learning_rate", math.inf)):
             value = getattr(self, name)
             if not 0.0 < value < most:
                 raise AdapterError(f"{name} must be over 0 and under {most:g}, not {value!r}", name)
@@ -122,32 +134,29 @@ class TrainingConfig:
                 raise AdapterError(f"{name} is out of range: {getattr(self, name)!r}", name)
         if self.patience and not self.eval_steps:
             raise AdapterError(
-                "patience counts evaluations; set eval_steps, after how many updates one comes", "patience"
+                "patience counts evaluations: set eval_steps to the number of updates between them", "patience"
             )
         check_seed(self.seed)
         if self.compute_dtype not in ("auto", "bfloat16", "float32"):
-            said = f"compute_dtype is auto, bfloat16 or float32, not {self.compute_dtype!r}"
-            raise AdapterError(said, "compute_dtype")
+            raise AdapterError(
+                f"compute_dtype is auto, bfloat16 or float32, not {self.compute_dtype!r}", "compute_dtype"
+            )
         if self.quantization not in ("int4", "nf4", "none"):
             raise AdapterError(f"quantization is int4, nf4 or none, not {self.quantization!r}", "quantization")
         self.spec()
 
-    def told(self) -> dict[str, Any]:
-        """The settings, as keys of runs are made of them: what leaves the dtype to the machine has those of before
-        2026-12-01, when that was bfloat16, so that runs go on and what is finished is known. So a run that asks for
-        bfloat16 goes on from its checkpoint, too.
-        """
+    def key_settings(self) -> dict[str, Any]:
+        """The settings that identify a run. "auto" counts as bfloat16, so that older checkpoints can be resumed."""
         return asdict(self) | {"compute_dtype": self.compute_dtype.replace("auto", "bfloat16")}
 
-    def _check_kinds(self) -> None:
-        """Files say anything: a text for a number would be found out at the first step."""
-        whats = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    def _check_types(self) -> None:
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             taken: Any = (int, float) if kind is float else kind
             beyond = kind is float and isinstance(value, int) and abs(value) > sys.float_info.max
             if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool) or beyond:
-                raise AdapterError(f"{name} must be {whats[kind]}, not {value!r}", name)
+                raise AdapterError(f"{name} must be {names[kind]}, not {value!r}", name)
         targets = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         if not isinstance(targets, list | tuple) or not targets or not all(isinstance(t, str) and t for t in targets):
             raise AdapterError(f"target_modules is a pattern or a list of names, not {targets!r}", "target_modules")
@@ -157,7 +166,7 @@ class TrainingConfig:
             raise AdapterError("lora_rank_of gives whole numbers to module paths", "lora_rank_of")
 
     def spec(self) -> LoraSpec:
-        """Which linears get a LoRA."""
+        """Which linears get a LoRA, and of which rank."""
         return LoraSpec(
             rank=self.lora_rank,
             alpha=self.lora_alpha,
@@ -168,7 +177,7 @@ class TrainingConfig:
         )
 
     def steps(self, examples: int) -> int:
-        """Updates of a run over this many examples."""
+        """The number of updates of a run over this many examples."""
         steps = max(1, round(self.epochs * math.ceil(examples / self.batch_size)))
         return min(steps, self.max_steps) if self.max_steps else steps
 
@@ -178,10 +187,14 @@ _KINDS = {f.name: type(f.default) for f in fields(TrainingConfig) if f.name not 
 
 @dataclass(frozen=True)
 class Event:
-    """What is told while a run goes on. `kind` is "step", "eval", "checkpoint" or "done".
+    """Progress of a run.
 
-    `loss` is the mean over learned tokens, in nats; `accuracy` the share of them whose likeliest token is right.
-    `tokens` counts all tokens of the run so far, none is padding; `seconds` the time spent on updates alone.
+    Attributes:
+        kind: "step", "eval", "checkpoint" or "done".
+        loss: mean over target tokens, in nats.
+        accuracy: share of target tokens that are the argmax.
+        tokens: all tokens of the run so far; there is no padding.
+        seconds: time spent on updates.
     """
 
     kind: str
@@ -196,7 +209,7 @@ class Event:
 
 @dataclass
 class _Progress:
-    """Where a run is; all of it is in a checkpoint."""
+    """The state of a run beside its tensors. It is part of a checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -220,13 +233,25 @@ def train(
     on_event: Callable[[Event], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> LoraWeights:
-    """A LoRA trained on `data`, from `init` if it is given. The model's tree is as before when this returns.
+    """Train a LoRA. The model's tree is restored when this returns.
 
-    With a folder for `checkpoints` the run goes on from the one that is there, bit for bit as if it had never stopped
-    (on a CPU, on the same number of threads: a GPU adds up gradients in no fixed order), and leaves one behind every
-    `save_steps` updates and when `stop` says so. The metadata say what was done (`training`). Raises TrainingStopped if
-    `stop` said so, BaseMismatch for targets that are no linears of the base, and AdapterError for a checkpoint of
-    another run and for ranks that memory has no room for.
+    Args:
+        init: weights to start from; None is PEFT's default initialization.
+        name: name of the result.
+        validation: held-out data, see `TrainingConfig.eval_steps`.
+        checkpoints: folder of the run's checkpoint, written every `save_steps` updates and when the run is stopped. A
+            run resumes from it bit for bit on a CPU with the same number of threads.
+        on_event: called with each `Event`.
+        stop: checked before each update; True stops the run.
+
+    Returns:
+        The trained weights, float32, with a report in `metadata["training"]`.
+
+    Raises:
+        TrainingStopped: `stop` returned True; the checkpoint is written.
+        BaseMismatch: a target is not a linear of the base.
+        AdapterError: the checkpoint is of another run, or memory is too small for the ranks.
+        Diverged: a gradient is not finite.
     """
     layers.check_room(model.tree, config.spec())
     found = layers.inject(model.tree, config.spec(), config.seed)
@@ -235,60 +260,57 @@ def train(
             layers.load(found, init)
         key = run_key(model, data, config, init, validation)
         run = _Run(model, data, config, _parameters(found), validation, checkpoints, key)
-        progress, peak = run.go(on_event or (lambda event: None), stop or (lambda: False))
+        progress, peak = run.run(on_event or (lambda event: None), stop or (lambda: False))
         weights = layers.extract(model.tree, name)
     finally:
         layers.eject(model.tree)
-    made = _report(progress, peak, config, data, run, init)
-    return replace(weights, metadata={**model.metadata, "training": made})
+    report = _report(progress, peak, config, data, run, init)
+    return replace(weights, metadata={**model.metadata, "training": report})
 
 
 def train_dense(
     model: Model, data: Tokens, config: TrainingConfig, on_event: Callable[[Event], None]
 ) -> dict[str, Any]:
-    """Full fine-tuning of the same tree's linears, for comparison: each must be an `nn.Linear`, and is changed.
-
-    Answers the report that `train` puts into its metadata.
-    """
+    """Full fine-tuning of the tree's `nn.Linear` weights in place, for comparison. Returns the report of the run."""
     parameters: list[torch.Tensor] = [m.weight for m in layers.linears(model.tree).values() if isinstance(m, nn.Linear)]
     model.tree.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     run = _Run(model, data, config, parameters, None, None, "")
-    progress, peak = run.go(on_event, lambda: False)
+    progress, peak = run.run(on_event, lambda: False)
     return _report(progress, peak, config, data, run, None)
 
 
 def run_key(
     model: Model, data: Tokens, config: TrainingConfig, init: LoraWeights | None, validation: Tokens | None
 ) -> str:
-    """What a checkpoint must have been made of to go on from: all that has a say in the result."""
-    told = config.told() | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
-    told["validation"] = validation.digest if validation is not None else ""
-    # A run goes on in what the machine multiplies in, if the settings leave that to it.
-    told["on"] = {key: value for key, value in model.metadata.items() if key != "compute_dtype"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
+    """A digest of everything that influences the result. A checkpoint with another key is not resumed."""
+    parts = config.key_settings() | {"output": "", "data": data.digest, "init": init.digest if init is not None else ""}
+    parts["validation"] = validation.digest if validation is not None else ""
+    # With compute_dtype "auto" a run may be resumed on a machine with another dtype.
+    parts["on"] = {key: value for key, value in model.metadata.items() if key != "compute_dtype"}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
 
 
-def done(made: Mapping[str, Any]) -> Event:
-    """What is told at the end of a run, of one whose report (`metadata["training"]`) is at hand."""
-    steps = made["steps"]
-    return Event("done", steps, steps, tokens=made["tokens"], seconds=made["seconds"])
+def finished_event(report: Mapping[str, Any]) -> Event:
+    """The last event of a finished run, from its report (`metadata["training"]`)."""
+    steps = report["steps"]
+    return Event("done", steps, steps, tokens=report["tokens"], seconds=report["seconds"])
 
 
 def evaluate_loss(model: Model, data: Tokens, micro_tokens: int = 1024) -> tuple[float, float]:
-    """Mean loss and accuracy over all learned tokens of `data`, by the tree as it is."""
+    """Mean loss in nats and accuracy over all target tokens of `data`."""
     loss = correct = 0.0
     targets = 0
     with torch.no_grad(), _mode(model.tree, training=False):
-        for piece in pieces(data.examples, micro_tokens):
-            part, hits = _losses(model, *_forward(model, piece), scale=0.0)
-            loss, correct, targets = loss + part, correct + hits, targets + sum(e.targets for e in piece)
+        for packed in pack(data.examples, micro_tokens):
+            part, hits = _loss_and_backward(model, *_forward(model, packed), scale=0.0)
+            loss, correct, targets = loss + part, correct + hits, targets + sum(e.targets for e in packed)
     return loss / targets, correct / targets
 
 
 class _Run:
-    """One training run over a set of trainable parameters, whatever they are."""
+    """One training run over a set of trainable parameters."""
 
     def __init__(
         self,
@@ -306,19 +328,19 @@ class _Run:
         self.warmup = math.ceil(config.warmup_ratio * self.steps)
         self.folder, self.key = folder, key
         self.progress = _Progress()
-        self.kept = 0
-        """The step of the last checkpoint; 0 needs none."""
+        self.saved_step = 0
+        """The step of the last checkpoint."""
         self.best: torch.Tensor | None = None
 
-    def go(self, tell: Callable[[Event], None], stop: Callable[[], bool]) -> tuple[_Progress, memory.Peak]:
-        """Runs to the end, from the checkpoint if there is one, and leaves the best values in the parameters."""
+    def run(self, tell: Callable[[Event], None], stop: Callable[[], bool]) -> tuple[_Progress, memory.Peak]:
+        """Run to the end, from the checkpoint if there is one, and leave the best values in the parameters."""
         config, progress = self.config, self._resume()
-        watch = memory.Watch()
-        recompute = _recomputed(self.model.blocks) if config.activation_checkpointing else contextlib.nullcontext()
+        meter = memory.PeakMeter()
+        recompute = _checkpointed(self.model.blocks) if config.activation_checkpointing else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[]), recompute:
             while progress.step < self.steps:
                 if stop():
-                    self._keep(tell)
+                    self._save(tell)
                     raise TrainingStopped(f"stopped at step {progress.step} of {self.steps}")
                 event = self._update()
                 tell(event)
@@ -328,26 +350,26 @@ class _Run:
                     if config.patience and progress.worse >= config.patience:
                         break
                 if at_end or _due(progress.step, config.save_steps):
-                    self._keep(tell)
+                    self._save(tell)
         if self.best is not None:
             with torch.no_grad():
                 self.optimizer.values.copy_(self.best)
         tell(self._event("done"))
-        return progress, watch.peak()
+        return progress, meter.peak()
 
     def _update(self) -> Event:
-        """One batch: forward and backward piece by piece, then one step."""
+        """One update: forward and backward for each pack of the batch, then an optimizer step."""
         config, progress = self.config, self.progress
         started = time.perf_counter()
         batch = self._batch(progress.step)
         targets = sum(example.targets for example in batch)
         loss = hits = 0.0
-        # The noise of dropout depends on the seed and the step alone, so that a resumed run draws the same.
-        torch.manual_seed(_drawn_from(config.seed, progress.step))
+        # Dropout depends on seed and step only, so that a resumed run draws the same.
+        torch.manual_seed(_seed_for(config.seed, progress.step))
         with _mode(self.model.tree, training=True):
-            for piece in pieces(batch, config.micro_tokens):
-                part, right = _losses(self.model, *_forward(self.model, piece), scale=1.0 / targets)
-                loss, hits = loss + part, hits + right
+            for packed in pack(batch, config.micro_tokens):
+                part, correct = _loss_and_backward(self.model, *_forward(self.model, packed), scale=1.0 / targets)
+                loss, hits = loss + part, hits + correct
         rate = learning_rate(progress.step, self.steps, config.learning_rate, self.warmup)
         norm = self.optimizer.clip(config.max_grad_norm)
         if not math.isfinite(norm):
@@ -365,7 +387,7 @@ class _Run:
         return self._event("step", loss / targets, hits / targets, rate)
 
     def _batch(self, step: int) -> list[Example]:
-        """The examples of a step: each epoch is all of them once, in an order drawn from the seed and its number."""
+        """The examples of a step. Each epoch is a permutation drawn from the seed and the epoch's number."""
         count, size = len(self.data.examples), self.config.batch_size
         per_epoch = math.ceil(count / size)
         epoch, place = divmod(step, per_epoch)
@@ -388,13 +410,13 @@ class _Run:
         p = self.progress
         return Event(kind, p.step, self.steps, loss, accuracy, rate, p.tokens, p.seconds)
 
-    def _keep(self, tell: Callable[[Event], None]) -> None:
-        """A checkpoint of where the run is, unless it was there when it began, or one has been written since."""
-        if self.folder is None or self.kept == self.progress.step:
+    def _save(self, tell: Callable[[Event], None]) -> None:
+        """Write a checkpoint, unless there is one of this step."""
+        if self.folder is None or self.saved_step == self.progress.step:
             return
         tensors = self.optimizer.state() | ({"best": self.best} if self.best is not None else {})
         write_checkpoint(self.folder, Checkpoint(self.key, asdict(self.progress), tensors))
-        self.kept = self.progress.step
+        self.saved_step = self.progress.step
         tell(self._event("checkpoint"))
 
     def _resume(self) -> _Progress:
@@ -403,24 +425,24 @@ class _Run:
             self.optimizer.restore(found.tensors)
             self.best = found.tensors.get("best")
             self.progress = _Progress(**found.progress)
-            self.kept = self.progress.step
+            self.saved_step = self.progress.step
         return self.progress
 
 
 @functools.lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(_drawn_from(seed, epoch))
+    generator = torch.Generator().manual_seed(_seed_for(seed, epoch))
     order: list[int] = torch.randperm(count, generator=generator, device="cpu").tolist()
     return order
 
 
-def _drawn_from(seed: int, number: int) -> int:
-    """What a generator begins with for one of a run's draws: torch takes 64 bits, whatever the seed."""
+def _seed_for(seed: int, number: int) -> int:
+    """A 64-bit seed for one of a run's draws."""
     return (seed * 1_000_003 + number) % (1 << 63)
 
 
-def pieces(examples: Sequence[Example], limit: int) -> list[list[Example]]:
-    """The examples in packs of up to `limit` tokens, by first-fit decreasing; one that is longer is alone."""
+def pack(examples: Sequence[Example], limit: int) -> list[list[Example]]:
+    """Pack examples into groups of up to `limit` tokens by first-fit decreasing. A longer example is alone."""
     packs: list[list[Example]] = []
     room: list[int] = []
     for example in sorted(examples, key=lambda e: -len(e.ids)):
@@ -435,22 +457,24 @@ def pieces(examples: Sequence[Example], limit: int) -> list[list[Example]]:
     return packs
 
 
-def _forward(model: Model, piece: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The states from which the learned tokens of a pack are predicted, [L, h], and those tokens, int64 [L]."""
-    ids = torch.tensor([token for example in piece for token in example.ids])
-    learned = torch.tensor([flag for example in piece for flag in example.learned])
-    # An example's first token is never learned, so the row before a target is always of its own sequence.
-    rows = learned.nonzero().flatten()
-    return model.hidden(ids, [len(example.ids) for example in piece], rows - 1), ids[rows]
+def _forward(model: Model, packed: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states that predict a pack's target tokens, [L, h], and the targets, int64 [L]."""
+    ids = torch.tensor([token for example in packed for token in example.ids])
+    is_target = torch.tensor([flag for example in packed for flag in example.learned])
+    # The first token of an example is never a target, so the row before a target belongs to the same sequence.
+    rows = is_target.nonzero().flatten()
+    return model.hidden(ids, [len(example.ids) for example in packed], rows - 1), ids[rows]
 
 
-def _losses(model: Model, hidden: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[float, float]:
-    """Sum of the losses, and how many targets are the likeliest token. If gradients are on, sends back those of
-    `scale` times the sum. Logits are in memory for `LOSS_ROWS` rows at a time, and never kept for the way back.
+def _loss_and_backward(model: Model, hidden: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[float, float]:
+    """Sum of the cross-entropy losses, and the number of targets that are the argmax.
+
+    If gradients are enabled, runs the backward pass of `scale` times the sum. Logits are computed for `LOSS_ROWS` rows
+    at a time and never stored for the backward pass.
     """
     loss = 0.0
     hits = 0.0
-    back = []
+    gradients = []
     for start in range(0, len(targets), LOSS_ROWS):
         rows = hidden[start : start + LOSS_ROWS].detach().requires_grad_(torch.is_grad_enabled())
         target = targets[start : start + LOSS_ROWS, None]
@@ -458,31 +482,29 @@ def _losses(model: Model, hidden: torch.Tensor, targets: torch.Tensor, scale: fl
         values = logits.detach().float()
         top, likeliest = values.max(-1, keepdim=True)
         hits += int((likeliest == target).sum())
-        values.sub_(top)  # in the logits themselves where those are float32: the way back does not read them
-        right = values.gather(1, target)
-        powers = values.exp_()
-        total = powers.sum(-1, keepdim=True)
-        loss += float((total.log() - right).double().sum())
+        values.sub_(top)  # in place, also for float32 logits: the backward pass does not read them
+        target_logits = values.gather(1, target)
+        exponentials = values.exp_()
+        total = exponentials.sum(-1, keepdim=True)
+        loss += float((total.log() - target_logits).double().sum())
         if torch.is_grad_enabled():
-            gradient = powers.div_(total)
-            gradient.scatter_add_(1, target, torch.full_like(right, -1.0))
-            _send_back(logits, gradient.mul_(scale).to(logits.dtype))
+            gradient = exponentials.div_(total)
+            gradient.scatter_add_(1, target, torch.full_like(target_logits, -1.0))
+            _backward(logits, gradient.mul_(scale).to(logits.dtype))
             assert rows.grad is not None
-            back.append(rows.grad)
-    if back:
-        _send_back(hidden, torch.cat(back).to(hidden.dtype))
+            gradients.append(rows.grad)
+    if gradients:
+        _backward(hidden, torch.cat(gradients).to(hidden.dtype))
     return loss, hits
 
 
-def _send_back(output: torch.Tensor, gradient: torch.Tensor) -> None:
-    """`torch.autograd.backward(output, gradient)`, which would import sympy to compare the two shapes: a third of a
-    second and tens of megabytes in each training process.
-    """
-    _Given.apply(output, gradient).backward()  # type: ignore[no-untyped-call]
+def _backward(output: torch.Tensor, gradient: torch.Tensor) -> None:
+    """`torch.autograd.backward(output, gradient)` without its import of sympy (0.3 s and tens of megabytes)."""
+    _WithGradient.apply(output, gradient).backward()  # type: ignore[no-untyped-call]
 
 
-class _Given(torch.autograd.Function):
-    """A scalar whose gradient to `output` is what it is given."""
+class _WithGradient(torch.autograd.Function):
+    """A scalar whose gradient with respect to `output` is the given tensor."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -505,8 +527,8 @@ def _mode(tree: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it the blocks keep their inputs only, and compute the rest again on the way back."""
+def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Activation checkpointing: blocks store their inputs only, and recompute activations in the backward pass."""
     originals = [getattr(block, "whole", block.forward) for block in blocks]
     for block, forward in zip(blocks, originals, strict=True):
         block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
@@ -528,7 +550,7 @@ def _due(step: int, every: int) -> bool:
 def _report(
     p: _Progress, peak: memory.Peak, config: TrainingConfig, data: Tokens, run: _Run, init: LoraWeights | None
 ) -> dict[str, Any]:
-    """What is told of a run in the result's metadata."""
+    """The report in the result's metadata."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("data", "output") and v != {}}
     return {
         "samples": len(data.examples),
@@ -541,6 +563,6 @@ def _report(
         "evaluations": p.history,
         "best_step": p.best_step if p.history else p.step,
         "from": init.version.label if init is not None else None,
-        "memory": {"base": run.model.nbytes, **run.optimizer.nbytes, **peak.told()},
+        "memory": {"base": run.model.nbytes, **run.optimizer.nbytes, **peak.as_dict()},
         "config": settings,
     }

@@ -84,7 +84,7 @@ def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
     tokens = data.tokenize(data.read(args.data)[:count], encoder(text, template, 1024), 1024)
     if peft:
         return theirs(base, list(tokens.examples), size, getattr(torch, who.split("-")[1]), args.steps)
-    watch = memory.Watch()
+    watch = memory.PeakMeter()
     # The base was mapped before the watch began: its bytes are counted, all of them.
     model = TrainableModel(base, share_prefix=who != "ours-unshared")
     held = sum(w.nbytes for w in base.weights.values())
@@ -124,7 +124,7 @@ def theirs(base: Base, examples: list[Example], size: int, dtype: torch.dtype, s
     )
     state = {f"{path}.weight": base.backend.dequantize(w).to(dtype) for path, w in base.weights.items()}
     state |= {name: tensor.to(dtype) for name, tensor in base.tensors.items()}
-    watch = memory.Watch()
+    watch = memory.PeakMeter()
     before = (watch.before or 0) - sum(t.nbytes for t in state.values())
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -161,7 +161,7 @@ def _begun(resumed: Path) -> float:
 
 def _key(recipe: Recipe, base: Base, data_dir: Path) -> str:
     """What a run is made of. Raises OSError for files that cannot be read, BadSetting for those in nobody's home."""
-    told: list[Any] = [asdict(recipe) | {"config": recipe.config.told()}, base.id]
+    told: list[Any] = [asdict(recipe) | {"config": recipe.config.key_settings()}, base.id]
     for file in (recipe.data, recipe.validation):
         if file is not None:
             with place(data_dir, file).open("rb") as stream:

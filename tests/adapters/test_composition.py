@@ -145,7 +145,7 @@ def test_what_cannot_be_composed_is_said():
         composition.linear([(one, 1.0), (two, 1.0)], "l")
     with pytest.raises(InvalidChoice, match="different bases"):
         composition.exact([(one, 1.0), (random_weights(2, {"m": 4}, out=13), 1.0)], "e")
-    with pytest.raises(InvalidChoice, match="nothing"):
+    with pytest.raises(InvalidChoice, match="no adapters"):
         composition.exact([], "e")
     with pytest.raises(InvalidChoice, match="every weight is zero"):
         composition.exact([(one, 0.0)], "e")
@@ -162,7 +162,11 @@ def test_what_cannot_be_composed_is_said():
 @pytest.mark.parametrize("method", composition.METHODS)
 def test_every_method_asks_the_same_of_its_adapters(method):
     one, other = random_weights(1, {"x": 2}), random_weights(2, {"x": 2}, out=8)
-    for pairs, reason in (([], "nothing"), ([(one, 1.0), (other, 1.0)], "different bases"), ([(one, 99.0)], "finite")):
+    for pairs, reason in (
+        ([], "no adapters"),
+        ([(one, 1.0), (other, 1.0)], "different bases"),
+        ([(one, 99.0)], "finite"),
+    ):
         with pytest.raises(InvalidChoice, match=reason):
             composition.compose(pairs, "c", method)
     with pytest.raises(AdapterError, match="density"):

@@ -95,8 +95,8 @@ def test_gradients_are_pefts_also_after_an_evaluation(llama, rslora):
     for _ in range(2):
         model.tree.zero_grad()
         ours = 0.0
-        for piece in training.pieces(data.examples, 16):
-            ours += training._losses(model, *training._forward(model, piece), scale=1 / targets)[0]
+        for piece in training.pack(data.examples, 16):
+            ours += training._loss_and_backward(model, *training._forward(model, piece), scale=1 / targets)[0]
         assert ours / targets == pytest.approx(float(loss), abs=1e-5)
         for path, layer in found.items():
             theirs = peft.base_model.model.get_submodule(path)
@@ -266,7 +266,7 @@ def test_it_goes_on_from_an_adapter(llama):
     same = training.train(Wrapped(llama), data, tiny, init=first)
     for path in first.modules:
         assert torch.allclose(same.delta(path), first.delta(path), atol=1e-6)
-    with pytest.raises(BaseMismatch, match="start from"):
+    with pytest.raises(BaseMismatch, match="initial adapter"):
         training.train(Wrapped(llama), data, dataclasses.replace(CONFIG, lora_rank=3), init=first)
 
 
@@ -339,7 +339,7 @@ def test_the_first_and_the_last_seed_train(llama, seed):
 @pytest.mark.parametrize("rank", [10**9, 10**30])
 def test_ranks_that_memory_has_no_room_for_are_refused(llama, rank):
     model = Wrapped(llama)
-    with pytest.raises(AdapterError, match="MiB are left") as error:
+    with pytest.raises(AdapterError, match="MiB are free") as error:
         training.train(model, examples(4), dataclasses.replace(CONFIG, lora_rank=rank))
     assert error.value.param == "lora_rank" and not layers.injected(model.tree)
 
@@ -348,7 +348,7 @@ def test_what_a_step_and_the_best_values_take_is_counted(llama, monkeypatch):
     spec, tree = CONFIG.spec(), copy.deepcopy(llama)
     count = layers.trainable_parameters(layers.shapes(tree), spec)
     monkeypatch.setattr("adapters.memory.free", lambda: 24 * count - 1)
-    with pytest.raises(AdapterError, match="MiB are left"):
+    with pytest.raises(AdapterError, match="MiB are free"):
         layers.check_room(tree, spec)
     monkeypatch.setattr("adapters.memory.free", lambda: 24 * count)
     layers.check_room(tree, spec)
@@ -356,10 +356,10 @@ def test_what_a_step_and_the_best_values_take_is_counted(llama, monkeypatch):
 
 def test_pieces_hold_every_example_once():
     data = examples(20).examples
-    packed = training.pieces(data, 20)
+    packed = training.pack(data, 20)
     assert sorted(e.ids for p in packed for e in p) == sorted(e.ids for e in data)
     assert all(sum(len(e.ids) for e in p) <= 20 for p in packed)
-    assert [len(p) for p in training.pieces(data[:2], 1)] == [1, 1]
+    assert [len(p) for p in training.pack(data[:2], 1)] == [1, 1]
 
 
 def test_adamw_is_torchs():

@@ -352,7 +352,7 @@ def test_seeds_that_are_no_numbers_are_named(given: Path) -> None:
 def test_a_seed_of_more_than_64_bits_is_refused_before_any_step(
     given: Path, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.training._Run.go", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("adapters.training._Run.run", lambda *_: pytest.fail("it trains"))
     words = f"{line}{'' if line.endswith(',') else '='}{2**64}".split(" ")
     done = runner.invoke(app, [*words, "--state-dir", "state"])
     assert isinstance(done.exception, AdapterError) and "2**64 - 1" in done.exception.message, done.output

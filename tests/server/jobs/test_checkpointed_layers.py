@@ -72,7 +72,7 @@ def test_a_layer_that_is_computed_again_whole_keeps_its_input_alone(tiny_base, m
     gc.collect()
     gc.disable()
     try:
-        with training._recomputed(model.blocks):
+        with training._checkpointed(model.blocks):
             states = model.hidden(torch.tensor([3, 4, 5, 6, 7, 3, 4, 8]), [5, 3])
             monkeypatch.setattr(F, "linear", of)
             assert (len(kept) > 0) == (dropout > 0)  # without dropout the two products are one of our own
@@ -96,7 +96,7 @@ def test_nothing_of_a_pass_outlives_it(tiny_base, whole):
     gc.collect()
     gc.disable()
     try:
-        with training._recomputed(model.blocks) if whole else nullcontext():
+        with training._checkpointed(model.blocks) if whole else nullcontext():
             states = model.hidden(torch.tensor([3, 4, 5, 6, 7, 3, 4, 8]), [5, 3])
             assert (len(nodes()) > 0) != whole
             states.sum().backward()

@@ -128,7 +128,7 @@ def test_gradients_reach_the_first_layer_also_after_an_evaluation(kept, tiny_bas
 
     def gradient():
         model.tree.zero_grad()
-        training._losses(model, *training._forward(model, examples), scale=0.1)
+        training._loss_and_backward(model, *training._forward(model, examples), scale=0.1)
         return model.tree.model.layers[0].self_attn.q_proj.lora_B.grad.clone()
 
     before = gradient()
