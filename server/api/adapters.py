@@ -1,7 +1,4 @@
-"""`/adapters`: what there is, and publishing, rolling back, retiring, pinning and composing it.
-
-Owns the two bodies of a registration, JSON and multipart. What an adapter must be is the registry's to say.
-"""
+"""`/adapters`: list, publish, roll back, remove, pin and compose adapters."""
 
 from __future__ import annotations
 
@@ -30,15 +27,15 @@ from server.errors import InvalidRequest, rename_params
 
 router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=NO_QUERY)
 
-WRITE = errors(400, 404, 409, 412, 422, 429, 500, 503, 507)
+WRITE_ERRORS = errors(400, 404, 409, 412, 422, 429, 500, 503, 507)
 
 Name = Annotated[str, PathParameter(max_length=64)]
-IfMatch = Annotated[list[str] | None, Header(alias="if-match", description="the version it must have now, or several")]
+IfMatch = Annotated[str | None, Header(alias="if-match", description="the version that the adapter must have now")]
 B = TypeVar("B", bound=BaseModel)
 
 
 def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
-    """The request body of a registration for the OpenAPI document: JSON, or a multipart upload."""
+    """OpenAPI description of a body that is JSON or a multipart upload."""
     file = {"type": "string", "format": "binary"}
     properties: dict[str, Any] = dict.fromkeys((*REQUIRED, *OPTIONAL), file)
     required = [*REQUIRED]
@@ -47,7 +44,7 @@ def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
         required.append("name")
     form = {
         "title": model.__name__.replace("Body", "Form"),
-        "description": "The adapter's files, each a part of the form with its own name.",
+        "description": "The files of the adapter, each as a field with the name of the file.",
         "type": "object",
         "properties": properties,
         "required": required,
@@ -60,190 +57,190 @@ def _two_bodies(model: type[BaseModel], named: bool) -> dict[str, Any]:
 
 
 @router.get("", response_model=schemas.AdapterList, responses=errors(422, 503))
-async def list_adapters(parts: ServicesDep) -> dict[str, Any]:
-    """All adapters, and the folders that are not served with the reason."""
-    return {"adapters": parts.registry.list(), "rejected": parts.registry.rejected()}
+async def list_adapters(services: ServicesDep) -> dict[str, Any]:
+    """All adapters, and rejected folders with the reason."""
+    return {"adapters": services.registry.list(), "rejected": services.registry.rejected()}
 
 
 @router.get("/{name}", response_model=schemas.AdapterAnswer, responses=errors(404, 422, 503))
-async def get_adapter(name: Name, parts: ServicesDep) -> Response:
-    """One adapter with its versions, the keys that were honoured, and its card."""
-    return described(parts.registry.describe(name))
+async def get_adapter(name: Name, services: ServicesDep) -> Response:
+    """One adapter with its versions, the supported keys of its configuration, and its card."""
+    return _adapter_response(services.registry.describe(name))
 
 
 @router.post(
     "",
     status_code=201,
     response_model=schemas.AdapterAnswer,
-    responses={**WRITE, 200: {"model": schemas.AdapterAnswer, "description": "the same content was there already"}},
+    responses={**WRITE_ERRORS, 200: {"model": schemas.AdapterAnswer, "description": "the adapter has this content"}},
     openapi_extra=_two_bodies(schemas.RegisterBody, named=True),
 )
-async def register(request: Request, runtime: StateDep, parts: ServicesDep) -> Response:
-    """Give a new name its content. Other content under a name in use is 409: that is what PUT is for."""
+async def register(request: Request, state: StateDep, services: ServicesDep) -> Response:
+    """Register an adapter under a new name. Other content under an existing name is 409: use PUT."""
     if is_multipart(request):
-        async with uploaded(request, runtime.settings, named=True) as (name, folder):
-            await asyncio.to_thread(_check_task, parts, name, folder, folder)
-            published = await parts.registry.publish(name, folder, create_only=True)
+        async with uploaded(request, state.settings, named=True) as (name, folder):
+            await asyncio.to_thread(_check_task_file, services, name, folder, folder)
+            published = await services.registry.publish(name, folder, create_only=True)
     else:
         body = await _json_body(request, schemas.RegisterBody)
-        name = body.name
-        published = await publish_source(parts, name, body.source, create_only=True)
-    return described(published.description, 201 if published.created else 200)
+        published = await publish_source(services, body.name, body.source, create_only=True)
+    return _adapter_response(published.description, 201 if published.created else 200)
 
 
 @router.put(
     "/{name}",
     response_model=schemas.AdapterAnswer | schemas.ComposedAnswer,
     responses={
-        **WRITE,
+        **WRITE_ERRORS,
         201: {"model": schemas.AdapterAnswer | schemas.ComposedAnswer, "description": "the name is new"},
     },
     openapi_extra=_two_bodies(schemas.PublishBody, named=False),
 )
 async def publish(
-    name: Name, request: Request, runtime: StateDep, parts: ServicesDep, if_match: IfMatch = None
+    name: Name, request: Request, state: StateDep, services: ServicesDep, if_match: IfMatch = None
 ) -> Response:
-    """Give a name new content, be it the sum of others, or one of the versions that it had before."""
-    expected = _version(parts, name, if_match)
-    parts.registry.check_publish(name, expected)  # before anything is fetched or taken in
+    """Publish a new version: an upload, a source or a sum of adapters. Or roll back to an earlier version."""
+    expected = _expected_version(if_match)
+    services.registry.check_publish(name, expected)  # before a source is downloaded
     if is_multipart(request):
-        async with uploaded(request, runtime.settings, named=False) as (field, folder):
+        async with uploaded(request, state.settings, named=False) as (field, folder):
             if field not in ("", name):
-                raise InvalidRequest(f"the upload's name is {field[:64]!r}, and the path's {name!r}", "name")
-            await asyncio.to_thread(_check_task, parts, name, folder, folder)
-            published = await parts.registry.publish(name, folder, if_match=expected)
-        return described(published.description, 201 if published.first else 200)
+                raise InvalidRequest(f"the upload has the name {field[:64]!r}, the path {name!r}", "name")
+            await asyncio.to_thread(_check_task_file, services, name, folder, folder)
+            published = await services.registry.publish(name, folder, if_match=expected)
+        return _adapter_response(published.description, 201 if published.first else 200)
+
     body = await _json_body(request, schemas.PublishBody)
     if [body.source, body.version, body.from_].count(None) != 2:
-        raise InvalidRequest("give one of source, version and from", "source")
+        raise InvalidRequest("send one of source, version and from", "source")
     if body.rank is not None and body.from_ is None:
-        raise InvalidRequest("rank is what the sum of from is cut to; leave it out", "rank")
+        raise InvalidRequest("rank needs from", "rank")
     if body.from_ is not None:
-        told, published = await _publish_sum(runtime, parts, name, body.from_, body.rank, if_match=expected)
-        return described(told, 201 if published.first else 200)
+        description, published = await _publish_sum(state, services, name, body.from_, body.rank, if_match=expected)
+        return _adapter_response(description, 201 if published.first else 200)
     if body.version is not None:
         if body.version.partition("@")[0] != name:
-            raise InvalidRequest(f"{body.version} is no version of {name!r}", "version")
+            raise InvalidRequest(f"{body.version} is not a version of {name!r}", "version")
         with rename_params(adapters="version"):
-            published = await parts.registry.roll_back(name, body.version, if_match=expected)
+            published = await services.registry.roll_back(name, body.version, if_match=expected)
     else:
-        published = await publish_source(parts, name, body.source or "", if_match=expected)
-    return described(published.description, 201 if published.first else 200)
+        published = await publish_source(services, name, body.source or "", if_match=expected)
+    return _adapter_response(published.description, 201 if published.first else 200)
 
 
 @router.delete(
-    "/{name}", status_code=202, response_model=schemas.AdapterAnswer | schemas.UnservedAnswer, responses=WRITE
+    "/{name}", status_code=202, response_model=schemas.AdapterAnswer | schemas.UnservedAnswer, responses=WRITE_ERRORS
 )
-async def retire(name: Name, parts: ServicesDep, if_match: IfMatch = None) -> Response:
-    """Take a name away. What runs on it finishes; then its memory and disk are freed. Of one that was
-    set aside, and is not served, the name alone is told, without an ETag.
+async def retire(name: Name, services: ServicesDep, if_match: IfMatch = None) -> Response:
+    """Remove an adapter. Running requests finish with it; then its memory and disk space are freed.
+
+    For an adapter that is registered but not served the answer has its name only, and no ETag.
     """
-    return described((await parts.registry.retire(name, _version(parts, name, if_match))).description, 202)
+    return _adapter_response((await services.registry.retire(name, _expected_version(if_match))).description, 202)
 
 
-@router.post("/{name}/pin", response_model=schemas.AdapterAnswer, responses=WRITE)
-async def pin(name: Name, parts: ServicesDep) -> Response:
+@router.post("/{name}/pin", response_model=schemas.AdapterAnswer, responses=WRITE_ERRORS)
+async def pin(name: Name, services: ServicesDep) -> Response:
     """Load an adapter and keep it in RAM."""
-    await parts.registry.pin(name)
-    return described(parts.registry.describe(name))
+    await services.registry.pin(name)
+    return _adapter_response(services.registry.describe(name))
 
 
-@router.post("/{name}/unpin", response_model=schemas.AdapterAnswer, responses=WRITE)
-async def unpin(name: Name, parts: ServicesDep) -> Response:
-    """Let an adapter be evicted again."""
-    await parts.registry.unpin(name)
-    return described(parts.registry.describe(name))
+@router.post("/{name}/unpin", response_model=schemas.AdapterAnswer, responses=WRITE_ERRORS)
+async def unpin(name: Name, services: ServicesDep) -> Response:
+    """Let an adapter be evicted from RAM again."""
+    await services.registry.unpin(name)
+    return _adapter_response(services.registry.describe(name))
 
 
-@router.post("/{name}/prefetch", response_model=schemas.AdapterAnswer, responses=WRITE)
-async def prefetch(name: Name, parts: ServicesDep) -> Response:
-    """Load an adapter into RAM ahead of its first request."""
-    await parts.registry.prefetch(name)
-    return described(parts.registry.describe(name))
+@router.post("/{name}/prefetch", response_model=schemas.AdapterAnswer, responses=WRITE_ERRORS)
+async def prefetch(name: Name, services: ServicesDep) -> Response:
+    """Load an adapter into RAM before its first request."""
+    await services.registry.prefetch(name)
+    return _adapter_response(services.registry.describe(name))
 
 
 @router.post(
     "/compose",
     status_code=201,
     response_model=schemas.ComposedAnswer,
-    responses={**WRITE, 200: {"model": schemas.ComposedAnswer, "description": "the same content was there already"}},
+    responses={**WRITE_ERRORS, 200: {"model": schemas.ComposedAnswer, "description": "the adapter has this content"}},
 )
-async def compose(body: schemas.ComposeBody, runtime: StateDep, parts: ServicesDep) -> Response:
-    """Store a mix as one adapter: the exact sum, cut to `rank` if that is given. `error` is what the cut costs."""
-    told, published = await _publish_sum(runtime, parts, body.name, body.from_, body.rank, create_only=True)
-    return described(told, 201 if published.created else 200)
+async def compose(body: schemas.ComposeBody, state: StateDep, services: ServicesDep) -> Response:
+    """Store a mix as one adapter: the exact sum, truncated to `rank` if given. `error` is that of the truncation."""
+    description, published = await _publish_sum(state, services, body.name, body.from_, body.rank, create_only=True)
+    return _adapter_response(description, 201 if published.created else 200)
 
 
 async def _publish_sum(
-    runtime: ServerState,
-    parts: Services,
+    state: ServerState,
+    services: Services,
     name: str,
     terms: Sequence[schemas.Weighted],
     rank: int | None,
     **options: Any,
 ) -> tuple[dict[str, Any], Published]:
-    """Publish the sum of adapters; answers what is told of it, and what came of it. Raises what the registry does."""
+    """Publish a sum of adapters. Returns its description with the error of the truncation."""
     with rename_params(adapters="from"):
-        lease = parts.registry.lease([(term.name, term.weight) for term in terms])
+        lease = services.registry.lease([(term.name, term.weight) for term in terms])
     with lease:
 
         def make(folder: Path) -> float:
-            pairs = [(parts.registry.read_version(v), weight) for v, weight in lease.versions]
+            pairs = [(services.registry.read_version(v), weight) for v, weight in lease.versions]
             with rename_params(adapters="from"):
                 made = composition.compose(pairs, name, rank=rank)
             save(made, folder)
-            cut = made.metadata.get("pruning")
-            return float(cut["error"]) if cut else 0.0
+            pruning = made.metadata.get("pruning")
+            return float(pruning["error"]) if pruning else 0.0
 
-        async with temporary(runtime.settings) as folder:
+        async with temporary(state.settings) as folder:
             error = await asyncio.to_thread(make, folder)
-            published = await parts.registry.publish(name, folder, source="compose", **options)
+            published = await services.registry.publish(name, folder, source="compose", **options)
     return {**published.description, "error": error}, published
 
 
-async def publish_source(parts: Services, name: str, place: str, **options: Any) -> Published:
-    """Publish from a place that a client named, if the name will do. Raises InvalidRequest for a place that will not.
+async def publish_source(services: Services, name: str, location: str, **options: Any) -> Published:
+    """Publish an adapter from `location`, a source that a client named. `options` are those of `Registry.publish`.
 
-    Raises what the registry does.
+    Raises:
+        InvalidRequest: the source is not allowed or cannot be read.
     """
-    parts.registry.check_publish(name)
+    services.registry.check_publish(name)
     try:
         with disk_errors("the adapter"):
-            async with parts.sources.open(place) as (folder, within):
-                await asyncio.to_thread(_check_task, parts, name, folder, within)
-                taken = await asyncio.to_thread(watched_folder_state, name, folder, within)
-                return await parts.registry.publish(name, folder, within=within, imported=taken, **options)
+            async with services.sources.open(location) as (folder, within):
+                await asyncio.to_thread(_check_task_file, services, name, folder, within)
+                imported = await asyncio.to_thread(watched_folder_state, name, folder, within)
+                return await services.registry.publish(name, folder, within=within, imported=imported, **options)
     except OSError as error:
         raise InvalidRequest(f"source cannot be read: {error.strerror}", "source") from None
 
 
-def _check_task(parts: Services, name: str, folder: Path, within: Path | None) -> None:
-    """Raises InvalidRequest for a task.json that would take the adapter's task away and be none itself: who sends it is
-    there to be told. One that cannot even be read is the reader's to refuse."""
-    found = open_inside(folder / TASK_FILE, within)
-    if found is None:
+def _check_task_file(services: Services, name: str, folder: Path, within: Path | None) -> None:
+    """Raises InvalidRequest for a task.json that is not a task: publishing would remove the adapter's present task.
+
+    Malformed JSON is left to the code that reads the folder.
+    """
+    path = open_inside(folder / TASK_FILE, within)
+    if path is None:
         return
-    with open(found, "rb") as file:
+    with open(path, "rb") as file:
         content = file.read(MAX_SIDE_BYTES)
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
         return
-    parts.tasks.check_task_file(name, body)
+    services.tasks.check_task_file(name, body)
 
 
-def described(told: dict[str, Any], status: int = 200) -> Response:
-    """The answer about one adapter, with its version as ETag; one that is not served has none."""
-    return json_response(told, status, {"etag": f'"{told["version"]}"'} if "version" in told else None)
-
-
-# Bodies
+def _adapter_response(description: dict[str, Any], status: int = 200) -> Response:
+    """The response for an adapter. Its version is the ETag."""
+    headers = {"etag": f'"{description["version"]}"'} if "version" in description else None
+    return json_response(description, status, headers)
 
 
 async def _json_body(request: Request, model: type[B]) -> B:
-    """The body by its schema, as FastAPI would read it. Raises RequestValidationError, and HTTPException for what is
-    not even text.
-    """
+    """Parse and validate a JSON body with the same errors as FastAPI's."""
     body = await request.body()
     if not body:
         raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "", "input": None}])
@@ -259,13 +256,6 @@ async def _json_body(request: Request, model: type[B]) -> B:
         raise HTTPException(400, UNREADABLE) from None
 
 
-def _version(parts: Services, name: str, if_match: list[str] | None) -> str | None:
-    """The version within If-Match headers: an ETag as we send them, a bare label, or `*`.
-
-    Of several it is the one that the adapter has now, so that the registry can hold it to that.
-    """
-    if if_match is None:
-        return None
-    listed = [tag.strip().removeprefix("W/").strip('"') for tag in ",".join(if_match).split(",")]
-    now = parts.registry.current(name).label if name in parts.registry.names() else None
-    return now if now in listed else listed[0]
+def _expected_version(if_match: str | None) -> str | None:
+    """The version in an If-Match header: an ETag, which a proxy may have marked as weak, or a bare version."""
+    return None if if_match is None else if_match.strip().removeprefix("W/").strip('"')

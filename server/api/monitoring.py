@@ -1,4 +1,4 @@
-"""`/health/*`, `/stats` and `/metrics`: what the server is doing, for probes, people and Prometheus."""
+"""`/health/*`, `/stats` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from server.tasks.quality import EVALUATION
 
 router = APIRouter(tags=["monitoring"])
 
-FIRST_RANK = 8
-MOST_MIXES = 100
-"""Evaluated mixes of a task beside those of its route: a search that runs every night leaves others each time."""
+DEFAULT_RANK = 8
+"""Assumed rank of the next adapter while there is none."""
+MAX_EVALUATED_MIXES = 100
+"""Evaluated mixes per task with quality series, in addition to those of its route."""
 
 
 @router.get("/health/live", response_model=schemas.Health, responses=errors())
 async def live() -> dict[str, str]:
-    """The process answers."""
+    """200 while the process answers."""
     return {"status": "live"}
 
 
-@router.get("/health", response_model=schemas.Health, responses=errors(503))  # as programs that know vLLM ask
+@router.get("/health", response_model=schemas.Health, responses=errors(503))  # vLLM's name
 @router.get("/health/ready", response_model=schemas.Health, responses=errors(503))
-async def ready(parts: ServicesDep) -> dict[str, str]:
-    """The model is loaded and requests are taken; 503 while loading, draining, or when the last step has failed."""
-    state = parts.engine.state
+async def ready(services: ServicesDep) -> dict[str, str]:
+    """200 if requests are accepted; 503 while loading or draining, or if the last step failed."""
+    state = services.engine.state
     if state != "running":
-        raise NotReady(f"the engine is {state}; the log says why", retry_after=2.0)
+        raise NotReady(f"the engine is {state}; see the log", retry_after=2.0)
     return {"status": "ready"}
 
 
@@ -48,65 +49,61 @@ async def ready(parts: ServicesDep) -> dict[str, str]:
     response_class=Response,
     responses={**errors(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-def metrics(runtime: StateDep) -> Response:  # on the framework's threads: the event loop's may all wait for a disk
-    """Every series, in Prometheus's text format."""
-    return Response(runtime.metrics.render(), media_type=CONTENT_TYPE)
+def metrics(state: StateDep) -> Response:  # not async: runs on a thread of its own pool
+    """All series in Prometheus' text format."""
+    return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
 
 @router.get("/stats", response_model=schemas.Stats, responses=errors(503))
-async def stats(runtime: StateDep, parts: ServicesDep) -> dict[str, Any]:
-    """Memory by kind, the engine's counters, slots, and a table of tasks."""
-    engine = parts.engine.stats()
+async def stats(state: StateDep, services: ServicesDep) -> dict[str, Any]:
+    """Memory by kind, engine counters, adapter slots, and totals by task."""
+    engine = services.engine.stats()
     slots = engine.pop("slots")
-    names = _names_by_digest(parts)
-    slots["resident"] = _named(names, slots["resident"])
+    names = _names_by_digest(services)
+    slots["resident"] = _adapter_names(names, slots["resident"])
     for key in ("waiting_digests", "running_digests"):
-        engine[key.replace("digests", "adapters")] = _named(names, engine.pop(key))
+        engine[key.replace("digests", "adapters")] = _adapter_names(names, engine.pop(key))
     return {
-        "base": {"name": parts.model.name, "id": parts.model.id, **parts.model.details},
-        "memory": memory(parts),
+        "base": {"name": services.model.name, "id": services.model.id, **services.model.details},
+        "memory": memory(services),
         "engine": engine,
         "slots": slots,
-        "adapters": _adapters(parts),
-        "tasks": runtime.metrics.totals(),
+        "adapters": _adapter_memory(services),
+        "tasks": state.metrics.totals(),
     }
 
 
-def memory(parts: Services) -> dict[str, int]:
-    """Bytes by kind. On a CPU nothing is on a device, and an adapter has one copy, whether it holds a slot or not: what
-    torch's own ops keep beside it of a batch's adapters is among `activations`."""
+def memory(services: Services) -> dict[str, int]:
+    """Bytes by kind. On a CPU the device kinds are 0."""
     on_device = {"device_allocated": 0, "device_reserved": 0}
-    adapters = parts.registry.memory()["bytes"]
-    return {**on_device, **parts.runner.nbytes(), "adapters": adapters, "process": process_bytes()}
+    adapters = services.registry.memory()["bytes"]
+    return {**on_device, **services.runner.nbytes(), "adapters": adapters, "process": process_bytes()}
 
 
-def _adapters(parts: Services) -> dict[str, int]:
-    """What adapters take of RAM; what one more would, like those that there are; and how many such fit beside them.
-
-    The first of all is taken to have rank 8 on every linear.
-    """
-    told = parts.registry.memory()
-    sizes = parts.registry.sizes().values()
-    one = sum(sizes) // len(sizes) if sizes else FIRST_RANK * parts.model.details["bytes_per_rank"]
-    return {**told, "one_more": one, "more_fit": max(0, told["budget"] - told["bytes"]) // max(one, 1)}
+def _adapter_memory(services: Services) -> dict[str, int]:
+    """RAM of adapters, the expected size of one more, and how many more fit."""
+    used = services.registry.memory()
+    sizes = services.registry.sizes().values()
+    one = sum(sizes) // len(sizes) if sizes else DEFAULT_RANK * services.model.details["bytes_per_rank"]
+    return {**used, "one_more": one, "more_fit": max(0, used["budget"] - used["bytes"]) // max(one, 1)}
 
 
-def snapshot(runtime: ServerState) -> Snapshot:
-    """What a scrape sees. Before the model is loaded, the process alone."""
-    parts = runtime.services
-    if parts is None:
-        return Snapshot(memory={"process": process_bytes()}, max_slots=runtime.settings.max_slots)
-    engine = parts.engine.stats()
-    names = _names_by_digest(parts)
+def snapshot(state: ServerState) -> Snapshot:
+    """The values that `/metrics` reads at a scrape."""
+    services = state.services
+    if services is None:
+        return Snapshot(memory={"process": process_bytes()}, max_slots=state.settings.max_slots)
+    engine = services.engine.stats()
+    names = _names_by_digest(services)
     blocks, rows = engine["kv_blocks"], engine["batch_rows"]
     return Snapshot(
-        ready=runtime.state == "ready" and parts.engine.state == "running",
-        base=parts.model.name,
-        versions={name: Version(name, digest).label for name, digest in parts.registry.catalog.current.items()},
-        adapter_bytes=parts.registry.sizes(),
-        rejected=len(parts.registry.rejected(faults=True)),
-        memory=memory(parts),
-        kv_blocks={state: blocks[state] for state in ("free", "used", "cached")},
+        ready=state.state == "ready" and services.engine.state == "running",
+        base=services.model.name,
+        versions={name: Version(name, digest).label for name, digest in services.registry.catalog.current.items()},
+        adapter_bytes=services.registry.sizes(),
+        rejected=len(services.registry.rejected(faults=True)),
+        memory=memory(services),
+        kv_blocks={kind: blocks[kind] for kind in ("free", "used", "cached")},
         block_size=blocks["block_size"],
         running=engine["running"],
         waiting=engine["waiting"],
@@ -117,52 +114,52 @@ def snapshot(runtime: ServerState) -> Snapshot:
         resident=[name for d in engine["slots"]["resident"] for name in names.get(d, ())],
         loading=[name for d in engine["waiting_digests"] for name in names.get(d, ())],
         slot_evictions=engine["slots"]["evictions"],
-        quality=_quality(parts),
-        training=parts.jobs.training(),
+        quality=_quality_series(services),
+        training=services.jobs.training(),
     )
 
 
-def _quality(parts: Services) -> list[tuple[str, str, str, str, str, float]]:
-    """What is known of the tasks that there are, by versions that are still kept, on the base that is served.
+def _quality_series(services: Services) -> list[tuple[str, str, str, str, str, float]]:
+    """(task, adapter, version, metric, source, mean) of current tasks, stored versions and the served base.
 
-    Of mixes that a task's route does not lead to, whose weights would be labels without end, a client's own are left
-    out; of those that an evaluation was asked for the last `MOST_MIXES` of a task are told.
+    Mixes that clients choose would be an unbounded label, so only single versions, mixes of a task's route, and the
+    last `MAX_EVALUATED_MIXES` evaluated mixes of each task have series.
     """
-    kept, base = parts.registry.catalog.labels, parts.model.id
-    tasks = {task.name: task for task in parts.tasks.all()}
-    means = parts.quality.means(tasks, lambda subject: subject.base == base and subject.uses_only(kept))
-    told, mixes = [], {name: set[MixKey]() for name in tasks}
-    for subject, metric, source, mean in means:
-        if not _is_ours(tasks[subject.task], subject):
-            others = mixes[subject.task]
-            if source != EVALUATION or (subject not in others and len(others) >= MOST_MIXES):
+    stored, base = services.registry.catalog.labels, services.model.id
+    tasks = {task.name: task for task in services.tasks.all()}
+    means = services.quality.means(tasks, lambda key: key.base == base and key.uses_only(stored))
+    series, evaluated = [], {name: set[MixKey]() for name in tasks}
+    for key, metric, source, mean in means:
+        if not _is_of_route(tasks[key.task], key):
+            seen = evaluated[key.task]
+            if source != EVALUATION or (key not in seen and len(seen) >= MAX_EVALUATED_MIXES):
                 continue
-            others.add(subject)
-        told.append((subject.task, subject.adapter, subject.label, metric, source, mean))
-    return told
+            seen.add(key)
+        series.append((key.task, key.adapter, key.label, metric, source, mean))
+    return series
 
 
-def _is_ours(task: Task, subject: MixKey) -> bool:
-    """Whether it is one version alone, or what the task's route leads to."""
-    choice = subject.choice
+def _is_of_route(task: Task, key: MixKey) -> bool:
+    """Whether the key is the base, one version at weight 1, or a mix of the task's route."""
+    choice = key.choice
     return not choice or (len(choice) == 1 and choice[0][1] == 1.0) or task.route.allows(choice)
 
 
-def _names_by_digest(parts: Services) -> dict[str, list[str]]:
-    """The names of each current version: several adapters may have one content."""
+def _names_by_digest(services: Services) -> dict[str, list[str]]:
+    """Adapter names by digest of their current version. Several names may have the same content."""
     found: dict[str, list[str]] = {}
-    for name, digest in sorted(parts.registry.catalog.current.items()):
+    for name, digest in sorted(services.registry.catalog.current.items()):
         found.setdefault(digest, []).append(name)
     return found
 
 
-def _named(names: dict[str, list[str]], digests: Iterable[str]) -> list[str]:
-    """All names of versions, and of one that has none any more the digest that people see."""
+def _adapter_names(names: dict[str, list[str]], digests: Iterable[str]) -> list[str]:
+    """The names of versions; a short digest for versions without a name."""
     return [name for digest in digests for name in names.get(digest, [digest[:SHORT_DIGEST]])]
 
 
 def process_bytes() -> int:
-    """Resident bytes of this process; where the system does not tell, or opens no file now, the most so far."""
+    """Resident bytes of this process, or the peak where the present value cannot be read."""
     now = resident()
     if now is not None:
         return now

@@ -1,4 +1,4 @@
-"""`/tasks`: definitions of tasks, feedback on their answers, and how their versions do."""
+"""`/tasks`: task definitions, feedback, and performance."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Name = Annotated[str, Path(max_length=64)]
 
 
 @router.get("", response_model=schemas.TaskList, responses=errors(422, 503))
-async def list_tasks(parts: ServicesDep) -> dict[str, Any]:
-    """All tasks by name."""
-    return {"tasks": [task.describe() for task in parts.tasks.all()]}
+async def list_tasks(services: ServicesDep) -> dict[str, Any]:
+    """All tasks."""
+    return {"tasks": [task.describe() for task in services.tasks.all()]}
 
 
 @router.get("/{task}", response_model=schemas.TaskAnswer, responses=errors(404, 422, 503))
-async def get_task(task: Name, parts: ServicesDep) -> dict[str, Any]:
-    """One task, and whether a folder or the API has defined it."""
-    return parts.tasks.get(task).describe()
+async def get_task(task: Name, services: ServicesDep) -> dict[str, Any]:
+    """One task. `source` says whether a task.json file or the API defined it."""
+    return services.tasks.get(task).describe()
 
 
 @router.put(
@@ -43,35 +43,34 @@ async def get_task(task: Name, parts: ServicesDep) -> dict[str, Any]:
         201: {"model": schemas.TaskAnswer, "description": "the name is new"},
     },
 )
-async def put_task(task: Name, body: schemas.TaskBody, parts: ServicesDep) -> Response:
-    """Define a task. It wins over the one that an adapter's folder brings."""
+async def put_task(task: Name, body: schemas.TaskBody, services: ServicesDep) -> Response:
+    """Define a task. It overrides a task.json file with the same task."""
     given = body.model_dump(exclude_none=True, exclude={"name", "task", "source"})
-    defined, created = await asyncio.to_thread(parts.tasks.put, task, given)
-    await _rerouted(parts, task)
+    defined, created = await asyncio.to_thread(services.tasks.put, task, given)
+    await _update_leader(services, task)
     return json_response(defined.describe(), 201 if created else 200)
 
 
 @router.delete("/{task}", response_model=schemas.TaskAnswer, responses=errors(404, 422, 503, 507))
-async def delete_task(task: Name, runtime: StateDep, parts: ServicesDep) -> dict[str, Any]:
-    """Take a task away; one of a folder that it had covered comes back."""
-    deleted = await asyncio.to_thread(parts.tasks.delete, task)
-    if parts.tasks.find(task) is None:
-        runtime.metrics.forget_task(task)
-    await _rerouted(parts, task)
+async def delete_task(task: Name, state: StateDep, services: ServicesDep) -> dict[str, Any]:
+    """Delete a task. A task.json file that it overrode applies again."""
+    deleted = await asyncio.to_thread(services.tasks.delete, task)
+    if services.tasks.find(task) is None:
+        state.metrics.forget_task(task)
+    await _update_leader(services, task)
     return deleted.describe()
 
 
-async def _rerouted(parts: Services, name: str) -> None:
-    """Who leads a task is looked at by the route that it has now, and forgotten where that asks for nobody. The task is
-    what it has become, whatever the disk says to that."""
-    task = parts.tasks.find(name)
+async def _update_leader(services: Services, name: str) -> None:
+    """Choose the leader of a changed task again, or forget it. The change is valid even if this cannot be stored."""
+    task = services.tasks.find(name)
     try:
         if task is not None and isinstance(task.route, BestRoute):
-            await asyncio.to_thread(parts.router.review_task, task)
+            await asyncio.to_thread(services.router.review_task, task)
         else:
-            await asyncio.to_thread(parts.router.forget_task, name)
+            await asyncio.to_thread(services.router.forget_task, name)
     except StoreFailed as error:
-        log.warning("who leads the task %r is not written: %s", name, error.message)
+        log.warning("the leader of task %r cannot be stored: %s", name, error.message)
 
 
 @router.post(
@@ -80,27 +79,28 @@ async def _rerouted(parts: Services, name: str) -> None:
     response_class=Response,
     responses=errors(400, 404, 422, 503, 507),
 )
-async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, parts: ServicesDep) -> Response:
-    """Score an answer of the last 24 hours that the same key has asked for. Once an id: the last score counts."""
+async def feedback(task: Name, body: schemas.FeedbackBody, request: Request, services: ServicesDep) -> Response:
+    """Score an answer of the last 24 hours that the same key requested. The last score of an id counts."""
     if (body.score is None) == (body.expected is None):
-        raise InvalidRequest("give either score or expected", "score")
-    parts.tasks.get(task)
+        raise InvalidRequest("send either score or expected", "score")
+    services.tasks.get(task)
 
-    def take() -> None:
-        parts.quality.record_feedback(task, body.id, request.state.tenant, score=body.score, expected=body.expected)
-        parts.router.review_task(parts.tasks.find(task))
+    def record() -> None:
+        tenant = request.state.tenant
+        services.quality.record_feedback(task, body.id, tenant, score=body.score, expected=body.expected)
+        services.router.review_task(services.tasks.find(task))
 
-    await asyncio.to_thread(take)
+    await asyncio.to_thread(record)
     return Response(status_code=204)
 
 
 @router.get("/{task}/performance", response_model=schemas.Performance, responses=errors(404, 422, 503))
-async def performance(task: Name, parts: ServicesDep) -> dict[str, Any]:
-    """Per version: quality by source with its interval, latencies, tokens and errors; and the best, with the reason."""
-    found = parts.tasks.get(task)
+async def performance(task: Name, services: ServicesDep) -> dict[str, Any]:
+    """Quality, latency, tokens and errors of each version, and the leader of a `best` route with the reason."""
+    found = services.tasks.get(task)
 
-    def look() -> dict[str, Any]:
-        best = parts.router.describe(found, found.route) if isinstance(found.route, BestRoute) else None
-        return {"task": task, "versions": parts.quality.performance(task), "best": best}
+    def read() -> dict[str, Any]:
+        best = services.router.describe(found, found.route) if isinstance(found.route, BestRoute) else None
+        return {"task": task, "versions": services.quality.performance(task), "best": best}
 
-    return await asyncio.to_thread(look)
+    return await asyncio.to_thread(read)

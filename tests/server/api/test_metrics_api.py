@@ -335,7 +335,7 @@ def test_quality_is_told_of_tasks_and_versions_that_there_are(live: Any, write_a
 
 def test_of_mixes_that_were_evaluated_the_last_are_series(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of every night leaves others each time."""
-    monkeypatch.setattr("server.api.monitoring.MOST_MIXES", 2)
+    monkeypatch.setattr("server.api.monitoring.MAX_EVALUATED_MIXES", 2)
     parts = live.services
     a, b = (parts.registry.current(name) for name in ("a", "b"))
     route = {"choice": [{"name": "a", "weight": 0.25}, {"name": "b", "weight": 0.75}]}
@@ -509,7 +509,7 @@ def test_snapshot_values_reach_their_series() -> None:
 def test_a_cache_that_is_smaller_than_the_context_is_told(start: Any, caplog: pytest.LogCaptureFixture) -> None:
     live = start(kv_cache=1)
     assert live.http.get("/stats").json()["base"]["context"] == live.services.engine.context_length == 16
-    assert "--kv-cache holds 16 tokens" in caplog.text
+    assert "--kv-cache holds only 16 tokens" in caplog.text
 
 
 def test_a_cache_that_no_machine_holds_keeps_the_server_from_starting(start: Any, caplog: Any) -> None:

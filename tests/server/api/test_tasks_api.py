@@ -421,10 +421,10 @@ def test_a_task_that_is_gone_is_told_so_whatever_the_disk_says_to_its_records(
         raise StoreFailed("the quality records cannot be written: database is locked")
 
     assert live.http.put("/tasks/own", json=BODY).status_code == 201
-    monkeypatch.setattr(live.services.router, "forget", refused)
+    monkeypatch.setattr(live.services.router, "forget_task", refused)
     assert live.http.delete("/tasks/own").status_code == 200
     assert live.http.get("/tasks/own").status_code == 404
-    assert "is not written: the quality records" in caplog.text
+    assert "cannot be stored: the quality records" in caplog.text
     assert live.http.put("/tasks/own", json=BODY).status_code == 201
 
 

@@ -287,9 +287,9 @@ def test_a_recipe_that_fails_is_told_and_the_others_are_trained(
 @pytest.mark.parametrize(
     ("error", "whose"),
     [
-        (MemoryError("no room"), "there is"),
-        (RuntimeError("DefaultCPUAllocator: you tried to allocate 7 bytes"), "there is"),
-        (torch.OutOfMemoryError("no block"), "the GPU has"),
+        (MemoryError("no room"), "out of memory: "),
+        (RuntimeError("DefaultCPUAllocator: you tried to allocate 7 bytes"), "out of memory: "),
+        (torch.OutOfMemoryError("no block"), "the GPU has too little memory: "),
     ],
 )
 def test_so_is_one_that_the_machine_has_too_little_memory_for(
@@ -299,7 +299,7 @@ def test_so_is_one_that_the_machine_has_too_little_memory_for(
     failing(monkeypatch, "echo", error)
     done = runner.invoke(app, ["train", "echo.toml", "other.toml", "--steps", "1", "--state-dir", "state", "--json"])
     first, second = (json.loads(line) for line in done.stdout.splitlines())
-    assert first["error"]["message"].startswith(f"echo: {whose} too little memory: ")
+    assert first["error"]["message"].startswith(f"echo: {whose}")
     assert first["error"]["message"].endswith(
         "; a smaller micro_tokens in its recipe takes less, and so does activation_checkpointing = true"
     )

@@ -611,7 +611,7 @@ def test_a_device_without_room_is_no_fault_of_ours(spec, tiny_base, tmp_path, mo
 @pytest.mark.parametrize("wanted", [lambda: torch.empty(10**14), lambda: bytearray(10**16)])
 def test_nor_is_a_machine_with_too_little_memory(spec, tiny_base, tmp_path, monkeypatch, wanted):
     monkeypatch.setattr(fine_tune_module, "prepare", lambda *_: wanted())
-    with pytest.raises(JobError, match="too little memory: .*; shorter examples or a smaller rank take less") as told:
+    with pytest.raises(JobError, match="out of memory: .*; shorter examples or a smaller rank take less") as told:
         fine_tune(spec, tiny_base, tmp_path, lambda line: None, lambda: False)
     assert told.value.code == "no_memory"
 
