@@ -1,8 +1,4 @@
-"""The command line, `loramux`: one module for each group of commands, all of them thin.
-
-Owns what people type and see. What is heavy (torch, the server) is imported by the command that needs it, so that
-`--help` is instant.
-"""
+"""The `loramux` command line. Commands import torch and the server when they run, so that `--help` is fast."""
 
 from server.cli.main import app, main
 

@@ -1,4 +1,4 @@
-"""`loramux evaluate`: candidates for a task against examples with known answers, without a server."""
+"""`loramux evaluate`: compares candidates for a task on labelled examples, without a server."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import typer
 
 from adapters.errors import AdapterError
 from server.cli import logs
-from server.cli.local_engine import choice_of, open_base, opened, target_of
-from server.cli.options import BASE, AsJson, path_option, with_settings
-from server.cli.output import Progress, in_json, out, print_json, progress
+from server.cli.local_engine import load_model, local_server, parse_mix, resolve_target
+from server.cli.options import MODEL, AsJson, path_option, with_settings
+from server.cli.output import Progress, error_json, print_json, progress, stdout
 from server.cli.signals import Interrupted
 from server.errors import BadSetting, ServerError
 from server.settings import Settings, given_path
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be evaluated. No candidates is the task's own; no metrics is what fits the task."""
+class Plan:
+    """What to evaluate. Without candidates it is the task's own mix, without metrics the task's default metric."""
 
     task: str
     examples: Sequence[Pair]
@@ -37,117 +37,119 @@ class Asked:
     metrics: Sequence[str]
 
 
-@with_settings(*BASE, "state_dir", "library", "max_rank", "max_mix", "max_context", "max_batch", "log_level")
+@with_settings(*MODEL, "state_dir", "library", "max_rank", "max_mix", "max_context", "max_batch", "log_level")
 def evaluate(
     settings: Settings,
-    data: Annotated[Path, typer.Argument(help='.json or .jsonl of {"input", "output"}.')],
-    task: Annotated[str, typer.Option(help="Task of a shipped adapter or of one given here, or a task.json.")],
+    data: Annotated[Path, typer.Argument(help='.json or .jsonl file of {"input", "output"}.')],
+    task: Annotated[str, typer.Option(help="Task of a shipped adapter or of a candidate folder, or a task.json file.")],
     candidate: Annotated[
         list[str] | None,
-        typer.Option(help="NAME, FOLDER, a mix as NAME=0.7+FOLDER=0.3, or base; again for more. [the task's own]"),
+        typer.Option(help="NAME, FOLDER, a mix such as NAME=0.7+FOLDER=0.3, or base. Repeatable. Default: the task's."),
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="accuracy, exact_match, rougeL, bleu, chrf or loss; again for more. [what fits the task]"),
+        typer.Option(help="accuracy, exact_match, rougeL, bleu, chrf or loss. Repeatable. Default: by task."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take only so many of the first examples.")] = None,
-    answers: Annotated[Path | None, path_option("File that gets every example with every answer.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first examples.")] = None,
+    answers: Annotated[Path | None, path_option("Write every example with every answer to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure one or several candidates for a task on the same examples; differences are to the first, paired.
+    """Evaluate candidates for a task on the same examples. Differences are paired, relative to the first candidate.
 
-    Ctrl-C, or an error on the way, ends it with what is done: the candidates before that.
+    If it is interrupted or fails, the results of the finished candidates are printed.
     """
     from adapters.data import read
     from server.kernels import choose
     from server.tasks.evaluation import LOSS, check_metrics, check_references, pairs
 
-    logs.configure_quietly(settings.log_format, settings.log_level)
+    logs.configure_for_command(settings.log_format, settings.log_level)
     examples = pairs(read(data))[:limit]
     metrics = check_metrics(metric) if metric else ()
     check_references(metrics, examples)
-    asked = Asked(task, examples, candidate or (), metrics)
+    plan = Plan(task, examples, candidate or (), metrics)
     if answers is not None:
         if set(metrics) == {LOSS}:
-            raise BadSetting("the loss is taken without answers; leave --answers out, or add a metric", "answers")
-        _writable(answers)
-    base = open_base(settings, choose(settings.kernels, settings.device), quiet=as_json)
-    found: dict[str, Evaluation] = {}
-    ended: Interrupted | ServerError | AdapterError | None = None
+            raise BadSetting("The loss needs no answers. Omit --answers, or add another metric.", "answers")
+        _check_writable(answers)
+    base = load_model(settings, choose(settings.kernels, settings.device), quiet=as_json)
+    results: dict[str, Evaluation] = {}
+    end: Interrupted | ServerError | AdapterError | None = None
     with progress("examples", quiet=as_json) as bar:
         try:
-            asyncio.run(_evaluate(settings, base, asked, bar, found))
+            asyncio.run(_evaluate(settings, base, plan, bar, results))
         except (KeyboardInterrupt, ServerError, AdapterError) as error:
-            if not found:
+            if not results:
                 raise
-            done = f"{len(found)} of {len(set(asked.candidates)) or 1} candidates are done"
-            ended = Interrupted(f"interrupted; {done}") if isinstance(error, KeyboardInterrupt) else error
-    told = _told(task, len(examples), found)
-    lost = None if answers is None else _write_answers(answers, asked.examples, found)
-    faults = [fault for fault in (ended, lost) if fault is not None]
-    message = "; ".join(fault.message for fault in faults)
+            finished = f"{len(results)} of {len(set(plan.candidates)) or 1} candidates are finished"
+            end = Interrupted(f"interrupted; {finished}") if isinstance(error, KeyboardInterrupt) else error
+    report = _report(task, len(examples), results)
+    write_error = None if answers is None else _write_answers(answers, plan.examples, results)
+    errors = [error for error in (end, write_error) if error is not None]
+    message = "; ".join(error.message for error in errors)
     if as_json:
-        print_json({**told, "error": in_json(faults[0], message, faults[0].param)} if faults else told)
+        print_json({**report, "error": error_json(errors[0], message, errors[0].param)} if errors else report)
     else:
-        _show(told)
-    if isinstance(ended, Interrupted):
-        raise Interrupted(message, told=True)
-    if faults:  # the scores are not lost
+        _print_table(report)
+    if isinstance(end, Interrupted):
+        raise Interrupted(message, in_output=True)
+    if errors:
         logs.fail(message)
 
 
-async def _evaluate(settings: Settings, base: Base, asked: Asked, bar: Progress, found: dict[str, Evaluation]) -> None:
-    """Fill `found`, candidate -> what came of it, in the order in which they were asked for."""
+async def _evaluate(settings: Settings, base: Base, plan: Plan, bar: Progress, results: dict[str, Evaluation]) -> None:
+    """Add the evaluation of each candidate to `results`."""
     from server.tasks.evaluation import default_metric
     from server.tasks.evaluation import evaluate as measure
 
-    async with opened(settings, base) as house:
-        parts = house.services
-        choices: dict[str, list[tuple[str, float]] | None] = {c: choice_of(house, c) for c in asked.candidates}
-        name = _task(parts, asked.task)
-        for label, choice in (choices or {f"{name}, as it is": None}).items():
-            target = target_of(house, name, choice)
-            metrics = asked.metrics or (default_metric(target.task),)
+    async with local_server(settings, base) as server:
+        services = server.services
+        mixes: dict[str, list[tuple[str, float]] | None] = {c: parse_mix(server, c) for c in plan.candidates}
+        name = _define_task(services, plan.task)
+        for label, mix in (mixes or {f"{name}, current mix": None}).items():
+            target = resolve_target(server, name, mix)
+            metrics = plan.metrics or (default_metric(target.task),)
 
-            def tell(done: int, total: int, label: str = label) -> None:
+            def update(done: int, total: int, label: str = label) -> None:
                 bar(label, done, total)
 
-            found[label] = await measure(parts.inference, parts.prompts, target, asked.examples, metrics, tell=tell)
+            results[label] = await measure(
+                services.inference, services.prompts, target, plan.examples, metrics, tell=update
+            )
 
 
-def _task(parts: Services, task: str) -> str:
-    """The task's name; one that is a file is defined first."""
-    if parts.tasks.find(task) is not None or not (path := given_path(Path(task))).is_file():
+def _define_task(services: Services, task: str) -> str:
+    """The name of the task. If `task` is a task.json file, the task is defined first."""
+    if services.tasks.find(task) is not None or not (path := given_path(Path(task))).is_file():
         return task
     try:
         body = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise BadSetting(f"{path}: no task.json ({error})", "task") from error
+        raise BadSetting(f"{path} is not a valid task.json: {error}", "task") from error
     if not isinstance(body, dict):
-        raise BadSetting(f"{path}: a task is an object", "task")
+        raise BadSetting(f"{path} is not a valid task.json: it must be a JSON object", "task")
     name = str(body.pop("task", None) or path.resolve().parent.name)
-    parts.tasks.put(name, body)
+    services.tasks.put(name, body)
     return name
 
 
-def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, Any]:
+def _report(task: str, examples: int, results: dict[str, Evaluation]) -> dict[str, Any]:
     from server.tasks.evaluation import difference
     from server.tasks.mix_key import adapters_json
 
-    first = next(iter(found.values()))
+    first = next(iter(results.values()))
     rows = []
-    for candidate, evaluation in found.items():
-        measured: dict[str, Any] = {}
+    for candidate, evaluation in results.items():
+        scores: dict[str, Any] = {}
         for metric, score in evaluation.scores.items():
-            measured[metric] = {"value": score.value}
+            scores[metric] = {"value": score.value}
             if evaluation is not first:
-                apart = asdict(difference(score, first.scores[metric]))
-                measured[metric]["difference"] = apart if examples > 1 else None  # one example has no interval
+                paired = asdict(difference(score, first.scores[metric]))
+                scores[metric]["difference"] = paired if examples > 1 else None  # no interval of one example
         rows.append(
             {
                 "candidate": candidate,
                 "adapters": adapters_json(evaluation.versions),
-                "scores": measured,
+                "scores": scores,
                 "prompt_tokens": evaluation.prompt_tokens,
                 "completion_tokens": evaluation.completion_tokens,
                 "seconds": round(evaluation.seconds, 3),
@@ -156,51 +158,52 @@ def _told(task: str, examples: int, found: dict[str, Evaluation]) -> dict[str, A
     return {"task": task, "examples": examples, "out_of_reach": first.out_of_reach, "candidates": rows}
 
 
-def _show(told: dict[str, Any]) -> None:
+def _print_table(report: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
     from server.tasks.evaluation import unreachable_note
 
+    several = len(report["candidates"]) > 1
     table = Table(box=box.SIMPLE)
     table.add_column("candidate", overflow="fold")
-    for metric in told["candidates"][0]["scores"]:
+    for metric in report["candidates"][0]["scores"]:
         table.add_column(metric, justify="right")
-        if len(told["candidates"]) > 1:
-            table.add_column("to the first", justify="right")
+        if several:
+            table.add_column("difference", justify="right")
     table.add_column("seconds", justify="right")
-    for row in told["candidates"]:
+    for row in report["candidates"]:
         cells = [row["candidate"]]
         for score in row["scores"].values():
             cells.append(f"{score['value']:.4f}")
             if score.get("difference"):
                 mean, high = score["difference"]["mean"], score["difference"]["high"]
                 cells.append(f"{mean:+.4f} ± {high - mean:.4f}")
-            elif len(told["candidates"]) > 1:
+            elif several:
                 cells.append("")
         table.add_row(*cells, f"{row['seconds']:.1f}")
-    several = "; differences are those of the scores, with 95 % intervals" if len(told["candidates"]) > 1 else ""
-    out().print(f"{told['task']}, {told['examples']} examples{several}")
-    out().print(table)
-    if told["out_of_reach"]:
-        out().print(unreachable_note(told["out_of_reach"], told["examples"]))
+    note = "; differences to the first candidate, with 95 % intervals" if several else ""
+    stdout().print(f"{report['task']}, {report['examples']} examples{note}")
+    stdout().print(table)
+    if report["out_of_reach"]:
+        stdout().print(unreachable_note(report["out_of_reach"], report["examples"]))
 
 
-def _writable(path: Path) -> None:
-    """Raises BadSetting now for a file that would be refused when hours of answers are there."""
+def _check_writable(path: Path) -> None:
+    """Raise BadSetting before the evaluation if the file cannot be written after it."""
     try:
         path.open("a").close()
     except OSError as error:
         raise BadSetting(f"{path} cannot be written: {error.strerror}", "answers") from error
 
 
-def _write_answers(path: Path, examples: Sequence[Pair], found: dict[str, Evaluation]) -> BadSetting | None:
-    """Why they cannot be written, if they cannot."""
+def _write_answers(path: Path, examples: Sequence[Pair], results: dict[str, Evaluation]) -> BadSetting | None:
+    """Write the answers as JSON lines. Returns the error if that fails."""
     try:
         with path.open("w", encoding="utf-8") as stream:
             for i, example in enumerate(examples):
-                said = {candidate: evaluation.answers[i] for candidate, evaluation in found.items()}
-                row = {"input": example.input, "output": example.output, "answers": said}
+                answers = {candidate: evaluation.answers[i] for candidate, evaluation in results.items()}
+                row = {"input": example.input, "output": example.output, "answers": answers}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         return None
     except OSError as error:

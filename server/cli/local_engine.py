@@ -1,7 +1,4 @@
-"""A base and the parts of a server in this process, for commands that answer without one. Owns how they are opened.
-
-A server may hold the store of the state directory, so the parts stand on a store of their own, which goes at the end.
-"""
+"""An engine in this process, for commands that generate text without a server."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.cli.output import progress
-from server.cli.signals import waking
 from server.errors import InvalidRequest, UnknownName
 from server.settings import Settings, given_path
 
@@ -27,11 +23,11 @@ if TYPE_CHECKING:
     from server.tasks.resolve import Target
 
 BASE_ALONE = "base"
-"""As a candidate: no adapter at all."""
+"""The candidate without any adapter."""
 
 
-def open_base(settings: Settings, backend: Backend, quiet: bool) -> Base:
-    """The base that the settings name, fetched and packed with a bar for people unless `quiet`."""
+def load_model(settings: Settings, backend: Backend, quiet: bool) -> Base:
+    """Download and quantize the base that the settings name, with a progress bar unless `quiet`."""
     from server.model.loader import load_base
     from server.sources import resolve_model
 
@@ -41,61 +37,65 @@ def open_base(settings: Settings, backend: Backend, quiet: bool) -> Base:
         return load_base(source, name=name, backend=backend, **settings.packing, progress=bar)
 
 
-def threads_of(settings: Settings) -> int:
-    """How many threads the settings give to a command that computes by itself."""
+def thread_count(settings: Settings) -> int:
+    """Number of compute threads: `--threads`, or one per available processor."""
     from server.kernels.threads import available_cpus
 
     return settings.threads or available_cpus()
 
 
 @contextlib.asynccontextmanager
-async def opened(settings: Settings, base: Base) -> AsyncIterator[RunningServer]:
-    """The parts of a server over `base`, in this process, with the library's adapters and no others."""
+async def local_server(settings: Settings, base: Base) -> AsyncIterator[RunningServer]:
+    """The services of a server without HTTP, with the shipped adapters.
+
+    They use a temporary state directory, because a server may be using the real one.
+    """
     from server.api.startup import build
     from server.metrics import Metrics
     from server.tasks.delivery import EventLoopDelivery
 
-    loop = asyncio.get_running_loop()
-    with waking(loop), tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
-        # Nothing restarts a command whose machine is slow.
-        changed = {"state_dir": Path(scratch), "adapter_dir": None, "step_limit": math.inf}
-        own = settings.model_copy(update=changed)
-        mailbox = EventLoopDelivery(loop)
-        building = asyncio.ensure_future(asyncio.to_thread(build, own, base, Metrics(), mailbox))
+    delivery = EventLoopDelivery(asyncio.get_running_loop())
+    with tempfile.TemporaryDirectory(prefix="loramux-") as folder:
+        changes = {"state_dir": Path(folder), "adapter_dir": None, "step_limit": math.inf}
+        local = settings.model_copy(update=changes)
+        building = asyncio.ensure_future(asyncio.to_thread(build, local, base, Metrics(), delivery))
         try:
-            house = await asyncio.shield(building)
-        except asyncio.CancelledError:  # Ctrl-C: the thread goes on, and its folder may not go before it has ended
+            server = await asyncio.shield(building)
+        except asyncio.CancelledError:  # Ctrl-C: the thread still uses the folder
             (await building).close(0.0)
             raise
         try:
-            yield house
+            yield server
         finally:
-            await asyncio.to_thread(house.close, 0.0)
+            await asyncio.to_thread(server.close, 0.0)
 
 
-def target_of(house: RunningServer, task: str | None, choice: Choice | None) -> Target:
-    """What a task means here, or the choice instead of its mix. Raises UnknownName with the tasks that there are."""
+def resolve_target(server: RunningServer, task: str | None, choice: Choice | None) -> Target:
+    """The task and mix to run; `choice` replaces the task's mix. Raises UnknownName with the known tasks."""
     try:
-        return house.services.resolver.task(task, choice)
+        return server.services.resolver.task(task, choice)
     except UnknownName as error:
-        known = ", ".join(known.name for known in house.services.tasks.all()) or "none is"
+        known = ", ".join(known.name for known in server.services.tasks.all()) or "none"
         raise UnknownName(
-            f"there is no task {str(task)[:64]!r} ({known} here); give the folder of the adapter that brings it", "task"
+            f"There is no task {str(task)[:64]!r}. Known tasks: {known}. Give the folder of an adapter that has one.",
+            "task",
         ) from error
 
 
-def choice_of(house: RunningServer, mix: str) -> list[tuple[str, float]]:
-    """`NAME=0.7+FOLDER=0.3` as a choice; `base` is the base alone. Raises InvalidRequest."""
-    if mix == BASE_ALONE:
+def parse_mix(server: RunningServer, text: str) -> list[tuple[str, float]]:
+    """Parse `NAME=0.7+FOLDER=0.3`; "base" is no adapter. Raises InvalidRequest."""
+    if text == BASE_ALONE:
         return []
-    parts = [mix] if given_path(Path(mix)).is_dir() else mix.split("+")
-    return [weighted(house, part) for part in parts]
+    parts = [text] if given_path(Path(text)).is_dir() else text.split("+")
+    return [parse_weighted(server, part) for part in parts]
 
 
-def weighted(house: RunningServer, text: str) -> tuple[str, float]:
-    """NAME=WEIGHT as an entry of a choice; a folder is published first, under its own name if that is free.
+def parse_weighted(server: RunningServer, text: str) -> tuple[str, float]:
+    """Parse `NAME=WEIGHT` or `FOLDER=WEIGHT`. A folder is published, under its own name if that is free.
 
-    Raises InvalidRequest, and what is wrong with the folder.
+    Raises:
+        InvalidRequest: the weight is not a number, or the name is unknown.
+        AdapterError: the folder is not a valid adapter.
     """
     from adapters.errors import AdapterError
     from adapters.weights import check_weight
@@ -104,24 +104,24 @@ def weighted(house: RunningServer, text: str) -> tuple[str, float]:
     if not equals or given_path(Path(text)).is_dir():
         name, weight_text = text, "1"
     try:
-        weight = float(weight_text)  # which is told as it was asked for, like the API's
+        weight = float(weight_text)
         check_weight(weight)
     except ValueError:
-        raise InvalidRequest(f"the weight of {name!r} must be a number, not {weight_text!r}", "adapter") from None
-    registry = house.services.registry
+        raise InvalidRequest(f"The weight of {name!r} must be a number, not {weight_text!r}.", "adapter") from None
+    registry = server.services.registry
     known, folder = registry.names(), given_path(Path(name))
     if name not in known and folder.is_dir():
         own = folder.resolve().name
-        others = (f"{own}-{number}" for number in itertools.count(2))
-        name = next(free for free in itertools.chain([own], others) if free not in known)
+        numbered = (f"{own}-{number}" for number in itertools.count(2))
+        name = next(free for free in itertools.chain([own], numbered) if free not in known)
         try:
             registry.publish_now(name, folder, source="file")
-        except AdapterError as error:  # there may be several
+        except AdapterError as error:  # say which folder
             raise type(error)(f"{folder}: {error.message}", error.param) from error
     elif name.partition("@")[0] not in known:
-        here = ", ".join(known) or "none is"
         raise InvalidRequest(
-            f"{name!r} is neither an adapter ({here} here) nor a folder; give the folder of one, as PEFT writes it",
+            f"{name!r} is neither a known adapter nor a folder. Known adapters: {', '.join(known) or 'none'}. Give the "
+            "folder of an adapter in PEFT format.",
             "adapter",
         )
     return name, weight

@@ -1,4 +1,4 @@
-"""All commands under one name, and how their errors end: one line that says what to do, and a status of 1."""
+"""The `loramux` application: registers the commands and turns exceptions into error messages."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from safetensors import SafetensorError
 from adapters.errors import AdapterError
 from benchmarks import command as bench
 from server.cli import adapters, evaluate, generate, logs, merge, models, search, serve, train
-from server.cli.options import LEFT_OUT
-from server.cli.output import in_json
-from server.cli.signals import INTERRUPTED, Interrupted, heard
+from server.cli.options import IGNORED_VARIABLE
+from server.cli.output import error_json
+from server.cli.signals import INTERRUPTED, Interrupted, handle_signals
 from server.errors import RemoteError, ServerError, out_of_memory_message
 from server.settings import leave_threads_alone
 
 app = typer.Typer(
     name="loramux",
-    help="Serve many LoRA adapters, and weighted mixes of them, on one resident 4-bit base.",
+    help="Serve many LoRA adapters, and weighted mixes of them, on one 4-bit base model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,8 +36,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(metadata.version("loramux"))
         raise typer.Exit
 
@@ -45,11 +45,11 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Say the version and end."),
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
 ) -> None:
-    """Serve many LoRA adapters, and weighted mixes of them, on one resident 4-bit base."""
-    for name in leave_threads_alone() if context.invoked_subcommand != "serve" else ():  # whose log tells it
-        sys.stderr.write(f"{LEFT_OUT % name}\n")
+    """Serve many LoRA adapters, and weighted mixes of them, on one 4-bit base model."""
+    for name in leave_threads_alone() if context.invoked_subcommand != "serve" else ():  # serve logs it
+        sys.stderr.write(f"{IGNORED_VARIABLE % name}\n")
 
 
 app.command()(serve.serve)
@@ -66,29 +66,27 @@ app.command()(models.doctor)
 app.add_typer(bench.app, name="bench")
 
 
-APART = frozenset(("loramux-temporary", "loramux-grammar"))
-"""The threads of `kernels.threads.run_in_thread` and `engine.grammar`, which are slow to import. An interpreter
-that ends while one is within a library ends the process by a signal."""
+LIBRARY_THREADS = "loramux-"
+"""Name prefix of threads that run native code. Python aborts the process if it exits while one of them is running."""
 
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
-"""Click's, which typer does not name: what is wrong with the arguments themselves."""
+"""click.UsageError, which typer does not export."""
 
 
 def main() -> None:
-    """Run `loramux` with the process's arguments."""
-    _settle_streams()
-    with heard(_as_ctrl_c, signal.SIGTERM):
+    """Run `loramux` with the arguments of the process."""
+    _prepare_streams()
+    with handle_signals(_same_as_ctrl_c, signal.SIGTERM):
         status = _run()
     status = status if isinstance(status, int) else 0
-    if any(thread.name in APART for thread in threading.enumerate()):  # interrupted while it computes
-        logs.flush()
+    if any(thread.name.startswith(LIBRARY_THREADS) for thread in threading.enumerate()):
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
 def _run() -> object:
-    """What the command answers. Ends the process, with words, for what it raises."""
+    """Run the command and return its status. Exits with a message if it raises a known error."""
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -96,83 +94,78 @@ def _run() -> object:
     except Interrupted as error:
         return _interrupted(error)
     except _UsageError as error:
-        _tell(error, error.format_message(), getattr(getattr(error, "param", None), "name", None))
+        _print_json_error(error, error.format_message(), getattr(getattr(error, "param", None), "name", None))
         error.show()
         sys.exit(error.exit_code)
     except typer.Abort:
-        _say_end("aborted")
+        _report_end("aborted")
         sys.exit(1)
     except (ServerError, AdapterError) as error:
         _fail(error, error.message, error.param)
     except OSError as error:
-        _fail(error, _in_words(error))
+        _fail(error, _describe_os_error(error))
     except SafetensorError as error:
-        _fail(error, f"a file of tensors cannot be read or written: {error}")
+        _fail(error, f"A safetensors file cannot be read or written: {error}")
     except (MemoryError, RuntimeError) as error:
-        if (words := out_of_memory_message(error)) is not None:
-            _fail(error, words)
+        if (message := out_of_memory_message(error)) is not None:
+            _fail(error, message)
         if "can't start new thread" not in str(error):
             raise
-        _fail(error, "the system lets this process have no more threads; raise its limits (ulimit -u and -v)")
+        _fail(error, "The system does not allow more threads. Raise the limits (ulimit -u and -v).")
 
 
-def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """What a command has in a folder of its own goes with it, however it is asked to end. `serve` and `train` have
-    better to do."""
+def _same_as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """Treat SIGTERM like Ctrl-C, so that temporary folders are removed."""
     handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):  # a shell ignores it for what runs in the background
+    if not callable(handler):  # ignored, as for background jobs of a shell
         raise KeyboardInterrupt
     handler(number, frame)
 
 
-def _settle_streams() -> None:
-    """Whatever the process was started with, it has three streams, and no character ends it.
-
-    One that is closed becomes /dev/null, before a file of ours gets its number; what a locale cannot write is escaped.
-    """
+def _prepare_streams() -> None:
+    """Open /dev/null for closed standard streams, and escape characters that stdout cannot encode."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # the lowest free number: its own
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _interrupted(error: Interrupted) -> int:
-    if not error.told:
-        _tell(error, error.message)
+    if not error.in_output:
+        _print_json_error(error, error.message)
     with contextlib.suppress(OSError):
-        sys.stdout.flush()  # the process may end without another chance
-    _say_end(error.message)
+        sys.stdout.flush()
+    _report_end(error.message)
     return INTERRUPTED
 
 
-def _say_end(words: str) -> None:
-    """Why a process ends that somebody wanted to end: no error of anybody's."""
-    if logs.as_json():
-        logs.say_last(words)
+def _report_end(message: str) -> None:
+    """Report an end that the user requested."""
+    if logs.is_json():
+        logs.report_error(message)
     else:
-        sys.stderr.write(f"{words}\n")
+        sys.stderr.write(f"{message}\n")
 
 
 def _fail(error: Exception, message: str, param: str | None = None) -> NoReturn:
-    _tell(error, message, param)
-    logs.say_last(message)
+    _print_json_error(error, message, param)
+    logs.report_error(message)
     sys.exit(1)
 
 
-def _tell(error: Exception, message: str, param: str | None = None) -> None:
-    """An error for machines, where the command was asked for JSON; a server's own as it came."""
+def _print_json_error(error: Exception, message: str, param: str | None = None) -> None:
+    """Print the error as JSON if the command was called with --json."""
     if "--json" in sys.argv:
-        body = dict(error.body) if isinstance(error, RemoteError) else in_json(error, message, param)
-        with contextlib.suppress(OSError):  # it may be what has failed
+        body = dict(error.body) if isinstance(error, RemoteError) else error_json(error, message, param)
+        with contextlib.suppress(OSError):
             sys.stdout.write(json.dumps({"error": body}) + "\n")
             sys.stdout.flush()
 
 
-def _in_words(error: OSError) -> str:
-    """What the system refuses, without its number; how the disk refuses is often told without the file."""
-    named = error.filename if isinstance(error.filename, str) else ""
+def _describe_os_error(error: OSError) -> str:
+    path = error.filename if isinstance(error.filename, str) else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{named or 'a file'} cannot be written: no space left on the disk"
+        return f"{path or 'A file'} cannot be written: no space left on the disk"
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{named} cannot be read or written: {reason}" if named else reason
+    return f"{path} cannot be read or written: {reason}" if path else reason

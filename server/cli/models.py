@@ -1,4 +1,4 @@
-"""`loramux pull`, `quantize` and `doctor`: bases, and the machine that is to run them."""
+"""`loramux pull`, `quantize` and `doctor`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from server.cli.options import BASE, AsJson, with_settings
-from server.cli.output import out, print_json, progress, size
+from server.cli.options import MODEL, AsJson, with_settings
+from server.cli.output import format_size, print_json, progress, stdout
 from server.settings import Settings
 
 
@@ -18,7 +18,7 @@ def pull(
     model: Annotated[str, typer.Argument(help="Catalogue name or hub id (org/name@revision).")] = "smollm2-135m",
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a base, so that serving it needs no network."""
+    """Download a base model, so that serving it needs no network."""
     from server.sources import resolve_model
 
     with progress("bytes", quiet=as_json) as bar:
@@ -26,24 +26,27 @@ def pull(
     if as_json:
         print_json({"name": name, "path": str(path)})
     else:
-        out().print(f"{name}: {path}")
+        stdout().print(f"{name}: {path}")
 
 
 @with_settings("quantization", "group_size", "double_quant", "table_bits", "state_dir")
 def quantize(
     settings: Settings,
     model: Annotated[str, typer.Argument(help="Catalogue name, local folder, .gguf file or hub id.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
+    target: Annotated[Path, typer.Argument(help="Folder to create. It must not exist.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a base in 4 bits, or in floats with `--quantization none`, file by file, as a folder for `--model`."""
+    """Quantize a base model and write it to a folder that `--model` accepts.
+
+    With `--quantization none` the weights stay floating point. Files are processed one at a time.
+    """
     from server.model.loader import quantize_folder
     from server.sources import resolve_model
 
     with progress("bytes", quiet=as_json) as bar:
         name, source = resolve_model(model, settings.state_dir, progress=bar)
     with progress("parameters", quiet=as_json) as bar:
-        done = quantize_folder(
+        result = quantize_folder(
             source,
             target,
             quantization=settings.quantization,
@@ -53,27 +56,32 @@ def quantize(
             progress=bar,
         )
     if as_json:
-        print_json({"name": name, "path": str(target), **done})
+        print_json({"name": name, "path": str(target), **result})
     else:
-        out().print(f"{target}: {size(done['bytes'])}, {done['bits']:.2f} bits a parameter in the linears")
+        stdout().print(
+            f"{target}: {format_size(result['bytes'])}, {result['bits']:.2f} bits per parameter in the linear layers"
+        )
 
 
-_KEYS = ("api_keys_file", "admin_keys_file", "metrics_key_file")
+_KEY_FILES = ("api_keys_file", "admin_keys_file", "metrics_key_file")
 
 
-@with_settings(*BASE, "state_dir", "adapter_ram", "kv_cache", "host", "port", *_KEYS, "insecure")
+@with_settings(*MODEL, "state_dir", "adapter_ram", "kv_cache", "host", "port", *_KEY_FILES, "insecure")
 def doctor(settings: Settings, as_json: AsJson = False) -> None:
-    """Tell what this machine offers, what would be used, and what would go wrong."""
+    """Check this machine: what it offers, what the server would use, and what would prevent a start.
+
+    The exit status is 1 if there is a problem.
+    """
     from server.cli.doctor import examine
 
     report = examine(settings)
     if as_json:
-        print_json(report.describe())
+        print_json(report.as_json())
     else:
-        console = out()
+        console = stdout()
         for name, value in report.facts.items():
             console.print(f"{name:<16} {value}")
-        for name, colour, lines in (("problem", "red", report.problems), ("note", "yellow", report.remarks)):
+        for name, colour, lines in (("problem", "red", report.problems), ("warning", "yellow", report.warnings)):
             for line in lines:
                 console.print(f"{name:<16}", style=colour, end=" ")
                 console.print(line)

@@ -1,4 +1,4 @@
-"""Settings as flags: `@with_settings("model", ...)` gives a command one flag for each, from the setting's own text."""
+"""Settings as command-line flags: `@with_settings("model", ...)` adds a flag for each named setting."""
 
 from __future__ import annotations
 
@@ -12,52 +12,50 @@ import typer
 
 from server.settings import Settings, flag, given_path, load_settings
 
-SECRET = frozenset({"api_keys", "admin_keys", "metrics_key"})
-"""Not flags: a command line can be read by every user of a machine."""
+SECRETS = frozenset({"api_keys", "admin_keys", "metrics_key"})
+"""Settings without a flag: other users can see the command line of a process."""
+MODEL = ("model", "device", "quantization", "group_size", "double_quant", "table_bits", "kernels", "threads")
+"""Settings of commands that load a model."""
+ALL_SETTINGS = tuple(name for name in Settings.model_fields if name not in SECRETS)
 
-BASE = ("model", "device", "quantization", "group_size", "double_quant", "table_bits", "kernels", "threads")
 DAY = 86_400.0
-LEFT_OUT = "%s is left out: --threads says how many threads compute, taskset on which processors"
-"""Of a variable that `leave_threads_alone` answers."""
-EVERYTHING = tuple(name for name in Settings.model_fields if name not in SECRET)
+IGNORED_VARIABLE = "%s is ignored. Use --threads to set the number of threads, and taskset to choose processors."
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def path_option(text: str) -> Any:
-    """An option that is a path and no setting; `text` is its help."""
+    """An option for a path that is not a setting."""
     return typer.Option(help=text, callback=given_path)
 
 
 def with_settings(
     *names: str, texts: Mapping[str, str] | None = None, **fixed: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator for commands that take `settings: Settings`; `names` are the settings that become flags, `fixed` are
-    those that are the command's own. `texts` are of those that mean something else to a command than to the server.
+    """Decorator for commands with a parameter `settings: Settings`.
+
+    Args:
+        names: settings that become flags.
+        texts: help texts that replace those of the settings.
+        fixed: values of settings that the user cannot change.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+        annotations = {name: _option(name, (texts or {}).get(name)) for name in names}
+        file = typer.Option("--config", help="Settings file. Default: loramux.toml, if it exists.")
+        annotations["config"] = Annotated[Path | None, file]
         added = [
-            inspect.Parameter(
-                n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(n, (texts or {}).get(n))
-            )
-            for n in names
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in annotations.items()
         ]
-        file = typer.Option("--config", help="Settings file; loramux.toml if that is there.")
-        added.append(
-            inspect.Parameter(
-                "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, file]
-            )
-        )
-
-        # What does not listen needs no keys, wherever the server that has the same settings would listen.
-        own_rule = {} if "host" in names else {"insecure": True}
+        # A command that does not listen needs no API keys, whatever LORAMUX_HOST says.
+        defaults = {} if "host" in names else {"insecure": True}
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
             config = given.pop("config")
-            settings = load_settings({**{n: given.pop(n) for n in names}, **own_rule, **fixed}, config=config)
+            settings = load_settings({**{n: given.pop(n) for n in names}, **defaults, **fixed}, config=config)
             command(settings=settings, **given)
 
         signature = inspect.Signature([*own, *added])
@@ -72,12 +70,12 @@ def _option(name: str, text: str | None) -> Any:
     field = Settings.model_fields[name]
     switch = field.annotation is bool
     choices = f" ({', '.join(map(str, get_args(field.annotation)))})" if get_origin(field.annotation) is Literal else ""
-    text = f"{text or field.description}{choices} [{_shown(name, field.default)}]"
+    text = f"{text or field.description}{choices} [{_show_default(name, field.default)}]"
     names = f"{flag(name)}/--no-{flag(name)[2:]}" if switch else flag(name)
     return Annotated[bool | None if switch else str | None, typer.Option(names, help=text, show_default=False)]
 
 
-def _shown(name: str, default: object) -> str:
+def _show_default(name: str, default: object) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, int) and default >= 1 << 20:
@@ -85,7 +83,7 @@ def _shown(name: str, default: object) -> str:
     if isinstance(default, float):
         return f"{default / DAY:g}d" if default % DAY == 0 else f"{default:g}s"
     if isinstance(default, Path) and default.is_absolute():
-        return "those that ship"
+        return "the shipped ones"
     if default is None:
         return "none" if name.endswith("_file") else "auto"
     return "none" if default == () else str(default)

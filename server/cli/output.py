@@ -1,11 +1,10 @@
-"""What people and machines see: progress bars on a terminal, JSON where it is asked for."""
+"""Terminal output: tables and progress bars for people, JSON for programs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,93 +13,89 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-WIDE = 1000
-"""Columns of a file or a pipe."""
-
 Progress = Callable[[str, int, int], None]
+"""Called with a description, the amount done and the total (0 if unknown)."""
 
-PATIENCE = 2.0
-"""Seconds that whoever reads standard error has for the last lines of a process."""
-SECONDS_BETWEEN_LINES = 30.0
-"""How often long work without a terminal says how far it is."""
-
+PIPE_WIDTH = 1000
+"""Columns if stdout is not a terminal, so that tables are not folded."""
+PROGRESS_INTERVAL = 30.0
+"""Seconds between progress lines if stderr is not a terminal."""
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-def escaped(text: str, lines: bool = False) -> str:
-    """A text as a terminal may have it: adapters have names, cards and tensors that strangers wrote. Control characters
-    and those that turn the direction are escaped, ends of lines too unless there may be several `lines`.
-    """
-    if lines:
+def escape(text: str, keep_newlines: bool = False) -> str:
+    """Escape control characters and text direction marks. Names and cards of adapters are untrusted."""
+    if keep_newlines:
         text = text.replace("\r\n", "\n").expandtabs()
-    return _CONTROL.sub(lambda sign: "\n" if lines and sign[0] == "\n" else repr(sign[0])[1:-1], text)
+    return _CONTROL.sub(lambda c: "\n" if keep_newlines and c[0] == "\n" else repr(c[0])[1:-1], text)
 
 
-class _Results(Console):
-    def render_str(self, text: str, **how: Any) -> Text:  # through which all texts go, those of tables too
-        return super().render_str(escaped(text, lines=True), **how)
+class _EscapingConsole(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escape(text, keep_newlines=True), **options)
 
 
-def out() -> Console:
-    """For results. Square brackets in them, of a path or a pattern, are text; tables are whole where nobody looks."""
-    width = None if sys.stdout.isatty() else WIDE
-    return _Results(highlight=False, soft_wrap=True, markup=False, width=width)
+def stdout() -> Console:
+    """A console for results. It escapes control characters and prints square brackets as text."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return _EscapingConsole(highlight=False, soft_wrap=True, markup=False, width=width)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document to stdout, indented on a terminal."""
     sys.stdout.write(json.dumps(value, indent=None if not sys.stdout.isatty() else 2, default=str) + "\n")
 
 
-def in_json(error: Exception, message: str, param: str | None) -> dict[str, str | None]:
-    """An error as it stands under "error" in the JSON of every command."""
+def error_json(error: Exception, message: str, param: str | None) -> dict[str, str | None]:
+    """The value of "error" in the JSON output of a command."""
     return {"message": message, "type": type(error).__name__, "param": param}
 
 
-def say_error(message: str) -> None:
-    """What a process ends by, or what one of several things has failed by; whoever reads standard error and has stopped
-    is not waited for."""
-    try:
-        taken = select.select([], [sys.stderr], [], PATIENCE)[1]
-    except (OSError, ValueError):  # it is no file of the system's
-        taken = [sys.stderr]
-    if taken:
-        sys.stderr.write(f"error: {escaped(message, lines=True)}\n")
+def print_error(message: str) -> None:
+    """Print an error to stderr."""
+    sys.stderr.write(f"error: {escape(message, keep_newlines=True)}\n")
 
 
 @contextlib.contextmanager
-def progress(unit: str, quiet: bool = False, tell: Callable[[str], object] | None = None) -> Iterator[Progress]:
-    """A bar on standard error for `call(what, done, total)`; `unit` is "bytes" or "parameters".
+def progress(unit: str, quiet: bool = False, log: Callable[[str], object] | None = None) -> Iterator[Progress]:
+    """Show the progress of long work on stderr.
 
-    `total` 0 is not known yet. Without a terminal there is a line for each new `what`, and how far it is now and then;
-    `tell` hears these lines, if it is given, wherever standard error is.
+    Without a terminal, or with `log`, it writes a line for each new description and one every `PROGRESS_INTERVAL`.
+
+    Args:
+        unit: "bytes" shows sizes; anything else shows per cent.
+        quiet: show nothing.
+        log: receives the lines instead of stderr.
     """
     console = Console(stderr=True, highlight=False)
     if quiet:
-        yield lambda what, done, total: None
-    elif tell is not None or not console.is_terminal:
-        line = tell or console.print
-        said: dict[str, float] = {}
-
-        def say(what: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            if what not in said:
-                line(f"{what} ...")
-            elif total and now - said[what] >= SECONDS_BETWEEN_LINES:
-                line(f"{what} {100 * done // total} %")
-            else:
-                return
-            said[what] = now
-
-        yield say
+        yield lambda description, done, total: None
+    elif log is not None or not console.is_terminal:
+        yield _progress_lines(log or console.print)
     else:
-        with _bar(console, unit) as call:
-            yield call
+        with _progress_bar(console, unit) as update:
+            yield update
+
+
+def _progress_lines(write: Callable[[str], object]) -> Progress:
+    last: dict[str, float] = {}
+
+    def update(description: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if description not in last:
+            write(f"{description} ...")
+        elif total and now - last[description] >= PROGRESS_INTERVAL:
+            write(f"{description} {100 * done // total} %")
+        else:
+            return
+        last[description] = now
+
+    return update
 
 
 @contextlib.contextmanager
-def _bar(console: Console, unit: str) -> Iterator[Progress]:
+def _progress_bar(console: Console, unit: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -110,18 +105,18 @@ def _bar(console: Console, unit: str) -> Iterator[Progress]:
     ) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def call(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done, total=total or None)
+        def update(description: str, done: int, total: int) -> None:
+            if description not in tasks:
+                tasks[description] = bar.add_task(description, total=total or None)
+            bar.update(tasks[description], completed=done, total=total or None)
 
-        yield call
+        yield update
 
 
-def size(n: float) -> str:
-    """Bytes for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError("the last unit always fits")
+def format_size(size: float) -> str:
+    """Bytes with a unit, for example "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
-from server.cli.signals import SAME_SIGNAL
+from server.cli.signals import REPEAT_WINDOW
 from tests.e2e.conftest import REPO, STATE, Live, serving
 from tests.waiting import until
 
@@ -124,7 +124,7 @@ def test_a_second_signal_ends_at_once(embedded: Path, tmp_path: Path) -> None:
         assert begun.wait(30)
         live.process.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{live.url}/health/ready", timeout=60).status_code == 503, every=0.01)
-        time.sleep(2 * SAME_SIGNAL)
+        time.sleep(2 * REPEAT_WINDOW)
         assert live.process.poll() is None
         live.process.send_signal(signal.SIGTERM)
         assert live.process.wait(30) == 128 + signal.SIGTERM

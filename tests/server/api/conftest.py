@@ -25,7 +25,7 @@ from server.api import startup
 from server.api.startup import build
 from server.api.state import ServerState, Services
 from server.app import create_app
-from server.cli.uvicorn_protocol import Protocol
+from server.cli.uvicorn_server import Protocol
 from server.model.loader import Base
 from server.settings import Settings
 from tests.waiting import SECONDS

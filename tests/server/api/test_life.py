@@ -147,7 +147,7 @@ def test_prompts_are_logged_only_if_asked(start: Any, tmp_path: Any, caplog: pyt
         return [r for r in caplog.records if r.name == "server.api.middleware" and "/generate" in r.getMessage()]
 
     until(lambda: len(told()) >= 2)  # a line is written once its answer has left
-    lines = [json.loads(logs.JsonLines().format(record)) for record in told()]
+    lines = [json.loads(logs.formatter("json").format(record)) for record in told()]
     assert [(line["method"], line["path"], line["status"]) for line in lines] == [
         ("POST", "/generate", 200),
         ("POST", "/generate", 400),
