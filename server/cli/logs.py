@@ -48,8 +48,7 @@ def formatter(log_format: str) -> ProcessorFormatter:
 
     JSON objects have the keys time (UTC), level, logger and message, those of `extra`, and exception.
     """
-    import structlog
-    from structlog import available_cpus, stdlib
+    from structlog import processors, stdlib
 
     last: list[Any]
     if log_format == "json":
@@ -60,7 +59,7 @@ def formatter(log_format: str) -> ProcessorFormatter:
         ]
     else:
         last = [processors.TimeStamper(fmt="%H:%M:%S", utc=False, key="time"), _text_line]
-    return structlog.stdlib.ProcessorFormatter(
+    return stdlib.ProcessorFormatter(
         foreign_pre_chain=[stdlib.add_log_level, stdlib.add_logger_name, stdlib.ExtraAdder()],
         processors=[stdlib.ProcessorFormatter.remove_processors_meta, processors.format_exc_info, *last],
     )
