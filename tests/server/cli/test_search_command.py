@@ -101,7 +101,7 @@ def test_too_long_validation_examples_do_not_count_for_the_loss(folder: Path) ->
 def test_errors_before_the_first_trial(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("adapters.training._Run.go", lambda *_: pytest.fail("a trial has begun"))
+    monkeypatch.setattr("adapters.training._Run.run", lambda *_: pytest.fail("a trial has begun"))
     monkeypatch.setenv("LORAMUX_MAX_CONTEXT", "100")
     (folder / "long.jsonl").write_text(json.dumps({"input": "x" * 120, "output": "yes"}))
     (folder / "short.jsonl").write_text(json.dumps({"input": "x", "output": "yes"}))
