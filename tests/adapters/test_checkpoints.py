@@ -15,7 +15,7 @@ from adapters.checkpoints import FILE, Checkpoint, read_checkpoint, write_checkp
 from adapters.errors import StoreFailed
 
 
-def test_a_checkpoint_is_written_from_where_its_tensors_lie(tmp_path: Path) -> None:
+def test_writing_a_checkpoint_does_not_copy_tensors(tmp_path: Path) -> None:
     """A run that has just room for itself would end at its first checkpoint otherwise."""
     state = Checkpoint("key", {"step": 1}, {"values": torch.ones(1 << 20), "steps": torch.tensor(1)})
     tracemalloc.start()
@@ -26,7 +26,7 @@ def test_a_checkpoint_is_written_from_where_its_tensors_lie(tmp_path: Path) -> N
         tracemalloc.stop()
 
 
-def test_tensors_of_any_size_and_shape_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
     tensors = {
         "odd": torch.randn(3).bfloat16(),
         "turned": torch.randn(5, 3).T,
@@ -42,7 +42,7 @@ def test_tensors_of_any_size_and_shape_come_back_bit_for_bit(tmp_path: Path) -> 
         assert set(file.keys()) == set(tensors)
 
 
-def test_a_checkpoint_that_cannot_be_opened_now_is_not_called_damaged(tmp_path: Path) -> None:
+def test_an_unreadable_checkpoint_is_not_reported_as_damaged(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Checkpoint("key", {"step": 1}, {"values": torch.ones(4)}))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     os.close(next_one := os.dup(0))

@@ -69,7 +69,7 @@ def three(make_peft):
     return folders, [peft_format.read_folder(folder, name=f"a{i}") for i, folder in enumerate(folders)]
 
 
-def test_exact_is_pefts_cat_and_the_true_sum(llama, three):
+def test_exact_equals_peft_cat_and_the_sum_of_updates(llama, three):
     folders, adapters = three
     weights = [0.7, -1.3, 2.0]
     pairs = list(zip(adapters, weights, strict=True))
@@ -94,7 +94,7 @@ def test_exact_is_pefts_cat_and_the_true_sum(llama, three):
     ],
 )
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, -0.8]])
-def test_merges_are_pefts_own(method, kwargs, weights, llama, three):
+def test_merges_equal_peft(method, kwargs, weights, llama, three):
     folders, adapters = three
     result = composition.compose(list(zip(adapters[:2], weights, strict=True)), "m", method, **kwargs)
     oracle = peft_result(llama, folders[:2], weights, combination_type=method, **kwargs)
@@ -104,7 +104,7 @@ def test_merges_are_pefts_own(method, kwargs, weights, llama, three):
         assert torch.allclose(result.modules[path].B, b, atol=1e-6)
 
 
-def test_linear_is_not_the_sum():
+def test_linear_differs_from_the_sum():
     one, two = (random_weights(i, {"m": 4}) for i in range(2))
     true = composition.exact([(one, 1.0), (two, 1.0)], "e").delta("m")
     assert (composition.linear([(one, 1.0), (two, 1.0)], "l").delta("m") - true).norm() / true.norm() > 0.5
@@ -126,7 +126,7 @@ def test_a_composed_adapter_saves_and_loads_in_peft(llama, three, tmp_path):
 
 @given(rank=st.integers(1, 12), keep=st.integers(1, 12), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_reranking_is_the_best_of_its_rank_and_states_its_error(rank, keep, seed):
+def test_truncation_is_optimal_and_states_its_error(rank, keep, seed):
     weights = random_weights(seed, {"m": rank})
     cut, what = pruning.truncate(weights, keep)
     dense = weights.delta("m")
@@ -139,7 +139,7 @@ def test_reranking_is_the_best_of_its_rank_and_states_its_error(rank, keep, seed
     assert cut.metadata["pruning"]["error"] == what.error
 
 
-def test_what_cannot_be_composed_is_said():
+def test_invalid_compositions_are_refused():
     one, two = random_weights(0, {"m": 4}), random_weights(1, {"m": 3})
     with pytest.raises(InvalidChoice, match="equal ranks"):
         composition.linear([(one, 1.0), (two, 1.0)], "l")
@@ -160,7 +160,7 @@ def test_what_cannot_be_composed_is_said():
 
 
 @pytest.mark.parametrize("method", composition.METHODS)
-def test_every_method_asks_the_same_of_its_adapters(method):
+def test_every_method_validates_its_adapters(method):
     one, other = random_weights(1, {"x": 2}), random_weights(2, {"x": 2}, out=8)
     for pairs, reason in (
         ([], "no adapters"),
@@ -173,7 +173,7 @@ def test_every_method_asks_the_same_of_its_adapters(method):
         composition.ties([(one, 1.0)], "c", density=1.5)
 
 
-def test_a_composed_adapter_names_a_base_only_if_all_have_it():
+def test_a_composed_adapter_keeps_metadata_that_all_share():
     one, other = (replace(random_weights(seed, {"x": 2}), metadata={"base": "m"}) for seed in (1, 2))
     assert composition.compose([(one, 1.0), (other, 1.0)], "c").metadata["base"] == "m"
     for base in ("n", None):
@@ -181,7 +181,7 @@ def test_a_composed_adapter_names_a_base_only_if_all_have_it():
         assert "base" not in composition.compose(pairs, "c").metadata
 
 
-def test_dare_is_drawn_by_its_seed():
+def test_dare_depends_on_the_seed():
     pairs = [(random_weights(i, {"m": 4}), 1.0) for i in range(2)]
     digests = [composition.dare(pairs, "d", density=0.5, seed=s).digest for s in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2]
@@ -224,7 +224,7 @@ def test_dropping_modules_states_its_error():
         pruning.truncate(both, 0)
 
 
-def test_nothing_under_the_threshold_is_kept_for_what_is_left_of_a_budget():
+def test_the_budget_stops_at_the_first_value_that_does_not_fit():
     def one(value, into):
         return LowRank(torch.eye(1, into) * value, torch.eye(2, 1), 1.0)
 
@@ -233,7 +233,7 @@ def test_nothing_under_the_threshold_is_kept_for_what_is_left_of_a_budget():
     assert set(kept.modules) == {"large"} and cut.dropped == ("small", "wide")
 
 
-def test_a_composed_adapter_tells_what_it_is_of():
+def test_composition_metadata():
     one, other = (replace(random_weights(i, {"x": 2}), metadata={"base": "m", "quantization": "q"}) for i in (1, 2))
     pairs = [(one, 0.5), (other, -2.0)]
     of = [{"version": one.version.label, "weight": 0.5}, {"version": other.version.label, "weight": -2.0}]
@@ -246,7 +246,7 @@ def test_a_composed_adapter_tells_what_it_is_of():
     assert composition.compose(pairs, "c").metadata["composition"] == {"method": "exact", "of": of}
 
 
-def test_the_settings_of_a_method_reach_it():
+def test_method_settings_are_used():
     pairs = [(random_weights(i, {"x": 3}), 1.0) for i in range(3)]
 
     def composed(method, **how):
@@ -258,7 +258,7 @@ def test_the_settings_of_a_method_reach_it():
     assert composition.compose(pairs, "c", rank=2).modules["x"].rank == 2
 
 
-def test_a_seed_that_is_none_is_refused_by_name():
+def test_an_invalid_seed_is_refused_by_name():
     pair = (random_weights(1, {"x": 2}), 1.0)
     for seed in (-(1 << 64), 1 << 64):
         with pytest.raises(AdapterError) as wrong:
@@ -266,7 +266,7 @@ def test_a_seed_that_is_none_is_refused_by_name():
         assert wrong.value.param == "seed"
 
 
-def test_the_weakest_modules_are_no_more_than_the_share():
+def test_weakest_modules_respect_the_share():
     three = with_digest("b", {p: random_weights(i, {p: 2}, scale=0.1**i).modules[p] for i, p in enumerate("xyz")})
     assert pruning.weakest_modules(three, 0.5) == ["z"] and pruning.weakest_modules(three, 0.0) == []
     hundred = with_digest("b", {f"x{i}": three.modules["x"] for i in range(100)})
@@ -277,7 +277,7 @@ def test_the_weakest_modules_are_no_more_than_the_share():
     assert pruning.weakest_modules(negative, 0.5) == ["z"], "a negative scale makes a module no weaker"
 
 
-def test_a_cut_adapter_tells_what_it_is_of_under_its_name():
+def test_pruning_metadata():
     whole = replace(random_weights(1, {"x": 4}), metadata={"base": "m"})
     cut, what = pruning.truncate(whole, 2, "new")
     told = cut.metadata["pruning"]
@@ -286,7 +286,7 @@ def test_a_cut_adapter_tells_what_it_is_of_under_its_name():
     assert pruning.truncate(whole, 2)[0].name == whole.name
 
 
-def test_what_is_not_cut_stays_bit_for_bit():
+def test_modules_that_are_not_truncated_are_unchanged():
     whole = random_weights(1, {"x": 4})
     cut, what = pruning.truncate(whole, 4)
     assert torch.equal(cut.modules["x"].A, whole.modules["x"].A) and cut.modules["x"].scale == 0.5
@@ -299,7 +299,7 @@ def dense(module):
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asked", [None, torch.bfloat16])
-def test_the_error_told_is_of_the_factors_as_they_are_rounded(given, asked):
+def test_the_stated_error_includes_rounding(given, asked):
     """Where what is cut is small, it is mostly what rounding costs."""
     steep = torch.logspace(0, -4, 6)
     x, y, z = (random_weights(seed, {"x": 6}).modules["x"] for seed in (1, 2, 3))
@@ -325,7 +325,7 @@ def test_the_error_told_is_of_the_factors_as_they_are_rounded(given, asked):
         assert what.error > 2 * float(torch.linalg.svdvals(dense(whole.modules["x"]))[5] / norms["x"])
 
 
-def test_a_budget_is_met_to_the_last_parameter():
+def test_a_budget_is_met_exactly():
     both = with_digest(
         "b", {"x": LowRank(torch.ones(1, 4), torch.ones(6, 1), 1.0), "y": random_weights(2, {"y": 2}).modules["y"]}
     )

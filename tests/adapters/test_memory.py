@@ -36,7 +36,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("memory/memory.limit_in_bytes", "9223372036854771712\n", None, 600),
     ],
 )
-def test_a_containers_limit_less_what_the_process_has_bounds_what_is_free(
+def test_free_memory_respects_the_cgroup_limit(
     machine: Path, group: str, text: str, limit: int | None, free: int
 ) -> None:
     write_limit(machine, group, text)
@@ -59,7 +59,7 @@ def write_limit(machine: Path, file: str, text: str) -> None:
         ("0::/../outside", "memory.max"),
     ],
 )
-def test_the_smallest_limit_of_the_processs_own_groups_holds(machine: Path, own: str, file: str) -> None:
+def test_the_smallest_cgroup_limit_applies(machine: Path, own: str, file: str) -> None:
     (machine / "group").write_text(own + "\n")
     write_limit(machine, "elsewhere/memory.max", f"{10 * MIB}")
     write_limit(machine, "memory.max", f"{700 * MIB}")
@@ -79,7 +79,9 @@ def test_the_smallest_limit_of_the_processs_own_groups_holds(machine: Path, own:
         ),
     ],
 )  # fmt: skip
-def test_what_others_have_of_a_limit_is_not_free(machine: Path, group: str, used: str, stat: str, free: int) -> None:
+def test_memory_of_other_processes_in_the_cgroup_is_not_free(
+    machine: Path, group: str, used: str, stat: str, free: int
+) -> None:
     """A server and the job that it trains are in one container; files that nobody reads make room."""
     write_limit(machine, group, f"{400 * MIB}\n")
     write_limit(machine, used, f"{350 * MIB}\n")
@@ -87,10 +89,10 @@ def test_what_others_have_of_a_limit_is_not_free(machine: Path, group: str, used
     assert memory.free() == free * MIB
 
 
-def test_without_a_container_what_the_machine_has_free_is_free(machine: Path) -> None:
+def test_without_a_cgroup_limit_the_machine_decides(machine: Path) -> None:
     assert (memory.total(), memory.limit(), memory.free()) == (1000 * MIB, None, 600 * MIB)
 
 
-def test_half_of_the_machine_is_taken_for_free_where_the_system_does_not_say(machine: Path) -> None:
+def test_free_memory_without_meminfo(machine: Path) -> None:
     (machine / "meminfo").unlink()
     assert memory.free() == memory.total() // 2 > 0

@@ -36,7 +36,7 @@ def known(best: dict[int, float]):
         ({2: 0.50, 4: 0.60, 8: 0.70, 16: 0.80, 32: 0.90}, 32),
     ],
 )
-def test_the_smallest_rank_that_is_good_enough(scores, chosen):
+def test_search_chooses_the_smallest_good_rank(scores, chosen):
     trial, calls = known(scores)
     found = rank_search.search_rank(trial, list(scores), max_steps=270, seeds=(0, 1))
     assert found.chosen == chosen
@@ -47,7 +47,7 @@ def test_the_smallest_rank_that_is_good_enough(scores, chosen):
     assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == len(scores)
 
 
-def test_a_small_rank_may_learn_more_slowly_at_first():
+def test_small_ranks_may_learn_more_slowly():
     def trial(rank, steps, seed):
         return 0.9 - 0.2 / (rank * steps), 1000 * rank
 
@@ -66,7 +66,7 @@ def test_one_candidate_and_none():
             rank_search.search_rank(trial, **{"max_steps": 10, **wrong})
 
 
-def test_so_few_steps_that_the_share_does_not_reach_are_refused():
+def test_too_few_steps_for_the_share_are_refused():
     trial, calls = known({1: 0.1, 2: 0.2, 4: 0.3, 8: 0.4, 16: 0.5})
     few = rank_search.search_rank(trial, [1, 2, 4, 8, 16], max_steps=5)
     assert few.steps_spent == 8 and "compared at the longest trial" in few.advice
@@ -92,7 +92,7 @@ def data():
 CONFIG = TrainingConfig(lora_rank=2, epochs=4, batch_size=4, learning_rate=0.01)
 
 
-def test_ranks_go_where_the_inputs_vary(model, data):
+def test_allocate_gives_ranks_to_inputs_with_variance(model, data):
     ranks, directions = rank_search.allocate(model, data, CONFIG)
     assert sum(ranks.values()) == 2 * len(ranks) and max(ranks.values()) <= 4
     for path, rows in directions.items():
@@ -101,7 +101,7 @@ def test_ranks_go_where_the_inputs_vary(model, data):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_auto_lora_begins_with_the_scale_that_is_asked_for(model, data, monkeypatch, rslora):
+def test_auto_lora_starts_with_the_configured_scale(model, data, monkeypatch, rslora):
     config = dataclasses.replace(CONFIG, use_rslora=rslora)
     train, starts = training.train, []
 
@@ -117,7 +117,7 @@ def test_auto_lora_begins_with_the_scale_that_is_asked_for(model, data, monkeypa
         assert torch.allclose(module.A.norm(dim=1), torch.tensor(3.0).rsqrt()) and not module.B.any()
 
 
-def test_auto_lora_leaves_out_what_the_config_does(model, data):
+def test_auto_lora_excludes_modules_of_rank_zero(model, data):
     """A module that is told to have rank 0 has none, before the cut or after it."""
     paths = list(layers.LoraSpec(rank=2).ranks(layers.linears(model.tree)))
     config = dataclasses.replace(CONFIG, lora_rank_of={paths[0]: 0, paths[1]: 3})
@@ -165,7 +165,7 @@ def stopping(at):
 
 
 @pytest.mark.parametrize("at", [0, 3, 12])
-def test_auto_lora_goes_on_from_the_start_and_the_cut_that_it_had(model, data, tmp_path, monkeypatch, at):
+def test_auto_lora_resumes_from_the_stored_start_and_cut(model, data, tmp_path, monkeypatch, at):
     """Another number of threads sums otherwise, and would begin from another: here as if by far."""
     whole = rank_search.auto_lora(model, data, CONFIG)
     told, stop = stopping(at)
@@ -185,7 +185,7 @@ def test_auto_lora_goes_on_from_the_start_and_the_cut_that_it_had(model, data, t
     assert sum(event.kind == "step" for event in on) == 13 - at
 
 
-def test_auto_lora_with_other_settings_goes_on_from_nothing(model, data, tmp_path):
+def test_auto_lora_with_other_settings_does_not_resume(model, data, tmp_path):
     other = dataclasses.replace(CONFIG, learning_rate=0.003)
     told, stop = stopping(0)
     with pytest.raises(TrainingStopped):
@@ -201,7 +201,7 @@ def test_auto_lora_with_other_settings_goes_on_from_nothing(model, data, tmp_pat
     )
 
 
-def test_a_start_is_that_of_its_rank_and_width_alone(model, data, tmp_path):
+def test_the_initial_scale_depends_on_rank_and_width(model, data, tmp_path):
     """Other ranks that are as wide begin from as many directions, and are scaled and cut otherwise."""
     told, stop = stopping(12)
     with pytest.raises(TrainingStopped):
@@ -217,7 +217,7 @@ def test_a_start_is_that_of_its_rank_and_width_alone(model, data, tmp_path):
         rank_search.auto_lora(model, data, twice, widen=1.0, checkpoints=tmp_path)
 
 
-def test_a_short_run_of_another_cut_begins_anew(model, data, tmp_path, monkeypatch):
+def test_a_run_of_another_cut_starts_again(model, data, tmp_path, monkeypatch):
     """As versions that kept none have left one: the long run before it is not lost for that."""
     told, stop = stopping(14)
     with pytest.raises(TrainingStopped):
@@ -238,7 +238,7 @@ def test_a_short_run_of_another_cut_begins_anew(model, data, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("at", [0, 12])
-def test_a_damaged_start_that_nobody_needs_is_made_anew(model, data, tmp_path, at):
+def test_a_damaged_start_is_computed_again_if_unused(model, data, tmp_path, at):
     told, stop = stopping(at)
     with pytest.raises(TrainingStopped):
         rank_search.auto_lora(model, data, CONFIG, checkpoints=tmp_path, on_event=told.append, stop=stop)
@@ -250,7 +250,7 @@ def test_a_damaged_start_that_nobody_needs_is_made_anew(model, data, tmp_path, a
 
 
 @pytest.mark.parametrize("lost", [float("nan"), float("-inf")])
-def test_a_rank_that_diverges_costs_itself_alone(lost):
+def test_a_diverging_rank_does_not_stop_the_search(lost):
     calls = []
 
     def trial(rank, steps, seed):
@@ -273,7 +273,7 @@ def test_a_rank_that_diverges_costs_itself_alone(lost):
         )
 
 
-def test_memory_of_two_runs_is_the_most_of_either():
+def test_the_report_has_the_maximum_memory_of_both_runs():
     """Above what there was before the first: the second begins with what that has left."""
     wide = {"adapters": 9, "peak_process": 120, "peak_above_start": 20}
     narrow = {"adapters": 4, "peak_process": 125, "peak_above_start": -3}
@@ -282,7 +282,7 @@ def test_memory_of_two_runs_is_the_most_of_either():
     assert rank_search._max_memory(unknown, unknown) == unknown
 
 
-def test_ranks_go_by_the_share_of_each_modules_own_variance_that_a_direction_explains(model, data, monkeypatch):
+def test_allocate_uses_the_explained_share_of_variance(model, data, monkeypatch):
     """However large its inputs are: one whose inputs lie along one direction has use for no second."""
     inputs, first = {}, {}
     for place, (path, (_, width)) in enumerate(sorted(layers.shapes(model.tree).items())):

@@ -70,7 +70,7 @@ def plain_loss(model, data: Tokens) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_gradients_are_pefts_also_after_an_evaluation(llama, rslora):
+def test_gradients_equal_peft(llama, rslora):
     """In float64, where both are within 1e-6 whatever was drawn; in float32 the order of sums alone is up to 1.4e-5."""
     data = examples(6)
     llama = copy.deepcopy(llama).double()
@@ -106,7 +106,7 @@ def test_gradients_are_pefts_also_after_an_evaluation(llama, rslora):
         assert mean == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_the_loss_in_chunks_is_the_loss(llama, monkeypatch):
+def test_chunked_loss_equals_whole_loss(llama, monkeypatch):
     data, model = examples(9), Wrapped(llama)
     whole = training.evaluate_loss(model, data)
     monkeypatch.setattr(training, "LOSS_ROWS", 2)
@@ -116,7 +116,7 @@ def test_the_loss_in_chunks_is_the_loss(llama, monkeypatch):
 CONFIG = TrainingConfig(epochs=3, batch_size=4, lora_rank=2, learning_rate=0.02, lora_dropout=0.1, save_steps=2, seed=5)
 
 
-def test_it_learns_and_leaves_the_model_as_it_was(llama):
+def test_training_reduces_the_loss_and_restores_the_model(llama):
     data, model = examples(12), Wrapped(llama)
     before = {name: tensor.clone() for name, tensor in model.tree.state_dict().items()}
     start, _ = training.evaluate_loss(model, data)
@@ -133,7 +133,7 @@ def test_it_learns_and_leaves_the_model_as_it_was(llama):
     assert weights.metadata["base"] == "tiny" and made["memory"]["optimizer"] == 2 * made["memory"]["adapters"]
 
 
-def test_the_result_depends_on_its_arguments_alone(llama):
+def test_the_result_is_deterministic(llama):
     data = examples(12)
     torch.manual_seed(1)
     first = training.train(Wrapped(llama), data, CONFIG)
@@ -145,7 +145,7 @@ def test_the_result_depends_on_its_arguments_alone(llama):
     assert first.digest == again.digest != other.digest
 
 
-def test_the_size_of_pieces_changes_rounding_only(llama):
+def test_micro_tokens_change_rounding_only(llama):
     data, config = examples(12), dataclasses.replace(CONFIG, lora_dropout=0.0, epochs=1)
     one, two = (training.train(Wrapped(llama), data, dataclasses.replace(config, micro_tokens=n)) for n in (8, 4096))
     for path in one.modules:
@@ -153,7 +153,7 @@ def test_the_size_of_pieces_changes_rounding_only(llama):
 
 
 @pytest.mark.parametrize("stopped_at", [1, 2, 5])
-def test_a_stopped_run_goes_on_bit_for_bit(llama, tmp_path, stopped_at):
+def test_a_stopped_run_resumes_bit_for_bit(llama, tmp_path, stopped_at):
     data, held = examples(12), examples(5, seed=9)
     config = dataclasses.replace(CONFIG, eval_steps=2)
     whole = training.train(Wrapped(llama), data, config, validation=held)
@@ -179,7 +179,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(llama, tmp_path, stopped_at):
     assert told == whole.metadata["training"]["evaluations"]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(llama, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(llama, tmp_path):
     """The child is killed in the middle of a step, well after its last checkpoint."""
     data = examples(12)
     whole = training.train(Wrapped(llama), data, CONFIG)
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_another_run_is_refused(llama, tmp_path):
         training.train(Wrapped(llama), data, CONFIG, checkpoints=tmp_path)
 
 
-def test_runs_of_releases_before_go_on(llama):
+def test_run_keys_of_earlier_versions_are_unchanged(llama):
     """Their checkpoints, and recipes that are done, are known by these; a new setting has to leave them as they are."""
     model, data = Wrapped(llama), Tokens((Example((1, 2, 3), (False, True, True)),))
     key = training.run_key(model, data, TrainingConfig(), None, None)
@@ -240,12 +240,12 @@ def test_runs_of_releases_before_go_on(llama):
     assert key != training.run_key(model, data, TrainingConfig(compute_dtype="float32"), None, None)
 
 
-def test_any_seed_of_64_bits_will_do(llama):
+def test_the_largest_seed_works(llama):
     config = dataclasses.replace(CONFIG, max_steps=2, seed=2**63 - 1)
     assert training.train(Wrapped(llama), examples(4), config).metadata["training"]["steps"] == 2
 
 
-def test_it_stops_early_and_gives_the_best(llama):
+def test_early_stopping_returns_the_best_state(llama):
     data, held = examples(4), examples(8, seed=3)
     config = dataclasses.replace(CONFIG, epochs=60, batch_size=4, eval_steps=3, patience=2, lora_dropout=0.0)
     model, events = Wrapped(llama), []
@@ -259,7 +259,7 @@ def test_it_stops_early_and_gives_the_best(llama):
     assert training.evaluate_loss(model, held)[0] == pytest.approx(best.loss, abs=1e-6)
 
 
-def test_it_goes_on_from_an_adapter(llama):
+def test_training_starts_from_an_adapter(llama):
     data = examples(8)
     first = training.train(Wrapped(llama), data, CONFIG)
     tiny = dataclasses.replace(CONFIG, max_steps=1, learning_rate=1e-9)
@@ -285,7 +285,7 @@ def test_full_fine_tuning_of_the_same_tree(llama):
     assert made["memory"]["adapters"] == 4 * sum(m.weight.numel() for m in layers.linears(model.tree).values())
 
 
-def test_a_diverging_run_is_told(llama):
+def test_divergence_is_an_error(llama):
     data, model = examples(4), Wrapped(llama)
     with pytest.raises(Diverged, match="not finite"):
         config = dataclasses.replace(CONFIG, learning_rate=1e30, lora_dropout=0.0, max_grad_norm=0.0, warmup_ratio=0.0)
@@ -324,27 +324,27 @@ def test_a_diverging_run_is_told(llama):
         {"lora_rank_of": {"model.layers.0.mlp.up_proj": True}},
     ],
 )
-def test_wrong_settings_are_named(wrong):
+def test_invalid_settings_are_refused_by_name(wrong):
     with pytest.raises(AdapterError) as error:
         TrainingConfig(**wrong)
     assert error.value.param == next(iter(wrong))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_first_and_the_last_seed_train(llama, seed):
+def test_seeds_at_the_bounds_work(llama, seed):
     config = dataclasses.replace(CONFIG, seed=seed, max_steps=1)
     assert training.train(Wrapped(llama), examples(4), config).metadata["training"]["config"]["seed"] == seed
 
 
 @pytest.mark.parametrize("rank", [10**9, 10**30])
-def test_ranks_that_memory_has_no_room_for_are_refused(llama, rank):
+def test_ranks_that_exceed_memory_are_refused(llama, rank):
     model = Wrapped(llama)
     with pytest.raises(AdapterError, match="MiB are free") as error:
         training.train(model, examples(4), dataclasses.replace(CONFIG, lora_rank=rank))
     assert error.value.param == "lora_rank" and not layers.injected(model.tree)
 
 
-def test_what_a_step_and_the_best_values_take_is_counted(llama, monkeypatch):
+def test_the_memory_estimate_counts_24_bytes_per_parameter(llama, monkeypatch):
     spec, tree = CONFIG.spec(), copy.deepcopy(llama)
     count = layers.trainable_parameters(layers.shapes(tree), spec)
     monkeypatch.setattr("adapters.memory.free", lambda: 24 * count - 1)
@@ -354,7 +354,7 @@ def test_what_a_step_and_the_best_values_take_is_counted(llama, monkeypatch):
     layers.check_room(tree, spec)
 
 
-def test_pieces_hold_every_example_once():
+def test_packing_contains_every_example_once():
     data = examples(20).examples
     packed = training.pack(data, 20)
     assert sorted(e.ids for p in packed for e in p) == sorted(e.ids for e in data)
@@ -362,7 +362,7 @@ def test_pieces_hold_every_example_once():
     assert [len(p) for p in training.pack(data[:2], 1)] == [1, 1]
 
 
-def test_adamw_is_torchs():
+def test_adamw_equals_torch():
     torch.manual_seed(0)
     ours, theirs = ([nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))] for _ in range(2))
     with torch.no_grad():
@@ -426,7 +426,7 @@ def test_inject_and_eject(llama):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_frozen_linear_and_its_lora_in_one_are_the_two(bias):
+def test_the_fused_linear_equals_autograd(bias):
     """What autograd makes of the formula, on inputs of three dimensions, with and without a gradient of the input."""
     torch.manual_seed(0)
     base = torch.nn.Linear(6, 5, bias=bias).double().requires_grad_(False)
@@ -449,7 +449,7 @@ def test_a_frozen_linear_and_its_lora_in_one_are_the_two(bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_update_below_the_last_place_of_the_sum_is_not_lost(dropout, bias):
+def test_small_updates_are_not_lost_to_bf16_rounding(dropout, bias):
     """In bf16, where a base's product that is rounded first swallows it: all of it is there in the mean."""
     torch.manual_seed(0)
     base = torch.nn.Linear(64, 64, bias=bias).bfloat16().requires_grad_(False)
@@ -465,13 +465,13 @@ def test_an_update_below_the_last_place_of_the_sum_is_not_lost(dropout, bias):
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": -1}, {"alpha": 0.0}, {"dropout": 1.0}])
-def test_a_lora_that_is_none_is_refused_by_name(wrong):
+def test_invalid_lora_arguments_are_refused_by_name(wrong):
     with pytest.raises(AdapterError) as error:
         layers.LoRALinear(torch.nn.Linear(3, 2), **{"rank": 2, "alpha": 3.0, **wrong})
     assert error.value.param == f"lora_{next(iter(wrong))}"
 
 
-def test_patience_counts_evaluations_in_a_row(llama, monkeypatch):
+def test_patience_counts_consecutive_evaluations(llama, monkeypatch):
     losses = iter([5.0, 6.0, 4.0, 6.0, 3.0, 6.0, 6.0, 1.0])
     monkeypatch.setattr(training, "evaluate_loss", lambda *args: (next(losses), 0.0))
     config = dataclasses.replace(CONFIG, epochs=8, batch_size=4, eval_steps=1, patience=2)
@@ -479,7 +479,7 @@ def test_patience_counts_evaluations_in_a_row(llama, monkeypatch):
     assert made["steps"] == 7 and made["best_step"] == 5
 
 
-def test_a_checkpoint_from_another_adapter_is_refused(llama, tmp_path):
+def test_a_checkpoint_with_other_initial_weights_is_refused(llama, tmp_path):
     first = training.train(Wrapped(llama), examples(8), CONFIG)
     with pytest.raises(TrainingStopped):
         training.train(
@@ -489,7 +489,7 @@ def test_a_checkpoint_from_another_adapter_is_refused(llama, tmp_path):
         training.train(Wrapped(llama), examples(8), CONFIG, checkpoints=tmp_path)
 
 
-def test_an_evaluation_has_no_dropout_and_leaves_the_mode(llama):
+def test_evaluation_disables_dropout_and_restores_the_mode(llama):
     model, data = Wrapped(llama), examples(6)
     found = layers.inject(model.tree, dataclasses.replace(CONFIG, lora_dropout=0.5).spec(), seed=0)
     for layer in found.values():
@@ -500,7 +500,7 @@ def test_an_evaluation_has_no_dropout_and_leaves_the_mode(llama):
     assert training.evaluate_loss(model, data) == quiet and model.tree.training
 
 
-def test_a_step_tells_loss_and_accuracy_of_its_tokens(llama):
+def test_a_step_reports_loss_and_accuracy(llama):
     """Of the first one, those of the base: the LoRA does nothing yet."""
     data, events = examples(6), []
     # what the base says itself is right at some places, and never at others
@@ -524,7 +524,7 @@ def test_a_step_tells_loss_and_accuracy_of_its_tokens(llama):
 
 
 @pytest.mark.parametrize(("changed", "value"), [("weight_decay", 0.5), ("max_grad_norm", 1e-3)])
-def test_settings_of_the_optimizer_have_a_say(llama, changed, value):
+def test_optimizer_settings_change_the_result(llama, changed, value):
     config = dataclasses.replace(CONFIG, epochs=4, learning_rate=0.1)
     one = training.train(Wrapped(llama), examples(8), config)
     assert (
@@ -533,7 +533,7 @@ def test_settings_of_the_optimizer_have_a_say(llama, changed, value):
     )
 
 
-def test_a_clipped_gradient_is_no_longer_than_asked(llama, monkeypatch):
+def test_gradients_are_clipped_to_max_grad_norm(llama, monkeypatch):
     seen = []
     clip = training.AdamW.clip
     monkeypatch.setattr(training.AdamW, "clip", lambda self, most: seen.append(most) or clip(self, most))
@@ -541,7 +541,7 @@ def test_a_clipped_gradient_is_no_longer_than_asked(llama, monkeypatch):
     assert set(seen) == {0.25}
 
 
-def test_each_epoch_has_an_order_of_its_own(llama):
+def test_epochs_have_different_orders(llama):
     run = training._Run(Wrapped(llama), examples(12), CONFIG, [torch.zeros(1, requires_grad=True)], None, None, "")
     per_epoch = -(-12 // CONFIG.batch_size)
     epochs = [[e.ids for s in range(per_epoch) for e in run._batch(n * per_epoch + s)] for n in range(3)]
@@ -549,14 +549,14 @@ def test_each_epoch_has_an_order_of_its_own(llama):
     assert all(sorted(epoch) == sorted(e.ids for e in examples(12).examples) for epoch in epochs)
 
 
-def test_training_draws_nothing_from_the_generator_of_others(llama):
+def test_training_does_not_use_the_global_generator(llama):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     training.train(Wrapped(llama), examples(4), dataclasses.replace(CONFIG, epochs=1, lora_dropout=0.5))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_checkpoint_is_of_a_base_and_of_no_place(llama, tmp_path):
+def test_checkpoints_depend_on_the_base_and_not_on_the_output_folder(llama, tmp_path):
     config = dataclasses.replace(CONFIG, output="here")
     with pytest.raises(TrainingStopped):
         training.train(Wrapped(llama), examples(8), config, checkpoints=tmp_path, stop=iter([False, True]).__next__)
@@ -574,7 +574,7 @@ def test_a_checkpoint_is_of_a_base_and_of_no_place(llama, tmp_path):
     assert steps[0] == ("step", 2), "the result may be put elsewhere"
 
 
-def test_how_many_updates_there_are():
+def test_number_of_updates():
     def steps(examples, **settings):
         return TrainingConfig(batch_size=4, **settings).steps(examples)
 
@@ -582,21 +582,21 @@ def test_how_many_updates_there_are():
     assert steps(9, epochs=5.0, max_steps=4) == 4 and steps(9, epochs=1.0, max_steps=4) == 3
 
 
-def test_the_rate_rises_within_the_share_that_is_asked_for_rounded_up(llama):
+def test_warmup_steps_are_rounded_up(llama):
     rates = []
     config = dataclasses.replace(CONFIG, epochs=2, batch_size=4, warmup_ratio=0.4, learning_rate=1.0)
     training.train(Wrapped(llama), examples(8), config, on_event=lambda e: rates.append(e.learning_rate))
     assert rates[:2] == [training.learning_rate(step, 4, 1.0, 2) for step in range(2)]
 
 
-def test_of_equal_losses_the_first_is_the_best(llama, monkeypatch):
+def test_the_first_of_equal_losses_is_the_best(llama, monkeypatch):
     monkeypatch.setattr(training, "evaluate_loss", lambda *args: (1.0, 0.5))
     config = dataclasses.replace(CONFIG, epochs=3, batch_size=4, eval_steps=1, patience=0)
     made = training.train(Wrapped(llama), examples(4), config, validation=examples(2)).metadata["training"]
     assert made["steps"] == 3 and made["best_step"] == 1
 
 
-def test_a_run_that_has_ended_is_not_trained_again(llama, tmp_path):
+def test_a_finished_run_is_not_trained_again(llama, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=2, save_steps=0)
     told = []
     training.train(Wrapped(llama), examples(4), config, checkpoints=tmp_path)
@@ -604,14 +604,14 @@ def test_a_run_that_has_ended_is_not_trained_again(llama, tmp_path):
     assert told == ["done"]
 
 
-def test_blocks_that_were_computed_again_are_as_before(llama):
+def test_activation_checkpointing_restores_the_blocks(llama):
     model = Wrapped(llama)
     config = dataclasses.replace(CONFIG, epochs=1, activation_checkpointing=True)
     training.train(model, examples(4), config)
     assert not [block for block in model.blocks if "forward" in vars(block)]
 
 
-def test_a_batch_is_the_mean_over_its_learned_tokens(llama, monkeypatch):
+def test_the_batch_loss_is_the_mean_over_target_tokens(llama, monkeypatch):
     """What gradients are clipped to goes by it, though Adam itself hardly sees a factor."""
     data, norms = examples(6), []
     clip = AdamW.clip
@@ -625,7 +625,7 @@ def test_a_batch_is_the_mean_over_its_learned_tokens(llama, monkeypatch):
     assert norms == [pytest.approx(float(whole.norm()), rel=1e-4)]
 
 
-def test_factors_begin_as_pefts_do_by_the_seed_alone(llama):
+def test_initialization_has_the_variance_of_peft(llama):
     """A with the variance of PEFT's uniform start, B at zero."""
     base = torch.nn.Linear(4000, 3)
     a = layers.LoRALinear(base, rank=60, alpha=1, generator=torch.Generator().manual_seed(0)).lora_A.detach()
@@ -638,7 +638,7 @@ def test_factors_begin_as_pefts_do_by_the_seed_alone(llama):
         assert not layer.lora_B.any()
 
 
-def test_dropout_is_of_the_share_that_is_asked_for():
+def test_dropout_rate():
     layer = layers.LoRALinear(torch.nn.Linear(8, 8, bias=False).requires_grad_(False), rank=8, alpha=8, dropout=0.2)
     with torch.no_grad():
         layer.base_layer.weight.zero_()

@@ -124,7 +124,7 @@ def test_requests(live: Live, status: int, path: str, body: object, says: str) -
     ],
     ids=["header", "host", "tls", "length"],
 )
-def test_what_is_no_http(live: Live, sent: bytes) -> None:
+def test_malformed_http(live: Live, sent: bytes) -> None:
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         with contextlib.suppress(ConnectionError):
@@ -135,14 +135,14 @@ def test_what_is_no_http(live: Live, sent: bytes) -> None:
     assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
-def test_the_content_of_a_file_that_is_gone(live: Live) -> None:
+def test_the_content_of_a_missing_file(live: Live) -> None:
     sent = live.client.post("/v1/files", files={"file": ("a.jsonl", b"{}")}, data={"purpose": "fine-tune"}).json()
     (live.state / "files" / sent["id"] / "content").unlink()
     assert "gone" in shaped(live, live.client.get(f"/v1/files/{sent['id']}/content"), 404)["message"]
     assert live.client.delete(f"/v1/files/{sent['id']}").json()["deleted"]
 
 
-def test_a_prompt_that_holds_the_template_s_own_tokens_is_text(live: Live) -> None:
+def test_special_tokens_in_a_prompt_are_text(live: Live) -> None:
     def tokens(prompt: str) -> int:
         return int(live.post("/generate?task=sentiment", {"prompt": prompt})["usage"]["prompt_tokens"])
 

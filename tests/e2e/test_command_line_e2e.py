@@ -104,7 +104,7 @@ def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
         assert live.process.wait(30) == 0
 
 
-def test_what_is_not_over_when_the_drain_is_ends_with_a_word(embedded: Path, tmp_path: Path) -> None:
+def test_requests_that_exceed_the_drain_end_with_an_error(embedded: Path, tmp_path: Path) -> None:
     with serving(tmp_path, "--drain", "500ms") as live:
         begun, lines = threading.Event(), []
         reader = threading.Thread(target=_stream, args=(live, 8000, begun, lines))
@@ -132,7 +132,7 @@ def test_a_second_signal_ends_at_once(embedded: Path, tmp_path: Path) -> None:
         assert lines[-1] != "data: [DONE]"
 
 
-def test_a_base_that_is_none_ends_the_start(tmp_path: Path) -> None:
+def test_an_invalid_base_stops_the_server(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--model", str(tmp_path / "model")]
     run = subprocess.run(

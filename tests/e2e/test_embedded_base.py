@@ -36,7 +36,7 @@ def texts() -> list[str]:
     return [text for text in found if isinstance(text, str)]
 
 
-def test_tokens_are_those_of_transformers_with_the_models_own_digit_rule(embedded: Path, base: Base) -> None:
+def test_token_ids_equal_transformers(embedded: Path, base: Base) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(embedded.parent, gguf_file=embedded.name)
     # A copy, which reads special tokens in a text as theirs does: the shared one may have been told not to.
     ours = Tokenizer.from_str(base.vocabulary.tokenizer.to_str())
@@ -57,7 +57,7 @@ def test_tokens_are_those_of_transformers_with_the_models_own_digit_rule(embedde
     assert set(theirs.all_special_tokens) <= set(base.vocabulary.special)
 
 
-def test_weights_are_the_files_in_transformers_order(embedded: Path, base: Base) -> None:
+def test_weights_equal_those_of_transformers(embedded: Path, base: Base) -> None:
     """Bit for bit; the whole state dict of AutoModelForCausalLM was compared once, it takes a minute."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(embedded).tensors}
 
@@ -77,7 +77,7 @@ def test_weights_are_the_files_in_transformers_order(embedded: Path, base: Base)
     assert base.notes == ()
 
 
-def test_it_costs_five_bits_and_starts_fast(embedded: Path, base: Base, tmp_path: Path) -> None:
+def test_the_packed_base_takes_five_bits_per_parameter(embedded: Path, base: Base, tmp_path: Path) -> None:
     assert base.bits <= 5.1
     started = time.thread_time()  # the processor's, whatever else it does
     open_checkpoint(embedded).vocabulary()

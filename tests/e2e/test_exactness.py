@@ -54,7 +54,7 @@ def two(base: Base, write_random: Callable[..., Path], tmp_path: Path) -> list[t
     return [(f, base.prepare(read_folder(f, name=f.name, shapes=base.shapes()))) for f in folders]
 
 
-def test_a_sweep_of_weights_in_one_batch(base: Base, oracle: Oracle, two: list[tuple[Path, LoraWeights]]) -> None:
+def test_mixes_with_many_weights_equal_peft(base: Base, oracle: Oracle, two: list[tuple[Path, LoraWeights]]) -> None:
     runner = make_runner(base, max_slots=4, threads=2)
     runner.allocate(64, 16)
     for slot, (_, weights) in enumerate(two):
@@ -95,7 +95,9 @@ MIXES = (
 )
 
 
-def test_odd_adapters_as_served(default_server: Live, base: Base, oracle: Oracle, tmp_path: Path) -> None:
+def test_adapters_of_unusual_configs_equal_peft(
+    default_server: Live, base: Base, oracle: Oracle, tmp_path: Path
+) -> None:
     """First-token log-probabilities on the default kernels, one batch, against PEFT in float32."""
     folders = [write_peft(tmp_path / f"odd{i}", config_of(base), seed=i, **config) for i, config in enumerate(ODD)]
     for i, folder in enumerate(folders):

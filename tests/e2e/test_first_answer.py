@@ -24,7 +24,7 @@ def test_sentiment_by_task(default_server: Live) -> None:
     assert shown["base"].startswith("HuggingFaceTB/") and shown["notes"] == [], "the base goes by the hub's name too"
 
 
-def test_streaming_gives_the_same_text(default_server: Live) -> None:
+def test_streamed_text_equals_the_whole_text(default_server: Live) -> None:
     body = {"prompt": "The old lighthouse", "max_tokens": 24, "adapters": []}
     whole = default_server.post("/generate", body)
     pieces, last = [], None
@@ -39,7 +39,9 @@ def test_streaming_gives_the_same_text(default_server: Live) -> None:
     assert last["usage"]["completion_tokens"] == 24
 
 
-def test_load_and_unload_leave_nothing(default_server: Live, write_random: Callable[..., Path], tmp_path: Path) -> None:
+def test_load_and_unload_free_everything(
+    default_server: Live, write_random: Callable[..., Path], tmp_path: Path
+) -> None:
     """Forty adapters come, answer and go; the base's own logits are bit-equal before and after."""
     live = default_server
     base = {"prompt": "The engine coughed twice", "max_tokens": 8, "adapters": [], "logprobs": 5}

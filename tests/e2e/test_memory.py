@@ -27,7 +27,9 @@ def told(live: Live) -> dict[str, int]:
     return live.get("/stats")["memory"]
 
 
-def test_each_kind_is_what_the_system_counts(tmp_path: Path, embedded: Path, write_random: Callable[..., Path]) -> None:
+def test_memory_by_kind_adds_up_to_resident_memory(
+    tmp_path: Path, embedded: Path, write_random: Callable[..., Path]
+) -> None:
     folder = tmp_path / "adapters"
     folder.mkdir()
     with serving(tmp_path / "state", "--adapter-dir", str(folder), "--library", "none") as live:

@@ -26,7 +26,7 @@ RANKS = (3, 4, 8, 12, 16, 17, 24, 32, 33, 40, 48, 50, 56, 60, 63, 64)
 NEW_TOKENS = 8
 
 
-def test_every_answer_is_that_of_peft_alone_while_adapters_change(
+def test_answers_under_traffic_equal_peft(
     reference_server: Live, base: Base, oracle: Oracle, write_random: Callable[..., Path], tmp_path: Path
 ) -> None:
     live, text = reference_server, ModelTokenizer(base.vocabulary)

@@ -49,9 +49,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def house(
-    tmp_path_factory: pytest.TempPathFactory, embedded: Path, write_random: Callable[..., Path]
-) -> Iterator[Live]:
+def live(tmp_path_factory: pytest.TempPathFactory, embedded: Path, write_random: Callable[..., Path]) -> Iterator[Live]:
     """A server with the library's adapter, two random ones, and a folder that it has to reject."""
     folder = tmp_path_factory.mktemp("adapters")
     write_random(folder / "formal", rank=4, seed=1)
@@ -73,13 +71,13 @@ def house(
 
 
 @pytest.fixture
-def page(browser: Browser, house: Live, request: pytest.FixtureRequest) -> Iterator[Page]:
+def page(browser: Browser, live: Live, request: pytest.FixtureRequest) -> Iterator[Page]:
     """The page, ready; light, unless the test asks for something else by `parametrize(..., indirect=True)`."""
     scheme = getattr(request, "param", "light")
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, base_url=house.url)
-    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=house.url)
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, base_url=live.url)
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=live.url)
     context.set_default_timeout(1000 * SECONDS)
-    with watched(context, house.url) as opened:
+    with watched(context, live.url) as opened:
         opened.goto("/")
         expect(opened.locator("#status[data-ready]")).to_be_visible()
         expect(opened.get_by_label("Key")).to_be_hidden()
@@ -148,7 +146,7 @@ def job_told(name: str, **given: object) -> dict:
     }  # fmt: skip
 
 
-def test_a_task_answers_with_its_figures(page: Page) -> None:
+def test_a_task_answers_and_shows_timings(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
     expect(page.locator(".side .hint").first).to_contain_text("The adapter sentiment answers: “Classify the sentiment")
     ask(page)
@@ -159,7 +157,7 @@ def test_a_task_answers_with_its_figures(page: Page) -> None:
     assert page.get_by_role("button", name="Stop").is_disabled()
 
 
-def test_a_raw_answer_streams_in_steps(page: Page) -> None:
+def test_an_answer_streams(page: Page) -> None:
     page.locator("select.task").select_option("")
     expect(page.locator(".side .hint").first).to_have_text("The base alone continues the prompt.")
     expect(page.locator(".answer")).to_be_empty()
@@ -176,7 +174,7 @@ def test_a_raw_answer_streams_in_steps(page: Page) -> None:
     assert not page.locator(".side .up").is_visible(), "without a task there is nothing to tell of"
 
 
-def test_a_mix_by_its_sliders(page: Page) -> None:
+def test_weights_by_sliders(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
     page.get_by_role("button", name="Add adapter").click()
     page.get_by_role("button", name="Add adapter").click()
@@ -200,7 +198,7 @@ def test_a_mix_by_its_sliders(page: Page) -> None:
     assert "adapters" not in body_of(page, lambda: ask(page))
 
 
-def test_two_side_by_side(page: Page) -> None:
+def test_two_answers_side_by_side(page: Page) -> None:
     page.get_by_role("checkbox").check()
     left, right = page.locator(".side").all()
     left.locator("select.task").select_option("sentiment")
@@ -214,7 +212,7 @@ def test_two_side_by_side(page: Page) -> None:
     expect(page.locator(".side")).to_have_count(1)
 
 
-def test_stop_ends_the_work_on_the_server(page: Page, house: Live) -> None:
+def test_stop_cancels_the_request(page: Page, live: Live) -> None:
     page.locator("select.task").select_option("")
     ask(page, ENDLESS, tokens=4000)
     expect(page.locator(".answer")).not_to_be_empty()
@@ -222,11 +220,11 @@ def test_stop_ends_the_work_on_the_server(page: Page, house: Live) -> None:
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".figures")).to_contain_text("stopped after")
     expect(page.locator(".answer")).to_have_attribute("aria-busy", "false")
-    until(lambda: house.get("/stats")["engine"]["running"] == 0, every=0.05)
+    until(lambda: live.get("/stats")["engine"]["running"] == 0, every=0.05)
     expect(page.get_by_role("button", name="Run")).to_be_enabled()
 
 
-def test_thumbs_post_feedback(page: Page) -> None:
+def test_thumbs_send_feedback(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
     ask(page)
     figures(page)
@@ -242,7 +240,7 @@ def test_thumbs_post_feedback(page: Page) -> None:
     expect(page.locator("#notice")).to_have_text("Counted as a bad answer of sentiment.")
 
 
-def test_a_thumb_that_is_counted_late_is_shown_on_no_other_answer(page: Page) -> None:
+def test_late_feedback_is_not_shown_on_another_answer(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
     ask(page)
     figures(page)
@@ -260,7 +258,7 @@ def test_a_thumb_that_is_counted_late_is_shown_on_no_other_answer(page: Page) ->
     page.unroute_all()
 
 
-def test_copies_run_as_they_are(page: Page, house: Live) -> None:
+def test_copied_snippets_run(page: Page, live: Live) -> None:
     """curl, Python and openai: each snippet is run, and answers what the page has shown."""
     page.locator("select.task").select_option("sentiment")
     ask(page, 'It\'s a dull, "lifeless" film.\nNo joy in it.', tokens=4)
@@ -278,7 +276,7 @@ def test_copies_run_as_they_are(page: Page, house: Live) -> None:
         assert (json.loads(out.stdout)["text"] if name == "curl" else out.stdout.strip()) == answer, name
 
 
-def test_a_copy_reads_the_key_from_what_is_no_setting(page: Page) -> None:
+def test_copied_snippets_read_the_key_from_api_key(page: Page) -> None:
     """In a shell where that is exported servers start all the same. And a copy waits for as long as the server does."""
     page.evaluate("sessionStorage.setItem('key', 'secret')")
     page.reload()
@@ -293,7 +291,7 @@ def test_a_copy_reads_the_key_from_what_is_no_setting(page: Page) -> None:
         assert name != "Python" or f"timeout={Settings.model_fields['deadline'].default:.0f}" in text
 
 
-def test_a_copy_without_a_task_names_the_base(page: Page, house: Live) -> None:
+def test_a_copied_snippet_without_a_task_names_the_base(page: Page, live: Live) -> None:
     page.locator("select.task").select_option("")
     ask(page, "The capital of France is", tokens=4)
     figures(page)
@@ -309,13 +307,13 @@ def test_a_copy_without_a_task_names_the_base(page: Page, house: Live) -> None:
     assert out.stdout.strip() == page.locator(".answer").inner_text().strip()
 
 
-def test_an_adapter_that_goes_is_replaced_by_no_other(page: Page, house: Live) -> None:
-    house.client.post("/adapters", json={"name": "passing", "source": "formal"}).raise_for_status()
+def test_a_retired_adapter_stays_selected(page: Page, live: Live) -> None:
+    live.client.post("/adapters", json={"name": "passing", "source": "formal"}).raise_for_status()
     page.reload()
     page.get_by_role("button", name="Add adapter").click()
     member = page.get_by_role("combobox", name="Adapter")
     member.select_option("passing")
-    assert house.client.delete("/adapters/passing").status_code == 202
+    assert live.client.delete("/adapters/passing").status_code == 202
     page.get_by_role("tab", name="Adapters").click()
     page.get_by_role("tab", name="Playground").click()
     expect(member.locator("option:checked")).to_have_text("passing (gone)")
@@ -323,8 +321,8 @@ def test_an_adapter_that_goes_is_replaced_by_no_other(page: Page, house: Live) -
     expect(page.locator(".answer")).to_contain_text("'passing'")
 
 
-def test_a_task_that_goes_is_replaced_by_no_other(page: Page, house: Live) -> None:
-    house.client.put("/tasks/passing", json={"prompt": "Say it. " * 100 + "{input}"}).raise_for_status()
+def test_a_deleted_task_stays_selected(page: Page, live: Live) -> None:
+    live.client.put("/tasks/passing", json={"prompt": "Say it. " * 100 + "{input}"}).raise_for_status()
     page.reload()
     task, hint = page.locator("select.task"), page.locator(".side .hint").first
     task.select_option("passing")
@@ -332,7 +330,7 @@ def test_a_task_that_goes_is_replaced_by_no_other(page: Page, house: Live) -> No
     assert len(hint.inner_text()) < 300, "a template may be of any length"
     page.get_by_role("tab", name="Jobs").click()
     page.locator("#train-task").select_option("passing")
-    assert house.client.delete("/tasks/passing").is_success
+    assert live.client.delete("/tasks/passing").is_success
     page.get_by_label("Rank").focus()
     page.locator("#train-task").focus()
     expect(page.locator("#train-task option:checked")).to_have_text("passing (gone)")
@@ -343,9 +341,9 @@ def test_a_task_that_goes_is_replaced_by_no_other(page: Page, house: Live) -> No
     expect(page.locator(".answer")).to_contain_text("'passing'")
 
 
-def test_a_task_defined_meanwhile_is_told_as_who_answered(page: Page, house: Live) -> None:
+def test_a_new_default_task_is_shown_as_the_one_that_answered(page: Page, live: Live) -> None:
     page.locator("select.task").select_option("")
-    house.client.put("/tasks/default", json={"prompt": "{input}"}).raise_for_status()
+    live.client.put("/tasks/default", json={"prompt": "{input}"}).raise_for_status()
     try:
         ask(page, "Hello", tokens=2)
         figures(page)
@@ -354,10 +352,10 @@ def test_a_task_defined_meanwhile_is_told_as_who_answered(page: Page, house: Liv
         expect(page.locator("#notice")).to_have_text("Copied as openai.")
         assert 'model="default"' in page.evaluate("navigator.clipboard.readText()")
     finally:
-        house.client.delete("/tasks/default")
+        live.client.delete("/tasks/default")
 
 
-def test_the_first_task_of_all_is_chosen_for_nobody_who_looks(page: Page) -> None:
+def test_the_first_task_is_not_selected_automatically(page: Page) -> None:
     published = False
     page.route("**/tasks", lambda route: route.continue_() if published else route.fulfill(json={"tasks": []}))
     page.reload()
@@ -369,7 +367,7 @@ def test_the_first_task_of_all_is_chosen_for_nobody_who_looks(page: Page) -> Non
     page.unroute_all()
 
 
-def test_a_weight_is_a_number_before_it_is_sent(page: Page) -> None:
+def test_invalid_weights_are_not_sent(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
     page.get_by_role("button", name="Add adapter").click()
     weight = page.locator(".mix li").get_by_role("spinbutton")
@@ -384,7 +382,7 @@ def test_a_weight_is_a_number_before_it_is_sent(page: Page) -> None:
     assert body_of(page, lambda: ask(page))["adapters"][0]["weight"] == 0.333
 
 
-def test_a_comma_is_a_decimal_point(page: Page) -> None:
+def test_a_decimal_comma_is_accepted(page: Page) -> None:
     page.get_by_role("button", name="Add adapter").click()
     weight = page.locator(".mix li").get_by_role("spinbutton")
     weight.fill("")
@@ -396,7 +394,7 @@ def test_a_comma_is_a_decimal_point(page: Page) -> None:
     expect(weight).to_have_value("0.25")
 
 
-def test_back_leads_back_through_the_parts(page: Page) -> None:
+def test_the_back_button_returns_to_the_previous_tab(page: Page) -> None:
     for name in ("Adapters", "Tasks"):
         page.get_by_role("tab", name=name).click()
         expect(page).to_have_title(f"{name} · loramux")
@@ -405,19 +403,19 @@ def test_back_leads_back_through_the_parts(page: Page) -> None:
     expect(page.get_by_role("tabpanel", name="Adapters")).to_be_visible()
 
 
-def test_what_is_selected_stays_while_others_ask(page: Page, house: Live) -> None:
+def test_a_text_selection_survives_updates(page: Page, live: Live) -> None:
     page.get_by_role("tab", name="Tasks").click()
     title = page.locator("[data-task=sentiment] h2")
     title.evaluate("node => getSelection().selectAllChildren(node)")
-    house.client.put("/tasks/later", json={"prompt": "{input}"}).raise_for_status()
+    live.client.put("/tasks/later", json={"prompt": "{input}"}).raise_for_status()
     expect(page.locator("[data-task=later]")).to_be_visible()
     assert page.evaluate("getSelection().toString()") == "sentiment"
-    assert house.client.delete("/tasks/later").is_success
+    assert live.client.delete("/tasks/later").is_success
     expect(page.locator("[data-task=later]")).to_have_count(0)
     assert page.evaluate("getSelection().toString()") == "sentiment"
 
 
-def test_a_row_stays_while_its_leases_change(page: Page) -> None:
+def test_a_table_row_survives_updates(page: Page) -> None:
     """A click takes a while, and is lost where the row is another when it ends."""
     leases = 7
 
@@ -435,8 +433,8 @@ def test_a_row_stays_while_its_leases_change(page: Page) -> None:
     assert held.evaluate("node => node.isConnected")
 
 
-def test_who_goes_on_while_a_file_is_sent_is_left_alone(
-    page: Page, house: Live, tmp_path: Path, write_random: Callable[..., Path]
+def test_focus_stays_while_a_file_is_uploaded(
+    page: Page, live: Live, tmp_path: Path, write_random: Callable[..., Path]
 ) -> None:
     folder = write_random(tmp_path / "slow", rank=1, seed=7)
     page.get_by_role("tab", name="Adapters").click()
@@ -454,10 +452,10 @@ def test_who_goes_on_while_a_file_is_sent_is_left_alone(
     expect(page.get_by_role("button", name="Upload", exact=True)).to_be_enabled()
     expect(name).to_have_value("the-next")
     expect(name).to_be_focused()
-    assert house.client.delete("/adapters/slow").is_success
+    assert live.client.delete("/adapters/slow").is_success
 
 
-def test_what_is_filled_in_for_the_next_job_is_no_part_of_the_one_that_is_sent(page: Page) -> None:
+def test_form_edits_do_not_change_a_submitted_job(page: Page) -> None:
     page.route("**/v1/files", lambda route: route.fulfill(json={"id": "file-sent"}))
     page.route("**/v1/fine_tuning/jobs", lambda route: route.fulfill(json={"id": "ftjob-sent"}))
     page.get_by_role("tab", name="Jobs").click()
@@ -489,7 +487,7 @@ def test_what_is_filled_in_for_the_next_job_is_no_part_of_the_one_that_is_sent(p
     page.unroute_all()
 
 
-def test_a_file_chosen_while_another_is_sent_stays_chosen(page: Page) -> None:
+def test_a_file_chosen_during_an_upload_stays_chosen(page: Page) -> None:
     page.get_by_role("tab", name="Adapters").click()
     page.get_by_label("Name", exact=True).fill("again")
     weights = page.get_by_label("adapter_model.safetensors")
@@ -506,7 +504,7 @@ def test_a_file_chosen_while_another_is_sent_stays_chosen(page: Page) -> None:
     page.unroute_all()
 
 
-def test_who_goes_on_while_a_button_works_is_left_alone(page: Page) -> None:
+def test_focus_stays_while_an_action_runs(page: Page) -> None:
     held: list[Route] = []
     page.route("**/adapters/formal/pin", lambda route: held.append(route))
     page.get_by_role("tab", name="Adapters").click()
@@ -520,10 +518,10 @@ def test_who_goes_on_while_a_button_works_is_left_alone(page: Page) -> None:
     expect(name).to_be_focused()
 
 
-def test_what_was_asked_for_before_is_not_drawn_after(page: Page, house: Live) -> None:
+def test_late_responses_are_not_drawn(page: Page, live: Live) -> None:
     """A poll that is answered after what a button has asked for anew would bring the old state back."""
     held: list[Route] = []
-    before = house.get("/adapters")
+    before = live.get("/adapters")
     page.get_by_role("tab", name="Adapters").click()
     expect(row(page, "formal")).to_be_visible()
     page.route("**/adapters", lambda route: route.continue_() if held else held.append(route))
@@ -534,7 +532,7 @@ def test_what_was_asked_for_before_is_not_drawn_after(page: Page, house: Live) -
     with page.expect_request("**/stats"):  # of the next poll
         held[0].fulfill(json=before)
     assert drawn.evaluate("node => node.isConnected")
-    house.client.post("/adapters/formal/unpin").raise_for_status()
+    live.client.post("/adapters/formal/unpin").raise_for_status()
 
     listings: list[Route] = []
     page.route("**/jobs", lambda route: listings.append(route))
@@ -548,7 +546,7 @@ def test_what_was_asked_for_before_is_not_drawn_after(page: Page, house: Live) -
     page.unroute_all()
 
 
-def test_a_server_that_hangs_is_not_ready(page: Page) -> None:
+def test_a_server_without_answers_is_shown_as_not_ready(page: Page) -> None:
     page.route("**/stats", lambda route: None)
     expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
     expect(page.get_by_role("alert")).to_contain_text("the server does not answer")
@@ -557,7 +555,7 @@ def test_a_server_that_hangs_is_not_ready(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_a_server_that_hangs_in_an_engine_with_other_words(page: Page) -> None:
+def test_not_ready_with_other_error_texts(page: Page) -> None:
     """WebKit gives what was stopped for being late the name of what somebody stopped."""
     page.route("**/stats", lambda route: None)
     page.evaluate(
@@ -571,7 +569,7 @@ def test_a_server_that_hangs_in_an_engine_with_other_words(page: Page) -> None:
     expect(page.locator("#status[data-ready]")).to_be_visible(timeout=30_000)
 
 
-def test_who_reads_an_answer_reads_on_when_it_ends(page: Page) -> None:
+def test_the_scroll_position_stays_when_an_answer_ends(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 640})
     end = page.evaluate(
         """() => fetch('/generate', { method: 'POST', headers: { 'content-type': 'application/json' },
@@ -594,7 +592,7 @@ def test_who_reads_an_answer_reads_on_when_it_ends(page: Page) -> None:
     page.unroute_all()
 
 
-def test_a_phone_that_hides_its_address_bar_scrolls_no_chart_away(page: Page) -> None:
+def test_charts_stay_in_view_when_the_viewport_grows(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 640})
     page.get_by_role("tab", name="Live").click()
     expect(page.locator("#chart-batch canvas, #live canvas").first).to_be_visible(timeout=30_000)
@@ -605,7 +603,7 @@ def test_a_phone_that_hides_its_address_bar_scrolls_no_chart_away(page: Page) ->
     assert page.evaluate("window.scrollY") == 500
 
 
-def test_what_others_publish_is_offered_while_the_page_is_open(page: Page) -> None:
+def test_new_adapters_appear_while_the_page_is_open(page: Page) -> None:
     more = page.evaluate("() => fetch('/adapters').then((answer) => answer.json())")
     more["adapters"].append({**more["adapters"][0], "name": "published-meanwhile"})
     page.route("**/adapters", lambda route: route.fulfill(json=more))
@@ -614,7 +612,7 @@ def test_what_others_publish_is_offered_while_the_page_is_open(page: Page) -> No
     page.unroute_all()
 
 
-def test_a_file_that_has_changed_since_it_was_chosen(page: Page, tmp_path: Path) -> None:
+def test_a_file_changed_after_selection_is_an_error(page: Page, tmp_path: Path) -> None:
     page.get_by_role("tab", name="Jobs").click()
     file = tmp_path / "words.jsonl"
     file.write_text('{"input": "a", "output": "b"}\n')
@@ -629,7 +627,7 @@ def test_a_file_that_has_changed_since_it_was_chosen(page: Page, tmp_path: Path)
     expect(page.get_by_role("alert")).to_contain_text("words.jsonl has changed since it was chosen")
 
 
-def test_nothing_runs_before_the_page_knows_whom_to_ask(page: Page) -> None:
+def test_run_is_disabled_until_tasks_are_loaded(page: Page) -> None:
     """A form that is sent before its script is there would end the loading of that."""
     held: list[Route] = []
     known = False
@@ -648,7 +646,7 @@ def test_nothing_runs_before_the_page_knows_whom_to_ask(page: Page) -> None:
     expect(page.locator("#prompt")).to_have_value("too early")
 
 
-def test_what_could_not_be_asked_for_is_asked_for_again(page: Page) -> None:
+def test_failed_requests_are_retried(page: Page) -> None:
     refused: list[Route] = []
 
     def refuse_twice(route: Route) -> None:
@@ -665,11 +663,11 @@ def test_what_could_not_be_asked_for_is_asked_for_again(page: Page) -> None:
     page.unroute_all()
 
 
-def test_hundreds_of_tasks_are_asked_for_a_few_at_a_time(page: Page, house: Live) -> None:
+def test_tasks_are_loaded_a_few_at_a_time(page: Page, live: Live) -> None:
     """A browser has six connections, one of which is left to what else is asked, and each of the rest would wait for
     one until its time is over."""
-    [task] = [task for task in house.get("/tasks")["tasks"] if task["name"] == "sentiment"]
-    told = house.get("/tasks/sentiment/performance")
+    [task] = [task for task in live.get("/tasks")["tasks"] if task["name"] == "sentiment"]
+    told = live.get("/tasks/sentiment/performance")
     held: list[Route] = []
     page.route("**/tasks", lambda r: r.fulfill(json={"tasks": [{**task, "name": f"t{n}"} for n in range(15)]}))
     page.route("**/performance", lambda route: held.append(route))
@@ -684,7 +682,7 @@ def test_hundreds_of_tasks_are_asked_for_a_few_at_a_time(page: Page, house: Live
     page.unroute_all()
 
 
-def test_a_button_keeps_the_focus_while_its_job_goes_on(page: Page) -> None:
+def test_a_button_keeps_the_focus_during_updates(page: Page) -> None:
     job = job_told("kept", status="validating_files", started_at=None)
     page.route("**/jobs", lambda route: route.fulfill(json={"jobs": [job]}))
     page.get_by_role("tab", name="Jobs").click()
@@ -714,7 +712,7 @@ def test_a_button_keeps_the_focus_while_its_job_goes_on(page: Page) -> None:
     page.unroute_all()
 
 
-def test_a_curve_that_does_not_come_hides_no_other_job(page: Page) -> None:
+def test_a_failed_curve_does_not_hide_other_jobs(page: Page) -> None:
     jobs = [job_told(f"job{i}", id=f"ftjob-{i}", step=2, loss=1.0) for i in range(8)]
     curves = {"train_loss": [[1, 2.0], [2, 1.0]], "valid_loss": []}
 
@@ -734,7 +732,7 @@ def test_a_curve_that_does_not_come_hides_no_other_job(page: Page) -> None:
     page.unroute_all()
 
 
-def test_a_job_that_leaves_the_list_leaves_no_chart(page: Page) -> None:
+def test_charts_of_removed_jobs_disappear(page: Page) -> None:
     job = job_told("leaves", step=2, loss=1.0)
     listed = [job]
     page.evaluate(
@@ -753,7 +751,7 @@ def test_a_job_that_leaves_the_list_leaves_no_chart(page: Page) -> None:
     page.unroute_all()
 
 
-def test_tasks_to_choose_from_come_apart_from_the_jobs(page: Page) -> None:
+def test_task_choices_load_without_jobs(page: Page) -> None:
     asked: list[Route] = []
     refused = True
 
@@ -784,7 +782,7 @@ def test_tasks_to_choose_from_come_apart_from_the_jobs(page: Page) -> None:
     page.unroute_all()
 
 
-def test_one_refused_question_does_not_empty_the_tasks(page: Page) -> None:
+def test_one_failed_request_does_not_empty_the_tasks(page: Page) -> None:
     refused: list[str] = []
 
     def once(route: Route) -> None:
@@ -801,10 +799,10 @@ def test_one_refused_question_does_not_empty_the_tasks(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_figures_that_do_not_come_hide_no_others(page: Page, house: Live) -> None:
-    house.post("/generate?task=sentiment", {"prompt": FILM, "max_tokens": 1})
-    [task] = [task for task in house.get("/tasks")["tasks"] if task["name"] == "sentiment"]
-    told = house.get("/tasks/sentiment/performance")
+def test_a_failed_request_does_not_hide_other_figures(page: Page, live: Live) -> None:
+    live.post("/generate?task=sentiment", {"prompt": FILM, "max_tokens": 1})
+    [task] = [task for task in live.get("/tasks")["tasks"] if task["name"] == "sentiment"]
+    told = live.get("/tasks/sentiment/performance")
     refused, requests = ["never"], 1_111
 
     def performance(route: Route) -> None:
@@ -834,7 +832,7 @@ def test_figures_that_do_not_come_hide_no_others(page: Page, house: Live) -> Non
 
 
 @pytest.mark.parametrize("event", ["a restart", "another key"])
-def test_tasks_are_asked_for_again_when_they_are_due_or_may_be_others(page: Page, event: str) -> None:
+def test_tasks_are_reloaded(page: Page, event: str) -> None:
     """Where time stands still they are never due. What was wrong is told until they are."""
     asked: list[Route] = []
 
@@ -866,7 +864,7 @@ def test_tasks_are_asked_for_again_when_they_are_due_or_may_be_others(page: Page
     page.unroute_all()
 
 
-def test_another_key_while_tasks_are_asked_for_has_them_asked_for_again(page: Page) -> None:
+def test_a_new_key_reloads_the_tasks(page: Page) -> None:
     asked: list[Route] = []
     page.evaluate("sessionStorage.setItem('key', 'one')")
     page.add_init_script("performance.now = () => 1000;")
@@ -883,7 +881,7 @@ def test_another_key_while_tasks_are_asked_for_has_them_asked_for_again(page: Pa
     page.unroute_all()
 
 
-def test_the_page_lives_on_while_tasks_are_asked_for(page: Page) -> None:
+def test_the_page_stays_usable_while_tasks_load(page: Page) -> None:
     held: list[Route] = []
 
     def busy(route: Route) -> None:
@@ -901,7 +899,7 @@ def test_the_page_lives_on_while_tasks_are_asked_for(page: Page) -> None:
     page.unroute_all()
 
 
-def test_what_is_wrong_with_a_part_that_was_left_is_not_said_of_another(page: Page) -> None:
+def test_errors_stay_with_their_tab(page: Page) -> None:
     held: list[Route] = []
     page.route("**/tasks", lambda route: held.append(route))
     page.get_by_role("tab", name="Tasks").click()
@@ -925,37 +923,37 @@ def row(page: Page, name: str):
     return page.locator("#adapter-rows tr").filter(has=page.get_by_text(name, exact=True)).first
 
 
-def test_the_adapters_table_acts(page: Page, house: Live) -> None:
+def test_actions_in_the_adapters_table(page: Page, live: Live) -> None:
     page.get_by_role("tab", name="Adapters").click()
     expect(row(page, "formal")).to_contain_text("KiB")
     expect(page.locator("#room")).to_have_text(
         re.compile(r"[\d.]+ \wi?B of 6.0 MiB.*One more takes about [\d.]+ .iB, and \d+ more")
     )
-    cold = next(a["name"] for a in house.get("/adapters")["adapters"] if a["tier"] == "disk")
+    cold = next(a["name"] for a in live.get("/adapters")["adapters"] if a["tier"] == "disk")
     page.get_by_role("button", name=f"Load {cold}").click()
     expect(row(page, cold).locator(".tag")).to_have_text("ram")
     expect(page.get_by_role("button", name=f"Load {cold}")).to_be_disabled()
     page.get_by_role("button", name="Pin formal").click()
     expect(row(page, "formal")).to_contain_text("pinned")
     expect(page.get_by_role("button", name="Unpin formal")).to_be_visible()
-    assert house.get("/adapters/formal")["pinned"] is True
+    assert live.get("/adapters/formal")["pinned"] is True
     page.get_by_role("button", name="Unpin formal").click()
     expect(row(page, "formal")).not_to_contain_text("pinned")
     page.once("dialog", lambda dialog: dialog.dismiss())
     page.get_by_role("button", name="Retire spare").click()
-    assert house.client.get("/adapters/spare").status_code == 200, "asked first"
+    assert live.client.get("/adapters/spare").status_code == 200, "asked first"
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Retire spare").click()
     expect(page.get_by_role("button", name="Retire spare")).to_have_count(0)
     expect(page.locator("#notice")).to_have_text("spare is retired.")
     expect(page.get_by_role("heading", name="Adapters on this server")).to_be_focused()
-    assert house.client.get("/adapters/spare").status_code == 404
+    assert live.client.get("/adapters/spare").status_code == 404
 
 
-def test_what_fails_is_said_and_stays(page: Page, house: Live) -> None:
+def test_errors_stay_visible(page: Page, live: Live) -> None:
     """An adapter that a task routes to cannot be retired: why outlives the polls, until it is closed."""
     route = {"choice": [{"name": "formal", "weight": 1.0}]}
-    assert house.client.put("/tasks/guarded", json={"prompt": "{input}", "route": route}).is_success
+    assert live.client.put("/tasks/guarded", json={"prompt": "{input}", "route": route}).is_success
     page.get_by_role("tab", name="Adapters").click()
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Retire formal").click()
@@ -965,10 +963,10 @@ def test_what_fails_is_said_and_stays(page: Page, house: Live) -> None:
     expect(alert).to_be_visible()
     page.get_by_role("button", name="Close the message").click()
     expect(alert).to_be_hidden()
-    assert house.client.delete("/tasks/guarded").is_success
+    assert live.client.delete("/tasks/guarded").is_success
 
 
-def test_a_refused_prompt_is_said_where_it_was_asked(page: Page) -> None:
+def test_a_refused_prompt_shows_its_error_in_place(page: Page) -> None:
     page.locator("select.task").select_option("")
     ask(page, "hello", tokens=100_000)
     expect(page.locator(".answer.failed")).to_contain_text("100000")
@@ -979,7 +977,7 @@ def test_a_refused_prompt_is_said_where_it_was_asked(page: Page) -> None:
 
 
 def test_an_upload_is_served_at_once_and_a_bad_one_is_refused(
-    page: Page, house: Live, tmp_path: Path, write_random: Callable[..., Path]
+    page: Page, live: Live, tmp_path: Path, write_random: Callable[..., Path]
 ) -> None:
     folder = write_random(tmp_path / "new", rank=3, seed=5)
     page.get_by_role("tab", name="Adapters").click()
@@ -989,7 +987,7 @@ def test_an_upload_is_served_at_once_and_a_bad_one_is_refused(
     page.get_by_role("button", name="Upload", exact=True).click()
     expect(row(page, "uploaded")).to_be_visible()
     expect(page.locator("#notice")).to_have_text(re.compile(r"uploaded@\w{12} is served."))
-    assert house.post("/generate", {"prompt": "x", "adapters": [{"name": "uploaded"}], "max_tokens": 1})["adapters"]
+    assert live.post("/generate", {"prompt": "x", "adapters": [{"name": "uploaded"}], "max_tokens": 1})["adapters"]
 
     page.get_by_label("Name", exact=True).fill("wrong")
     page.get_by_label("adapter_config.json").set_input_files(folder / "adapter_config.json")
@@ -998,7 +996,7 @@ def test_an_upload_is_served_at_once_and_a_bad_one_is_refused(
     )
     page.get_by_role("button", name="Upload", exact=True).click()
     expect(page.get_by_role("alert")).to_be_visible()
-    assert house.client.get("/adapters/wrong").status_code == 404
+    assert live.client.get("/adapters/wrong").status_code == 404
 
 
 def test_rejected_folders_with_their_reasons(page: Page) -> None:
@@ -1009,12 +1007,12 @@ def test_rejected_folders_with_their_reasons(page: Page) -> None:
     assert len(rejected.locator("td").nth(1).inner_text()) > 10
 
 
-def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None:
-    answered = house.post("/generate?task=sentiment", {"prompt": FILM})
+def test_tasks_live_and_jobs_tabs(page: Page, live: Live) -> None:
+    answered = live.post("/generate?task=sentiment", {"prompt": FILM})
     sent = {"id": answered["id"], "score": 1.0}
-    assert house.client.post("/tasks/sentiment/feedback", json=sent).status_code == 204
+    assert live.client.post("/tasks/sentiment/feedback", json=sent).status_code == 204
     route = {"best": ["formal", "sentiment"], "min_samples": 20}
-    assert house.client.put("/tasks/contest", json={"prompt": "{input}", "route": route}).is_success
+    assert live.client.put("/tasks/contest", json={"prompt": "{input}", "route": route}).is_success
     page.get_by_role("tab", name="Tasks").click()
     sentiment = page.locator("[data-task=sentiment]")
     expect(sentiment).to_contain_text("positive, negative")
@@ -1028,7 +1026,7 @@ def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None
     expect(contest).to_contain_text("goes to the best of formal, sentiment, by accuracy from feedback")
     expect(contest).to_contain_text("So far: taking turns until each has 20 samples")
     expect(contest).to_contain_text("Nobody has asked yet")
-    assert house.client.delete("/tasks/contest").is_success
+    assert live.client.delete("/tasks/contest").is_success
 
     page.get_by_role("tab", name="Live").click()
     for name in ("tokens", "requests", "kv", "memory"):
@@ -1041,9 +1039,9 @@ def test_tasks_live_and_jobs_show_what_there_is(page: Page, house: Live) -> None
     expect(page.locator("#job-list > *").first).to_be_visible()
 
 
-def test_a_version_on_another_base_is_told_and_does_not_lead(page: Page, house: Live) -> None:
-    house.post("/generate?task=sentiment", {"prompt": FILM, "max_tokens": 1})
-    told = house.get("/tasks/sentiment/performance")
+def test_versions_on_another_base_are_marked(page: Page, live: Live) -> None:
+    live.post("/generate?task=sentiment", {"prompt": FILM, "max_tokens": 1})
+    told = live.get("/tasks/sentiment/performance")
     version = told["versions"][0]
     versions = [version, {**version, "base": f"{version['base']}-before"}]
     best = {"version": version["version"], "reason": "it leads"}
@@ -1054,13 +1052,13 @@ def test_a_version_on_another_base_is_told_and_does_not_lead(page: Page, house: 
     page.unroute_all()
 
 
-def test_many_are_searched_and_few_are_not(page: Page, house: Live) -> None:
+def test_search_appears_for_many_adapters(page: Page, live: Live) -> None:
     names = [f"{kind}-{n}" for kind in ("tone", "mail") for n in range(4)]
     try:
         for name in names:
             route = {"choice": [{"name": name, "weight": 1.0}]}
-            house.client.post("/adapters", json={"name": name, "source": "formal"}).raise_for_status()
-            house.client.put(f"/tasks/{name}", json={"prompt": "{input}", "route": route}).raise_for_status()
+            live.client.post("/adapters", json={"name": name, "source": "formal"}).raise_for_status()
+            live.client.put(f"/tasks/{name}", json={"prompt": "{input}", "route": route}).raise_for_status()
         for part, nodes in (("adapters", "#adapter-rows tr"), ("tasks", "#task-list .task")):
             page.get_by_role("tab", name=part.capitalize()).click()
             field = page.get_by_role("searchbox", name=f"Search {part}")
@@ -1078,19 +1076,19 @@ def test_many_are_searched_and_few_are_not(page: Page, house: Live) -> None:
             expect(shown.filter(has_text="mail-3")).to_have_count(1)
     finally:
         for name in names:
-            house.client.delete(f"/tasks/{name}")
-            house.client.delete(f"/adapters/{name}")
+            live.client.delete(f"/tasks/{name}")
+            live.client.delete(f"/adapters/{name}")
     expect(page.get_by_role("searchbox")).to_have_count(0)
 
 
-def test_a_narrow_window(page: Page, house: Live) -> None:
+def test_a_narrow_window(page: Page, live: Live) -> None:
     """390 pixels, as a phone has: nothing is wider, tables are lists, and every cell says what it is."""
     long = "long-" + "x" * 59
-    house.post("/adapters/compose", {"name": long, "from": [{"name": "formal", "weight": 1.0}]}, 201)
+    live.post("/adapters/compose", {"name": long, "from": [{"name": "formal", "weight": 1.0}]}, 201)
     routes = {"prompt": "{input}", "route": {"choice": [{"name": "formal"}]}}
     tasks = ["A" + "W" * 63, "B" + "W" * 63, "c", "d", "e"]
     for task in tasks:
-        assert house.client.put(f"/tasks/{task}", json=routes).is_success
+        assert live.client.put(f"/tasks/{task}", json=routes).is_success
     page.set_viewport_size({"width": 390, "height": 844})
     page.get_by_role("checkbox").check()
     page.get_by_role("button", name="Add adapter").first.click()
@@ -1105,7 +1103,7 @@ def test_a_narrow_window(page: Page, house: Live) -> None:
     page.get_by_role("tab", name="Adapters").click()
     expect(row(page, long)).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the longest name is wider"
-    assert house.client.delete(f"/adapters/{long}").is_success
+    assert live.client.delete(f"/adapters/{long}").is_success
     expect(row(page, "formal")).to_contain_text(re.compile(r"WWW, c and \d more"))
     page.set_viewport_size({"width": 910, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "a table of long names is wider"
@@ -1113,7 +1111,7 @@ def test_a_narrow_window(page: Page, house: Live) -> None:
     assert (name.bounding_box() or {"width": 0})["width"] > 120, "a short name is broken for the sake of a long one"
     page.set_viewport_size({"width": 390, "height": 844})
     for task in tasks:
-        assert house.client.delete(f"/tasks/{task}").is_success
+        assert live.client.delete(f"/tasks/{task}").is_success
     expect(row(page, "sentiment").get_by_role("cell").first).to_be_visible()
     labels = page.evaluate("[...document.querySelector('#adapter-rows tr').cells].map(c => c.dataset.label)")
     assert labels == [th.inner_text() for th in page.locator("#adapters thead th").all()][:9]
@@ -1250,12 +1248,12 @@ def test_a_server_with_keys_asks_for_one(
         assert not opened.locator(".answer").inner_text(), "what the key has shown has gone with it"
 
 
-def test_a_browser_that_keeps_nothing(browser: Browser, house: Live) -> None:
-    with watched(browser, house.url) as opened:
+def test_a_browser_without_storage(browser: Browser, live: Live) -> None:
+    with watched(browser, live.url) as opened:
         for storage in ("localStorage", "sessionStorage"):
             blocked = "{ get() { throw new DOMException('blocked', 'SecurityError'); } }"
             opened.add_init_script(f"Object.defineProperty(window, '{storage}', {blocked});")
-        opened.goto(house.url)
+        opened.goto(live.url)
         opened.locator("select.task").select_option("sentiment")
         ask(opened)
         figures(opened)
@@ -1263,19 +1261,19 @@ def test_a_browser_that_keeps_nothing(browser: Browser, house: Live) -> None:
         expect(opened.locator("html[data-theme=dark]")).to_have_count(1)
 
 
-def test_under_a_prefix_that_a_proxy_takes_off(browser: Browser, house: Live) -> None:
+def test_the_page_under_a_path_prefix(browser: Browser, live: Live) -> None:
     """Everything that the page asks for is under it, and so is what it gives to be copied."""
     strays: list[str] = []
 
     def proxied(route: Route) -> None:
-        path = route.request.url.removeprefix(house.url)
+        path = route.request.url.removeprefix(live.url)
         if not path.startswith("/llm/"):
             strays.append(path)
-        route.fulfill(response=route.fetch(url=house.url + path.removeprefix("/llm")))
+        route.fulfill(response=route.fetch(url=live.url + path.removeprefix("/llm")))
 
-    with watched(browser, house.url) as opened:
+    with watched(browser, live.url) as opened:
         opened.route("**/*", proxied)
-        opened.goto(f"{house.url}/llm/")
+        opened.goto(f"{live.url}/llm/")
         opened.locator("select.task").select_option("sentiment")
         ask(opened)
         figures(opened)
@@ -1283,24 +1281,24 @@ def test_under_a_prefix_that_a_proxy_takes_off(browser: Browser, house: Live) ->
         expect(opened.get_by_role("tabpanel").get_by_text("sentiment").first).to_be_visible()
         opened.get_by_role("link", name="API").click()
         expect(opened.get_by_text("/v1/chat/completions").first).to_be_visible()
-        assert opened.url == f"{house.url}/llm/docs"
+        assert opened.url == f"{live.url}/llm/docs"
     assert not strays
 
 
-def test_tokens_are_counted_as_they_are_computed(page: Page, house: Live) -> None:
+def test_live_token_counters(page: Page, live: Live) -> None:
     page.get_by_role("tab", name="Live").click()
     now = page.locator("#live-now")
     expect(now).to_contain_text(re.compile(r"tokens a second\s*0"))
     body = {"prompt": FILM, "max_tokens": 8000, "ignore_eos": True, "stream": True}
-    with house.client.stream("POST", "/generate", json=body) as answer:
+    with live.client.stream("POST", "/generate", json=body) as answer:
         expect(now).to_contain_text(re.compile(r"tokens a second\s*[1-9]"))
         lines = answer.iter_lines()  # which closes the answer when it is let go
         assert next(lines), "it is still under way"
-        assert house.get("/stats")["engine"]["running"] == 1
+        assert live.get("/stats")["engine"]["running"] == 1
 
 
-def test_a_rate_is_told_of_what_was_seen_alone(page: Page, house: Live) -> None:
-    told = house.get("/stats")
+def test_rates_use_observed_intervals_only(page: Page, live: Live) -> None:
+    told = live.get("/stats")
     held: list[Route] = []
     page.evaluate("location.hash = '#/live'")
     page.route("**/stats", lambda route: held.append(route))
@@ -1332,18 +1330,18 @@ def test_a_rate_is_told_of_what_was_seen_alone(page: Page, house: Live) -> None:
     page.unroute_all()
 
 
-def test_an_evaluation_is_cancelled(page: Page, house: Live) -> None:
+def test_an_evaluation_is_cancelled(page: Page, live: Live) -> None:
     data = [{"input": f"{FILM} {i}", "output": "positive"} for i in range(2000)]
-    job = house.post("/tasks/sentiment/evaluate", {"data": data}, 202)["id"]
+    job = live.post("/tasks/sentiment/evaluate", {"data": data}, 202)["id"]
     page.get_by_role("tab", name="Jobs").click()
     card = page.locator(".job").filter(has_text=job)
     card.get_by_role("button", name="Cancel sentiment").click()
     expect(card.locator(".state")).to_have_text("cancelled")
     expect(card.get_by_role("button")).to_have_count(0)
-    assert house.get(f"/jobs/{job}")["status"] == "cancelled"
+    assert live.get(f"/jobs/{job}")["status"] == "cancelled"
 
 
-def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, house: Live) -> None:
+def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, live: Live) -> None:
     page.get_by_role("tab", name="Jobs").click()
     lines = "".join(json.dumps({"input": f"word {i}", "output": "yes"}) + "\n" for i in range(16)).encode()
 
@@ -1373,7 +1371,7 @@ def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, house: Live) 
     expect(card("words")).to_contain_text("20 of 20 steps")
     expect(card("words")).to_contain_text("published as words@")
     expect(card("words").locator(".u-legend")).to_contain_text("validation loss")
-    assert house.get("/adapters/words")["ranks"] == [2]
+    assert live.get("/adapters/words")["ranks"] == [2]
 
     start("wrong", lines + b'{"input": 1}\n', 1)
     expect(card("wrong").locator(".wrong")).to_contain_text("line 17", timeout=60_000)
@@ -1389,7 +1387,7 @@ def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, house: Live) 
     page.get_by_label("Examples, JSON or JSONL").set_input_files(
         {"name": "words.jsonl", "mimeType": "application/jsonl", "buffer": lines}
     )
-    before = house.get("/v1/files")["data"]
+    before = live.get("/v1/files")["data"]
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_role("alert")).to_contain_text("reserved")
-    assert house.get("/v1/files")["data"] == before, "what was sent for it goes"
+    assert live.get("/v1/files")["data"] == before, "what was sent for it goes"

@@ -207,7 +207,7 @@ def recent(text: str) -> str:
     return re.sub(r"\[\dm\]", "[10s]", text)
 
 
-def test_faults_fire_their_alerts(world: World) -> None:
+def test_alerts_fire(world: World) -> None:
     shutil.copytree(world.folder / "r0", world.folder / "broken")
     (world.folder / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
     expected = {"LoramuxQueueFull", "LoramuxNoRoom", "LoramuxAdapterRefused", "LoramuxAdapterLoadsFail"}
@@ -237,6 +237,6 @@ def pause(process: subprocess.Popen[bytes], running: float, stop: threading.Even
         stop.wait(running)
 
 
-def test_a_server_that_is_gone_is_told(world: World) -> None:
+def test_a_missing_server_fires_an_alert(world: World) -> None:
     world.server.process.terminate()
     assert wait(lambda: "LoramuxDown" in world.firing(), 60), world.firing()

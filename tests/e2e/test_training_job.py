@@ -75,7 +75,7 @@ def mapped(process: int) -> set[str]:
     return {line.split()[-1] for line in maps if line.endswith(".packed")}
 
 
-def test_a_job_is_served_at_its_end_and_kills_change_no_bit(tmp_path: Path, embedded: Path) -> None:
+def test_a_job_is_served_and_survives_kills_bit_for_bit(tmp_path: Path, embedded: Path) -> None:
     state = tmp_path / "state"
     with serving(state) as live:
         client = client_of(live)
