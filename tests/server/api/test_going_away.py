@@ -180,10 +180,10 @@ def test_compiling_stops_that_nobody_waits_for(
     connection = send(live, "/v1/completions", {"model": "a", "prompt": "x", "n": 16, "response_format": form})
     until(lambda: compiled)
     connection.close()
-    until(lambda: not grammars._asked)
+    until(lambda: all(job.future.cancelled() for jobs in grammars._jobs.values() for job in jobs))
     go_on.release(2)
     until(lambda: "its client left" in caplog.text)
-    until(lambda: not grammars._at_work)
+    until(lambda: not grammars._busy)
     assert len(compiled) == 1 and steps(live) == before and live.idle(2.0)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     text = live.http.get("/metrics").text
