@@ -24,7 +24,7 @@ from server.api.fine_tuning_schemas import EvaluateBody
 from server.api.openai_schemas import BOOKKEEPING, NOTES, ChatBody, CompletionBody, LoadAdapterBody
 from server.app import create_app
 from server.jobs import recipe
-from server.jobs.requests import BATCH, EPOCHS, LEARNING_RATE, Lora, TrainingRequest
+from server.jobs.training_request import BATCH, EPOCHS, LEARNING_RATE, Lora, TrainingRequest
 from server.settings import Settings
 from server.tasks import sampling
 
@@ -96,10 +96,10 @@ def test_the_api_page_has_every_code_beside_its_status(page: str) -> None:
 
 def test_the_api_page_has_every_code_of_a_job_that_failed(page: str) -> None:
     sources = [path.read_text() for path in sorted((REPO / "server" / "jobs").glob("*.py"))]
-    raised = {code for source in sources for code in re.findall(r'(?:JobError\(\s*|"code": )f?"([\w{}]+)"', source)}
-    known = raised - {"invalid_{param}"} | {f"invalid_{file}" for file in ("training_file", "validation_file")}
+    raised = {code for source in sources for code in re.findall(r'(?:JobError\(\s*|"code": )f?"([\w{}.]+)"', source)}
+    known = raised - {"invalid_{self.param}"} | {f"invalid_{file}" for file in ("training_file", "validation_file")}
     table = page.split("| what is wrong | `code` |", 1)[1].split("\n\n", 1)[0]
-    assert "invalid_{param}" in raised and words(table.replace("(of an evaluation)", "")) == known
+    assert "invalid_{self.param}" in raised and words(table.replace("(of an evaluation)", "")) == known
 
 
 def test_examples_of_the_api_page_are_what_the_schemas_say(page: str) -> None:
@@ -121,7 +121,7 @@ def test_names_of_recipes_and_jobs_are_told_beside_each_other() -> None:
     (table,) = re.findall(r"^\| in a recipe \| in a job \|\n\|---\|---\|\n((?:\|.*\|\n)+)", told, re.MULTILINE)
     rows = [[words(cell) for cell in line.strip("|").split("|")] for line in table.splitlines()]
     of_recipes, of_jobs = (set().union(*column) for column in zip(*rows, strict=True))
-    assert of_recipes - {"[task]"} <= recipe._KEYS | recipe._TRAINING
+    assert of_recipes - {"[task]"} <= set(recipe._RecipeFile.model_fields) | recipe.TRAINING_KEYS
     mine = {field.name for kind in (TrainingRequest, Lora) for field in dataclasses.fields(kind)} - {
         "lora",
         "given",

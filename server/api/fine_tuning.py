@@ -1,9 +1,8 @@
-"""`/v1/fine_tuning/jobs`: training jobs in OpenAI's shapes, with pause and resume, and `lora` for what is ours."""
+"""`/v1/fine_tuning/jobs`: training jobs in OpenAI's shapes, with pause, resume and the field `lora`."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -14,128 +13,116 @@ from pydantic import BaseModel
 
 from server.api import fine_tuning_schemas as schemas
 from server.api.error_responses import errors
-from server.api.files import After, ends, paged
+from server.api.files import After, page_of
 from server.api.generate import json_response
 from server.api.openai_schemas import BOOKKEEPING, refuse_fields
 from server.api.state import Services, ServicesDep
 from server.errors import InvalidRequest, UnknownName, UnsupportedParameter
 from server.jobs.job_store import RUNNING, SUCCEEDED, TRAINING, Job
-from server.jobs.requests import Lora, TrainingRequest, checked, keep_init
+from server.jobs.training_request import Lora, TrainingRequest, copy_init_adapter, validate
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
 Id = Annotated[str, PathParameter(max_length=schemas.MAX_FILE_ID)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
-ONE = errors(400, 404, 503)
-CHANGED = errors(400, 404, 409, 503)
-ITS_OWN = ("r", "alpha", "target_modules", "rslora")
-"""What a job has of the adapter that it goes on from, and none of its own."""
+READ = errors(400, 404, 500, 503, 507)
+CHANGE = errors(400, 404, 409, 500, 503, 507)
+INHERITED = ("r", "alpha", "target_modules", "rslora")
+"""Fields of `lora` that a job with init_from takes from that adapter."""
 
 
 @router.post("", response_model=schemas.FineTuningJob, responses=errors(400, 404, 409, 500, 503, 507))
-async def create(body: schemas.FineTuningBody, parts: ServicesDep) -> Response:
-    """Train an adapter on a file. What is wrong inside of the file fails the job, and its `error` names the line."""
-    _refuse_unserved(body)
-    if body.model != parts.model.name:
-        parts.resolver.model(body.model, None)  # raises, if nothing has that name
+async def create(body: schemas.FineTuningBody, services: ServicesDep) -> Response:
+    """Train an adapter on a file. The content of the file is checked by the job, whose `error` names the line."""
+    _refuse_unsupported(body)
+    if body.model != services.model.name:
+        services.resolver.model(body.model, None)  # raises UnknownName
         raise InvalidRequest(
-            f"model must be the base, {parts.model.name!r}; lora.init_from names an adapter to go on from", "model"
+            f"model must be the base, {services.model.name!r}; to continue an adapter, set lora.init_from", "model"
         )
-    asked = _asked(body)
+    asked = _training_request(body)
 
     def add() -> Job:
-        with parts.files.held(asked.training_file, asked.validation_file):
-            request = checked(asked, parts.training)
-            job = parts.jobs.records.prepare(TRAINING, body.suffix or "", request, "ftjob", {})
-            folder = parts.jobs.records.folder(job.id)
-            try:
-                keep_init(request, parts.training, folder)
-                return parts.jobs.enter(job)
-            except Exception:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+        with services.files.lock:
+            request = validate(asked, services.training)
+            return services.jobs.submit(
+                TRAINING,
+                body.suffix or "",
+                request,
+                "ftjob",
+                lambda folder: copy_init_adapter(request, services.training, folder),
+            )
 
-    return json_response(_shown(parts, await asyncio.to_thread(add)))
+    return json_response(_job_object(await asyncio.to_thread(add)))
 
 
 @router.get("", response_model=schemas.FineTuningJobList, responses=errors(400, 503))
-async def list_jobs(request: Request, parts: ServicesDep, after: After = None, limit: Limit = 20) -> dict[str, Any]:
-    """Training jobs, newest first. `metadata[key]=value` leaves those that have it, `metadata=null` those without."""
-    jobs = [job for job in reversed(parts.jobs.records.all()) if job.kind == TRAINING and _meant(job, request)]
-    page, more = paged([_shown(parts, job) for job in jobs], after, limit)
-    return {"object": "list", "data": page, "has_more": more}
+async def list_jobs(request: Request, services: ServicesDep, after: After = None, limit: Limit = 20) -> dict[str, Any]:
+    """Training jobs, newest first. `metadata[key]=value` and `metadata=null` filter by metadata."""
+    jobs = [job for job in reversed(services.jobs.store.all()) if job.kind == TRAINING and _matches(job, request)]
+    return page_of([_job_object(job) for job in jobs], after, limit)
 
 
-@router.get("/{job_id}", response_model=schemas.FineTuningJob, responses=ONE)
-async def get_job(job_id: Id, parts: ServicesDep) -> dict[str, Any]:
+@router.get("/{job_id}", response_model=schemas.FineTuningJob, responses=errors(400, 404, 503))
+async def get_job(job_id: Id, services: ServicesDep) -> dict[str, Any]:
     """One training job."""
-    return _shown(parts, _job(parts, job_id))
+    return _job_object(_job(services, job_id))
 
 
-@router.get("/{job_id}/events", response_model=schemas.FineTuningEventList, responses=ONE)
-async def list_events(job_id: Id, parts: ServicesDep, after: After = None, limit: Limit = 20) -> dict[str, Any]:
-    """What has happened to a job, newest first; events of the type "metrics" are its losses."""
-    events = await asyncio.to_thread(parts.jobs.records.events, _job(parts, job_id).id)
-    page, more = paged([_event(event) for event in reversed(events)], after, limit)
-    return {"object": "list", "data": page, "has_more": more}
+@router.get("/{job_id}/events", response_model=schemas.FineTuningEventList, responses=READ)
+async def list_events(job_id: Id, services: ServicesDep, after: After = None, limit: Limit = 20) -> dict[str, Any]:
+    """The events of a job, newest first. Events of the type "metrics" have its losses."""
+    events = await asyncio.to_thread(services.jobs.store.events, _job(services, job_id).id)
+    return page_of([_event_object(event) for event in reversed(events)], after, limit)
 
 
-@router.get("/{job_id}/checkpoints", response_model=schemas.FineTuningCheckpointList, responses=ONE)
-async def list_checkpoints(job_id: Id, parts: ServicesDep, after: After = None, limit: Limit = 10) -> dict[str, Any]:
-    """The points that a job could go on from, newest first. The last one is kept until the job has succeeded or is
-    cancelled; of jobs that have failed, those of the last 2,000.
-    """
-    job = _job(parts, job_id)
-    events = await asyncio.to_thread(parts.jobs.records.events, job.id)
-    found = [_checkpoint(job, event) for event in reversed(events) if "checkpoint" in event["data"]]
-    page, more = paged(found, after, limit)
-    return {"object": "list", "data": page, **ends(page), "has_more": more}
+@router.get("/{job_id}/checkpoints", response_model=schemas.FineTuningCheckpointList, responses=READ)
+async def list_checkpoints(job_id: Id, services: ServicesDep, after: After = None, limit: Limit = 10) -> dict[str, Any]:
+    """The checkpoints that a job has written, newest first. It resumes from the last one."""
+    job = _job(services, job_id)
+    events = await asyncio.to_thread(services.jobs.store.events, job.id)
+    found = [_checkpoint_object(job, event) for event in reversed(events) if "checkpoint" in event["data"]]
+    return page_of(found, after, limit, with_ends=True)
 
 
-@router.post("/{job_id}/cancel", response_model=schemas.FineTuningJob, responses=CHANGED)
-async def cancel(job_id: Id, parts: ServicesDep) -> Response:
-    """End a job for good, one that has failed too; the process ends at once, though the answer may say that it runs."""
-    _job(parts, job_id)
-    return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.cancel, job_id)))
+@router.post("/{job_id}/cancel", response_model=schemas.FineTuningJob, responses=CHANGE)
+async def cancel(job_id: Id, services: ServicesDep) -> Response:
+    """End a job for good, also a failed one. The answer may still have the status `running`."""
+    _job(services, job_id)
+    return json_response(_job_object(await asyncio.to_thread(services.jobs.cancel, job_id)))
 
 
-@router.post("/{job_id}/pause", response_model=schemas.FineTuningJob, responses=CHANGED)
-async def pause(job_id: Id, parts: ServicesDep) -> Response:
-    """Stop a job at a checkpoint, after the step that runs; the answer may still say that it runs, and an event says
-    that the pause is asked for.
-    """
-    _job(parts, job_id)
-    return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.pause, job_id)))
+@router.post("/{job_id}/pause", response_model=schemas.FineTuningJob, responses=CHANGE)
+async def pause(job_id: Id, services: ServicesDep) -> Response:
+    """Stop a job at a checkpoint after the current step. The answer may still have the status `running`."""
+    _job(services, job_id)
+    return json_response(_job_object(await asyncio.to_thread(services.jobs.pause, job_id)))
 
 
-@router.post("/{job_id}/resume", response_model=schemas.FineTuningJob, responses=CHANGED)
-async def resume(job_id: Id, parts: ServicesDep) -> Response:
-    """Go on with a job that is paused or has failed, from its checkpoint; or take back a pause that has yet to come."""
-    _job(parts, job_id)
-    return json_response(_shown(parts, await asyncio.to_thread(parts.jobs.resume, job_id)))
+@router.post("/{job_id}/resume", response_model=schemas.FineTuningJob, responses=CHANGE)
+async def resume(job_id: Id, services: ServicesDep) -> Response:
+    """Continue a paused or failed job from its checkpoint, or withdraw a pause that has not taken effect yet."""
+    _job(services, job_id)
+    return json_response(_job_object(await asyncio.to_thread(services.jobs.resume, job_id)))
 
 
-def _meant(job: Job, request: Request) -> bool:
-    """Whether a job has the metadata that a list is asked for."""
-    has: Mapping[str, str] = job.request["metadata"] or {}
+def _matches(job: Job, request: Request) -> bool:
+    """Whether a job has the metadata of the query."""
+    metadata: Mapping[str, str] = job.request["metadata"] or {}
     wanted = {k[9:-1]: v for k, v in request.query_params.items() if k.startswith("metadata[") and k.endswith("]")}
-    return wanted.items() <= has.items() and not (has and request.query_params.get("metadata") == "null")
+    return wanted.items() <= metadata.items() and not (metadata and request.query_params.get("metadata") == "null")
 
 
-def _job(parts: Services, id: str) -> Job:
-    job = parts.jobs.records.jobs.get(id)
+def _job(services: Services, id: str) -> Job:
+    job = services.jobs.store.jobs.get(id)
     if job is None:
         raise UnknownName(f"there is no training job {id[:64]!r}; GET /v1/fine_tuning/jobs lists them", "id")
     if job.kind != TRAINING:
-        raise UnknownName(f"{id} is an evaluation, no training job; GET /jobs/{id} shows it, POST /jobs/{id}/cancel "
-                          "ends it", "id")  # fmt: skip
+        raise UnknownName(f"{id} is an evaluation job; use GET /jobs/{id} and POST /jobs/{id}/cancel", "id")
     return job
 
 
-# Bodies
-
-
-def _refuse_unserved(body: schemas.FineTuningBody) -> None:
+def _refuse_unsupported(body: schemas.FineTuningBody) -> None:
     refuse_fields(body, "", BOOKKEEPING)
     parts: list[tuple[str, BaseModel | None]] = [
         ("hyperparameters.", body.hyperparameters),
@@ -144,7 +131,9 @@ def _refuse_unserved(body: schemas.FineTuningBody) -> None:
     ]
     if body.method is not None:
         if body.method.type != "supervised":
-            raise UnsupportedParameter(f"method {body.method.type[:64]!r} is not served; supervised is", "method.type")
+            raise UnsupportedParameter(
+                f"method {body.method.type[:64]!r} is not supported; use supervised", "method.type"
+            )
         parts.append(("method.supervised.", body.method.supervised))
         if body.method.supervised is not None:
             parts.append(("method.supervised.hyperparameters.", body.method.supervised.hyperparameters))
@@ -153,13 +142,12 @@ def _refuse_unserved(body: schemas.FineTuningBody) -> None:
             refuse_fields(part, prefix)
 
 
-def _asked(body: schemas.FineTuningBody) -> TrainingRequest:
-    hyper = body.hyperparameters
+def _training_request(body: schemas.FineTuningBody) -> TrainingRequest:
+    hyperparameters = body.hyperparameters
     if body.method is not None and body.method.supervised is not None:
-        hyper = body.method.supervised.hyperparameters or hyper
-    numbers = {} if hyper is None else {k: getattr(hyper, k) for k in schemas.Hyperparameters.model_fields}
-    ours = set(schemas.LoraBody.model_fields)
-    lora = body.lora.model_dump(include=ours, exclude_none=True) if body.lora is not None else {}
+        hyperparameters = body.method.supervised.hyperparameters or hyperparameters
+    numbers = hyperparameters.model_dump(include=set(schemas.Hyperparameters.model_fields)) if hyperparameters else {}
+    lora = body.lora.model_dump(include=set(schemas.LoraBody.model_fields), exclude_none=True) if body.lora else {}
     if isinstance(lora.get("target_modules"), list):
         lora["target_modules"] = tuple(lora["target_modules"])
     return TrainingRequest(
@@ -174,58 +162,52 @@ def _asked(body: schemas.FineTuningBody) -> TrainingRequest:
     )
 
 
-def _shown(parts: Services, job: Job) -> dict[str, Any]:
-    asked, progress = job.request, job.progress
-    hyper = asked["hyperparameters"]
-    if float(hyper["n_epochs"]).is_integer():
-        hyper = {**hyper, "n_epochs": int(hyper["n_epochs"])}  # a count in OpenAI's shape: not every client reads 1.0
+def _job_object(job: Job) -> dict[str, Any]:
+    request, progress = job.request, job.progress
+    hyperparameters = request["hyperparameters"]
+    if float(hyperparameters["n_epochs"]).is_integer():  # clients expect an integer
+        hyperparameters = {**hyperparameters, "n_epochs": int(hyperparameters["n_epochs"])}
+    inherited = INHERITED if request["lora"]["init_from"] is not None else ()
     return {
         "id": job.id,
         "object": "fine_tuning.job",
         "created_at": int(job.created_at),
-        "started_at": _whole(job.started_at),
-        "finished_at": _whole(job.finished_at),
-        "estimated_finish": _estimate(job),
+        "started_at": None if job.started_at is None else int(job.started_at),
+        "finished_at": None if job.finished_at is None else int(job.finished_at),
+        "estimated_finish": _estimated_finish(job),
         "status": job.status,
         "error": job.error,
-        "model": asked.get("base", {}).get("name", parts.model.name),  # requests of before have none
+        "model": request["base"]["name"],
         "fine_tuned_model": job.result.get("model"),
         "organization_id": "loramux",
-        "hyperparameters": hyper,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyper}},
-        "training_file": asked["training_file"],
-        "validation_file": asked["validation_file"],
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "training_file": request["training_file"],
+        "validation_file": request["validation_file"],
         "result_files": list(job.result.get("files", [])),
         "trained_tokens": progress.tokens if job.status == SUCCEEDED else None,
-        "seed": asked["seed"],
-        "metadata": asked["metadata"],
-        "user_provided_suffix": asked["suffix"],
+        "seed": request["seed"],
+        "metadata": request["metadata"],
+        "user_provided_suffix": request["suffix"],
         "integrations": [],
-        "lora": asked["lora"] | (dict.fromkeys(ITS_OWN) if asked["lora"]["init_from"] is not None else {}),
+        "lora": request["lora"] | dict.fromkeys(inherited),
     }
 
 
-def _estimate(job: Job) -> int | None:
-    """When training may end, by its speed since it began; a job that waits has no such time."""
+def _estimated_finish(job: Job) -> int | None:
+    """When training may finish, from its average step time so far."""
     progress = job.progress
     if job.status != RUNNING or not progress.step or not progress.seconds:
         return None
     return int(time.time() + (progress.steps - progress.step) * progress.seconds / progress.step)
 
 
-def _event(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "id": event["id"],
-        "object": "fine_tuning.job.event",
-        "created_at": int(event["at"]),
-        "level": event["level"],
-        "message": event["message"],
-        "type": event["type"],
-        "data": event["data"],
-    }
+def _event_object(event: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: event[name] for name in ("id", "level", "message", "type", "data")}
+    return {"object": "fine_tuning.job.event", "created_at": int(event["at"]), **fields}
 
 
-def _checkpoint(job: Job, event: Mapping[str, Any]) -> dict[str, Any]:
+def _checkpoint_object(job: Job, event: Mapping[str, Any]) -> dict[str, Any]:
     step = event["data"]["checkpoint"]
     return {
         "id": f"ftckpt-{event['id'].removeprefix('ftevent-')}",
@@ -236,7 +218,3 @@ def _checkpoint(job: Job, event: Mapping[str, Any]) -> dict[str, Any]:
         "step_number": step,
         "metrics": {"step": step, **{k: v for k, v in event["data"].items() if k != "checkpoint"}},
     }
-
-
-def _whole(at: float | None) -> int | None:
-    return None if at is None else int(at)

@@ -9,15 +9,16 @@ from typing import Any
 
 from adapters.registry import Registry
 from adapters.store import AdapterStore
+from server.database import Database
 from server.engine.backends.protocol import Runner
 from server.engine.engine import Engine
-from server.jobs.evaluation_job import EvaluationJob
+from server.jobs.evaluation_job import Evaluate, EvaluationJob
 from server.jobs.file_store import FileStore
 from server.jobs.job_store import EVALUATION, TRAINING, JobStore
-from server.jobs.publisher import Evaluate, Publisher
-from server.jobs.requests import TrainingContext
+from server.jobs.publisher import Publisher
 from server.jobs.runner import JobRunner, JobWork
 from server.jobs.training_job import TrainingJob
+from server.jobs.training_request import TrainingContext
 from server.jobs.worker_messages import BaseSource
 from server.kernels.threads import available_cpus
 from server.model.loader import Base
@@ -37,6 +38,7 @@ def training_context(
     settings: Settings,
     base: Base,
     source: Path | None,
+    database: Database,
     registry: Registry,
     store: AdapterStore,
     tasks: TaskStore,
@@ -51,17 +53,17 @@ def training_context(
             source=source.resolve(), name=base.name, kernels=base.backend.name, id=base.id, **packing
         )
     return TrainingContext(
-        origin=base_source,
+        base_source=base_source,
         base_name=base.name,
         max_rank=settings.max_rank,
         threads=min(MAX_TRAINING_THREADS, settings.threads or available_cpus()),
-        files=FileStore(settings.state_dir / "files"),
+        files=FileStore(database, settings.state_dir / "files"),
         registry=registry,
         store=store,
         tasks=tasks,
-        linears=tuple(base.shapes()),
-        lend=_gpu_share(base, runner),
-        context=context,
+        module_paths=tuple(base.shapes()),
+        gpu_share=_gpu_share(base, runner),
+        context_length=context,
     )
 
 
@@ -78,6 +80,7 @@ def _gpu_share(base: Base, runner: Runner) -> Callable[[], Mapping[str, Any] | N
 def build_jobs(
     settings: Settings,
     base: Base,
+    database: Database,
     training: TrainingContext,
     engine: Engine,
     inference: Inference,
@@ -100,7 +103,7 @@ def build_jobs(
         if base.backend.name != "cuda":  # on a CPU the engine rests between steps while a process trains
             engine.share_cpu(running)
 
-    records = JobStore(settings.state_dir / "jobs")
+    store = JobStore(database, settings.state_dir / "jobs")
     publisher = Publisher(
         registry,
         tasks,
@@ -110,12 +113,12 @@ def build_jobs(
         review,
         shapes=base.shapes(),
         base_id=base.id,
-        records=records,
+        max_rank=settings.max_rank,
     )
     kinds: dict[str, JobWork] = {
         TRAINING: TrainingJob(training, publisher, on_training),
         EVALUATION: EvaluationJob(tasks, quality, files, registry.lease, evaluations, review, base.id),
     }
-    jobs = JobRunner(records, kinds)
+    jobs = JobRunner(store, kinds)
     files.used_by = jobs.using
     return jobs

@@ -115,7 +115,7 @@ def snapshot(state: ServerState) -> Snapshot:
         loading=[name for d in engine["waiting_digests"] for name in names.get(d, ())],
         slot_evictions=engine["slots"]["evictions"],
         quality=_quality_series(services),
-        training=services.jobs.training(),
+        training=services.jobs.training_metrics(),
     )
 
 

@@ -22,6 +22,7 @@ from server.api.jobs_setup import build_jobs, training_context
 from server.api.state import BaseInfo, Services
 from server.api.watchdog import Watchdog
 from server.database import Database, database_url
+from server.database.legacy_jobs import import_jobs
 from server.engine.grammar import Grammars
 from server.kernels import choose
 from server.metrics import Metrics
@@ -110,6 +111,7 @@ def build(
     events = RegistryEvents(metrics)
     store = AdapterStore(settings.state_dir / "store", size=base.sizes())  # locks the state directory
     database = Database(database_url(settings.database_url, settings.state_dir))
+    import_jobs(database, settings.state_dir)
     shutil.rmtree(settings.state_dir / "uploads", ignore_errors=True)  # left over from a killed process
     registry = Registry(
         store,
@@ -158,8 +160,8 @@ def build(
     _connect_router(router, tasks, events)
     inference.on_ended = _record_answers(settings, quality, tokenizer, base.id)
 
-    training = training_context(settings, base, source, registry, store, tasks, runner, context)
-    jobs = build_jobs(settings, base, training, engine, inference, prompts, quality, router, delivery.loop)
+    training = training_context(settings, base, source, database, registry, store, tasks, runner, context)
+    jobs = build_jobs(settings, base, database, training, engine, inference, prompts, quality, router, delivery.loop)
     services = Services(
         model=BaseInfo(base.name, base.id, int(time.time()), _base_details(base, context)),
         engine=engine,

@@ -16,8 +16,8 @@ from server.engine.engine import Engine
 from server.engine.grammar import Grammars
 from server.errors import SHUTTING_DOWN, NotServing
 from server.jobs.file_store import FileStore
-from server.jobs.requests import TrainingContext
 from server.jobs.runner import JobRunner
+from server.jobs.training_request import TrainingContext
 from server.metrics import Metrics, RequestRecord
 from server.settings import Settings
 from server.sources import Sources

@@ -240,8 +240,8 @@ def _scorer(
     from adapters import peft_format
     from adapters.errors import InvalidAdapter, InvalidData
     from server.errors import InvalidRequest
-    from server.jobs.fine_tune import answerable
     from server.jobs.rank_trials import learned_too
+    from server.jobs.training_data import answerable
     from server.tasks.evaluation import check_references, evaluate, pairs
 
     services, name = server.services, plan.recipe.name

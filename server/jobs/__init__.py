@@ -1,1 +1,1 @@
-"""Jobs: training runs over the served base, their records, and how text becomes training tokens."""
+"""Training and evaluation jobs: records, queue, training process, evaluation and publishing."""

@@ -1,8 +1,4 @@
-"""The decoder's layers as training runs them: what takes memory and little time is computed again on the way back.
-
-Owns what is saved, and which rows the last layer goes on with. The weights and the order of operations are the
-decoder's.
-"""
+"""Decoder layers for training, with selective activation checkpointing and an RMSNorm with its own gradient."""
 
 from __future__ import annotations
 
@@ -16,90 +12,94 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.jobs.checkpointing import checkpointed, saved
+from server.jobs.checkpointing import checkpointed, stored
 from server.model.attention import Context
 from server.model.decoder import Layer, RMSNorm, Rotary, Source, swiglu
 
 
 def checkpointed_layers(base: Source, dtype: torch.dtype) -> nn.ModuleList:
     """The layers of a base's decoder, for training."""
-    kinds = [CheckpointedLayer] * (base.config.num_hidden_layers - 1) + [Last]
+    kinds = [CheckpointedLayer] * (base.config.num_hidden_layers - 1) + [LastLayer]
     return nn.ModuleList(kind(base, i, dtype) for i, kind in enumerate(kinds))
 
 
 @dataclass(frozen=True)
-class Asked(Context):
-    """A pass of which only some rows' last states are wanted, int64 [L]; None for all."""
+class SelectedContext(Context):
+    """The context of a forward pass of which only some hidden states are needed.
 
-    asked: torch.Tensor | None = None
+    `selected` holds their rows, int64 [L]; None for all.
+    """
+
+    selected: torch.Tensor | None = None
 
 
 class CheckpointedLayer(Layer):
-    """A layer that keeps for the way back what its products make and the stream alone: norms, attention and SwiGLU cost
-    little beside these, and are computed once more there. The same values, in less than half of the memory, if there is
-    no dropout, whose masks and what they leave are saved.
+    """A layer that stores the outputs of its GEMMs and the residual stream only.
+
+    Norms, attention and SwiGLU are recomputed in the backward pass, because they are cheap and their outputs are large.
+    Results are the same, and activations take less than half of the memory (without dropout, whose masks are stored).
     """
 
     def __init__(self, base: Source, layer: int, dtype: torch.dtype) -> None:
         super().__init__(base, layer, dtype)
-        self.input_layernorm = Norm.of(self.input_layernorm)
-        self.post_attention_layernorm = Norm.of(self.post_attention_layernorm)
+        self.input_layernorm = TrainingNorm.of(self.input_layernorm)
+        self.post_attention_layernorm = TrainingNorm.of(self.post_attention_layernorm)
 
     def forward(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
-        return self._go(checkpointed, stream, rotary, context)
+        return self._forward(checkpointed, stream, rotary, context)
 
     def whole(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
-        """The same for activation checkpointing, which computes all of the layer again."""
-        return self._go(saved, stream, rotary, context)
+        """The forward pass for activation checkpointing of the whole layer."""
+        return self._forward(stored, stream, rotary, context)
 
-    def _go(
+    def _forward(
         self,
-        made: Callable[..., AbstractContextManager[torch.Tensor]],
+        compute: Callable[..., AbstractContextManager[torch.Tensor]],
         stream: torch.Tensor,
         rotary: Rotary,
         context: Context,
     ) -> torch.Tensor:
         attention, mlp = self.self_attn, self.mlp
-        with made(self.input_layernorm, stream) as normed:
+        with compute(self.input_layernorm, stream) as normed:
             heads = attention.projected(normed, rotary, context)
-        with made(partial(self.attend, context), *heads) as seen:
-            stream = self.wanted(stream, context) + attention.o_proj(seen, context)
-        with made(self.post_attention_layernorm, stream) as normed:
+        with compute(partial(self.attend, context), *heads) as attended:
+            stream = self.select(stream, context) + attention.o_proj(attended, context)
+        with compute(self.post_attention_layernorm, stream) as normed:
             gate, up = mlp.gate_proj(normed, context), mlp.up_proj(normed, context)
-        with made(swiglu, gate, up) as hidden:
+        with compute(swiglu, gate, up) as hidden:
             return stream + mlp.down_proj(hidden, context)  # type: ignore[no-any-return]
 
     def attend(self, context: Context, *heads: torch.Tensor) -> torch.Tensor:
-        """What the rows see that go on."""
-        return self.wanted(context.attention.attend(self.self_attn.layer, *heads), context)
+        """The attention output of the selected rows."""
+        return self.select(context.attention.attend(self.self_attn.layer, *heads), context)
 
-    def wanted(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        """The rows of x that go on: all."""
+    def select(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """The rows of x that the rest of the layer computes: all."""
         return x
 
 
-class Last(CheckpointedLayer):
-    """The last layer: rows go on that are asked for, and of the others keys and values are all that is needed."""
+class LastLayer(CheckpointedLayer):
+    """The last layer. After attention it computes the selected rows only."""
 
-    def wanted(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        asked = context.asked if isinstance(context, Asked) else None
-        return x if asked is None else x.index_select(0, asked)
+    def select(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        selected = context.selected if isinstance(context, SelectedContext) else None
+        return x if selected is None else x.index_select(0, selected)
 
 
-class Norm(RMSNorm):
-    """The same norm, with its gradient by hand: in a third of the time of the graph of its operations."""
+class TrainingNorm(RMSNorm):
+    """RMSNorm with an explicit gradient, which takes a third of the time of autograd's."""
 
     @classmethod
-    def of(cls, norm: RMSNorm) -> Norm:
-        """As a norm of the decoder is."""
+    def of(cls, norm: RMSNorm) -> TrainingNorm:
+        """The same norm for training."""
         return cls(norm.weight, norm.eps, norm.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Normed.apply(x, self.weight, self.eps, self.dtype)  # type: ignore[no-any-return, no-untyped-call]
+        return _Norm.apply(x, self.weight, self.eps, self.dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Normed(torch.autograd.Function):
-    """x r w with r = 1 / sqrt(mean(x^2) + eps); with g = grad w, the gradient of x is r g - x r^3 mean(g x)."""
+class _Norm(torch.autograd.Function):
+    """x r w with r = 1 / sqrt(mean(x^2) + eps). With g = grad w, the gradient of x is r g - x r^3 mean(g x)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
@@ -111,6 +111,6 @@ class _Normed(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(ctx.eps).rsqrt_()
-        grad = grads[0] * ctx.weight  # float32, as the weight is
+        grad = grads[0] * ctx.weight  # float32 like the weight
         mean = torch.linalg.vecdot(grad, x).unsqueeze_(-1).div_(x.shape[-1])
         return grad.mul_(r).addcmul_(x, mean.mul_(r**3), value=-1.0), None, None, None

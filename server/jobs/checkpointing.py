@@ -1,7 +1,4 @@
-"""`checkpointed`: what a part of the forward pass makes is not saved for the way back, but made once more there.
-
-Owns how autograd is told. Does not know what the parts are: cheap ones, whose results are large, pay.
-"""
+"""Activation checkpointing of single operations: recompute an output in the backward pass instead of storing it."""
 
 from __future__ import annotations
 
@@ -12,80 +9,82 @@ from typing import Any
 
 import torch
 
-Part = Callable[..., torch.Tensor]
+Operation = Callable[..., torch.Tensor]
 
 
 @contextmanager
-def checkpointed(part: Part, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What `part`, which has no trainable parameters and always makes the same, makes of its inputs.
+def checkpointed(operation: Operation, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield `operation(*inputs)`. Operations within the context save its inputs instead of it.
 
-    The inputs are saved in its place, also by whoever uses it within the context and would keep it; on the way back it
-    is made once for all of these, with the graph that its own gradient then goes through.
+    The backward pass recomputes the output once for all of them.
+
+    Args:
+        operation: A deterministic function without trainable parameters. It pays off for cheap operations with large
+            outputs.
     """
-    again = _Again(part)
-    made: torch.Tensor = _Made.apply(again, *inputs)  # type: ignore[no-untyped-call]
-    if not made.requires_grad:  # its inputs were not saved
-        yield made
+    recomputed = _Recomputed(operation)
+    output: torch.Tensor = _Checkpointed.apply(recomputed, *inputs)  # type: ignore[no-untyped-call]
+    if not output.requires_grad:  # the inputs were not saved
+        yield output
         return
-    place, shape = made.data_ptr(), made.shape  # no other's while `made` is held here
+    address, shape = output.data_ptr(), output.shape  # unique as long as `output` is alive
 
     def pack(tensor: torch.Tensor) -> Any:
-        return again if tensor.data_ptr() == place and tensor.shape == shape else tensor
+        return recomputed if tensor.data_ptr() == address and tensor.shape == shape else tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-        yield made
+        yield output
 
 
 @contextmanager
-def saved(part: Part, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What `part` makes, saved by whoever uses it: within a checkpoint, which sees to memory by itself and would not
-    hear of what is saved within `checkpointed`."""
-    yield part(*inputs)
+def stored(operation: Operation, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield `operation(*inputs)` without checkpointing it. For layers that are checkpointed as a whole."""
+    yield operation(*inputs)
 
 
 def _unpack(packed: Any) -> torch.Tensor:
-    return packed.value().detach() if isinstance(packed, _Again) else packed
+    return packed.output().detach() if isinstance(packed, _Recomputed) else packed
 
 
-class _Again:
-    """A part of one forward pass, and on the way back its inputs and what it makes of them."""
+class _Recomputed:
+    """One call of a checkpointed operation, and in the backward pass its inputs and output."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
         self.node: Callable[[], Any] = lambda: None
-        """The step of the graph that has the inputs, as long as that is there: a cycle would keep them for longer."""
-        self._made: tuple[list[torch.Tensor], torch.Tensor] | None = None
+        """Weak reference to the node of the graph that holds the inputs. A strong one would be a cycle."""
+        self._graph: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
-    def value(self) -> torch.Tensor:
-        """What the part makes, with its graph; saved until `send_back`."""
-        if self._made is None:
+    def output(self) -> torch.Tensor:
+        """The recomputed output with its own graph. Kept until `backward`."""
+        if self._graph is None:
             node = self.node()
-            given = zip(node.saved_tensors, node.needs_input_grad[1:], strict=True)
-            inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in given]
+            saved = zip(node.saved_tensors, node.needs_input_grad[1:], strict=True)
+            inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in saved]
             with torch.enable_grad():
-                self._made = inputs, self.part(*inputs)
-        return self._made[1]
+                self._graph = inputs, self.operation(*inputs)
+        return self._graph[1]
 
-    def send_back(self, gradient: torch.Tensor) -> list[torch.Tensor | None]:
-        """The gradients of the inputs, None for one that needs none."""
-        made = self.value()
-        assert self._made is not None
-        inputs = self._made[0]
-        self._made = None
-        found = iter(torch.autograd.grad(made, [x for x in inputs if x.requires_grad], gradient))
+    def backward(self, gradient: torch.Tensor) -> list[torch.Tensor | None]:
+        """The gradients of the inputs; None for inputs without gradient."""
+        output = self.output()
+        assert self._graph is not None
+        inputs = self._graph[0]
+        self._graph = None
+        found = iter(torch.autograd.grad(output, [x for x in inputs if x.requires_grad], gradient))
         return [next(found) if x.requires_grad else None for x in inputs]
 
 
-class _Made(torch.autograd.Function):
-    """The part as one step of the graph that keeps its inputs alone."""
+class _Checkpointed(torch.autograd.Function):
+    """The operation as one node of the graph, which saves its inputs only."""
 
     @staticmethod
-    def forward(ctx: Any, again: _Again, *inputs: torch.Tensor) -> torch.Tensor:
-        again.node = weakref.ref(ctx)
-        ctx.again = again
+    def forward(ctx: Any, recomputed: _Recomputed, *inputs: torch.Tensor) -> torch.Tensor:
+        recomputed.node = weakref.ref(ctx)
+        ctx.recomputed = recomputed
         ctx.save_for_backward(*inputs)
-        return again.part(*inputs)
+        return recomputed.operation(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, *ctx.again.send_back(grads[0])
+        return None, *ctx.recomputed.backward(grads[0])

@@ -1,4 +1,4 @@
-"""The one exception of this package, and the words for what the system refuses."""
+"""The exception that fails a job, and the message for errors of the operating system."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from adapters.errors import encodable
 
 
 class JobError(Exception):
-    """Why a job failed, by OpenAI's three words for it. The message is shown to clients."""
+    """Why a job failed: `code`, `message` and `param` as in OpenAI's fine-tuning jobs. Clients see all three."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         self.code, self.message, self.param = code, encodable(message), param
         super().__init__(self.message)
 
 
-def refused(error: OSError) -> str:
-    """What clients are shown of an error of the system: its reason, and no path."""
-    return f"the system refuses what the job needs: {error.strerror or 'it gives no reason'}"
+def os_error_message(error: OSError) -> str:
+    """What clients see of an operating system error: its reason without any path."""
+    return f"the operating system refused a file operation: {error.strerror or 'no reason given'}"

@@ -1,37 +1,30 @@
-"""`FileStore`: uploaded data and what jobs leave behind, on disk by an id of our own making.
-
-Owns `files/` in the state directory: one folder a file, which appears under its name when it is whole.
-"""
+"""Uploaded files and result files of jobs: metadata in the database, content on disk."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
-import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapters.atomic_files import known_fields, refused, sync_folder, write_file
-from adapters.errors import StoreFailed
+import sqlalchemy as sa
+
+from adapters.atomic_files import refused, sync_folder
+from server.database import Database
+from server.database.tables import files
 from server.errors import Conflict, UnknownName
 
-log = logging.getLogger(__name__)
-
-CONTENT, ABOUT = "content", "file.json"
+CONTENT = "content"
 MAX_NAME = 255
 
 
 @dataclass(frozen=True)
 class File:
-    """`bytes` is its size, `created_at` in seconds since the epoch."""
+    """Metadata of a file. `bytes` is its size. `created_at` is in seconds since the epoch."""
 
     id: str
     filename: str
@@ -41,96 +34,96 @@ class File:
 
 
 class FileStore:
-    """All files. Thread-safe. `used_by` tells which job that is not over needs a file, if there is one."""
+    """All files. Thread-safe.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        used_by: Returns the id of an unfinished job that needs a file, or None.
+        lock: Held while a file is deleted. Hold it from the lookup of a file to the creation of a job that uses it.
+    """
+
+    def __init__(self, database: Database, folder: Path) -> None:
         self.used_by: Callable[[str], str | None] = lambda id: None
-        self._folder = folder
-        self._lock = threading.Lock()
-        self._files: dict[str, File] = {}
-        self._held = Counter[str]()
-        """Those that jobs are being asked for with, which `used_by` has yet to know."""
-        for part in folder.glob(".new-*"):  # of an upload that the server's end cut short
-            shutil.rmtree(part, ignore_errors=True)
-        found: list[tuple[int, File]] = []
-        for about in folder.glob(f"file-*/{ABOUT}"):  # dangling links too, since Python 3.13
-            try:
-                file = File(**known_fields(File, json.loads(about.read_text(encoding="utf-8"))))
-                if file.id != about.parent.name:  # whose content may be gone since
-                    raise ValueError(f"it is a copy of {file.id}")
-                written = about.stat().st_mtime_ns
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                log.error("what %s is cannot be read, and it is left out: %s", about.parent.name, error)
-                continue
-            found.append((written, file))
-        self._files.update((file.id, file) for _, file in sorted(found, key=lambda each: each[0]))
+        self.lock = threading.RLock()
+        self._database, self._folder = database, folder
+        with database.read() as connection:
+            rows = connection.execute(sa.select(files).order_by(files.c.sequence)).mappings().all()
+        self._files = {row["id"]: File(**{k: v for k, v in row.items() if k != "sequence"}) for row in rows}
+        for partial in folder.glob(".new-*"):  # uploads that the end of the server interrupted
+            shutil.rmtree(partial, ignore_errors=True)
 
     def add(self, write: Callable[[Path], object], filename: str, purpose: str) -> File:
-        """A new file, whose content `write` puts at the path that it is given. Raises StoreFailed."""
+        """Add a file. It is on disk and in the database when this returns.
+
+        Args:
+            write: Writes the content to the path that it is given.
+            filename: As the client sent it. Folders in it are removed.
+
+        Raises:
+            StoreFailed: The disk or the database refused. Nothing is left of the file.
+        """
         id = f"file-{uuid.uuid4().hex}"
-        with refused("the file"):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(dir=self._folder, prefix=".new-"))
+        partial, folder = self._folder / f".new-{id}", self._folder / id
         try:
-            write(part / CONTENT)
-            with (part / CONTENT).open("rb") as stream:
-                os.fsync(stream.fileno())
-            size = (part / CONTENT).stat().st_size
-            text = filename.encode("utf-8", "replace").decode()  # half of a pair is no text that can be told again
-            name = Path(text.replace("\\", "/")).name[:MAX_NAME] or "file"
-            file = File(id, name, purpose, size, int(time.time()))
-            write_file(part / ABOUT, json.dumps(asdict(file)).encode())
-            part.rename(self._folder / id)
-            sync_folder(self._folder)
-        except OSError as error:
-            shutil.rmtree(self._folder / id, ignore_errors=True)  # whose name may not outlive a power cut
-            raise StoreFailed(f"the disk refuses the file: {error.strerror}") from None
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        with self._lock:
-            self._files[id] = file
+            with refused("the file"):
+                partial.mkdir(parents=True)
+                write(partial / CONTENT)
+                with (partial / CONTENT).open("rb") as stream:
+                    os.fsync(stream.fileno())
+                size = (partial / CONTENT).stat().st_size
+                partial.rename(folder)
+                sync_folder(self._folder)
+            file = File(id, _base_name(filename), purpose, size, int(time.time()))
+            with self.lock, self._database.transaction() as connection:
+                last = connection.scalar(sa.select(sa.func.max(files.c.sequence)))
+                connection.execute(sa.insert(files).values(sequence=(last or 0) + 1, **asdict(file)))
+        except BaseException:
+            for part in (partial, folder):
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+        self._files[id] = file
         return file
 
     def get(self, id: str) -> File:
-        """Raises UnknownName."""
-        with self._lock:
-            found = self._files.get(id)
+        """A file's metadata.
+
+        Raises:
+            UnknownName: There is no such file.
+        """
+        found = self._files.get(id)
         if found is None:
-            raise UnknownName(f"there is no file {id[:64]!r}; GET /v1/files lists them", "file_id")
+            raise UnknownName(f"there is no file {id[:64]!r}; GET /v1/files lists all files", "file_id")
         return found
 
     def path(self, id: str) -> Path:
-        """Where a file's content lies. Raises UnknownName."""
+        """The path of a file's content.
+
+        Raises:
+            UnknownName: There is no such file.
+        """
         self.get(id)
         return self._folder / id / CONTENT
 
     def all(self) -> list[File]:
-        """Newest first, those of one second too: sorting leaves equals as they came."""
-        with self._lock:
-            return sorted(self._files.values(), key=lambda file: file.created_at)[::-1]
-
-    @contextmanager
-    def held(self, *ids: str | None) -> Iterator[None]:
-        """None of these is deleted inside: from before it is looked up for a job until that job is entered."""
-        these = Counter(id for id in ids if id is not None)
-        with self._lock:
-            self._held += these
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._held -= these
+        """All files, newest first."""
+        return list(self._files.values())[::-1]
 
     def delete(self, id: str) -> None:
-        """Raises UnknownName, and Conflict while a job needs it."""
-        self.get(id)
-        with self._lock:
-            user = self.used_by(id)
-            if user is not None:
-                raise Conflict(
-                    f"{id} is what the job {user} works on; end that first, by POST /jobs/{user}/cancel", "file_id"
-                )
-            if self._held[id]:
-                raise Conflict(f"{id} is what a job will work on that is being asked for", "file_id")
-            self._files.pop(id, None)
+        """Delete a file.
+
+        Raises:
+            UnknownName: There is no such file.
+            Conflict: An unfinished job needs it.
+        """
+        with self.lock:
+            self.get(id)
+            if (user := self.used_by(id)) is not None:
+                raise Conflict(f"the job {user} needs {id}; cancel it first with POST /jobs/{user}/cancel", "file_id")
+            with self._database.transaction() as connection:
+                connection.execute(sa.delete(files).where(files.c.id == id))
+            del self._files[id]
         shutil.rmtree(self._folder / id, ignore_errors=True)
+
+
+def _base_name(filename: str) -> str:
+    text = filename.encode("utf-8", "replace").decode().replace("\\", "/").replace("\0", "")
+    return Path(text).name[:MAX_NAME] or "file"

@@ -1,7 +1,4 @@
-"""Where training runs, and what a server lends to it of its GPU: a share of the memory, and its own matrices.
-
-Owns how a process takes it. What there is to lend is the runner's to say (engine/cuda_runner.py).
-"""
+"""The device of a training process, and the share of the server's GPU that it may use."""
 
 from __future__ import annotations
 
@@ -19,40 +16,43 @@ from server.model.loader import Base
 
 
 def device_of(base: Base) -> torch.device:
-    """Where a base is trained on: on the GPU, if its kernels are for one and there is one. With its number, which some
-    of torch's functions want."""
+    """The device to train on: the GPU if the base has CUDA kernels and there is a GPU. With its index."""
     if base.backend.name == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def at(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """What is made within is made on that device."""
+def use_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within this context, new tensors are on the device."""
     return contextlib.nullcontext() if device.type == "cpu" else device
 
 
-def take(base: Base, loan: Mapping[str, Any], device: torch.device, tell: Callable[[dict[str, Any]], None]) -> Base:
-    """The base on `device`: the server's matrices where it lends them, copies of what it does not.
+def place_base(
+    base: Base, share: Mapping[str, Any], device: torch.device, send: Callable[[dict[str, Any]], None]
+) -> Base:
+    """Put the base on the device. Weights that the server shares are mapped, the others are copied.
 
-    From here on this process takes no more than `memory` bytes of the device, so that a step of the server finds what
-    is its own. Raises JobError if that is nothing.
+    Limits this process to the share's `memory` bytes of the device.
+
+    Raises:
+        JobError: The share has no memory.
     """
-    if loan["memory"] <= 0:
-        raise JobError("no_memory", "the server leaves no GPU memory to training; lower --gpu-memory")
+    if share["memory"] <= 0:
+        raise JobError("no_memory", "the server leaves no GPU memory for training; lower --gpu-memory")
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, loan["memory"] / total), device)
-        torch.zeros(1, device=device)  # the context that mapping wants
-    lent = {}
-    if loan["base"] is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share["memory"] / total), device)
+        torch.zeros(1, device=device)  # creates the CUDA context, which mapping needs
+    mapped = {}
+    if share["base"] is not None:
         try:
-            lent = shared_memory.opened(loan["base"], device)
+            mapped = shared_memory.opened(share["base"], device)
         except OSError as error:
-            message = f"the server's matrices could not be shared ({error}); this job has a copy of its own"
-            tell({"kind": NOTE, "message": message})
-    for path, weight in lent.items():
+            message = f"the server's weights could not be shared ({error}); this job uses its own copy"
+            send({"kind": NOTE, "message": message})
+    for path, weight in mapped.items():
         own = base.weights[path]
         assert (weight.scheme, weight.shape, weight.group) == (own.scheme, own.shape, own.group), "it is one base"
-    own_part = {path: weight for path, weight in base.weights.items() if path not in lent}
-    placed = replace(base, weights=own_part).to(device)
-    return replace(placed, weights={**placed.weights, **lent})
+    rest = {path: weight for path, weight in base.weights.items() if path not in mapped}
+    placed = replace(base, weights=rest).to(device)
+    return replace(placed, weights={**placed.weights, **mapped})

@@ -1,19 +1,15 @@
-"""What becomes of a trained adapter: checked, measured against the one that it would replace, and published by rule.
-
-Owns the rule. The result is measured under the job's own name, which is taken away again, so that nothing is served
-under the name that clients use before it has been found good.
-"""
+"""Evaluates a trained adapter against the version that it would replace, and publishes it by the job's rule."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import csv
 import io
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,24 +30,17 @@ from adapters.errors import (
 from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
 from adapters.registry import Registry
 from adapters.weights import Version
-from server.errors import InvalidRequest, NotReady, UnknownName
+from server.errors import InvalidRequest, UnknownName
 from server.jobs.errors import JobError
+from server.jobs.evaluation_job import Evaluate, unit_values, wait_for, warn_of_reach
 from server.jobs.file_store import FileStore
-from server.jobs.job_store import CURVES, TRAINING_ID, JobStore
+from server.jobs.job_store import METRICS, TRAINING_ID
 from server.jobs.runner import ActiveJob
-from server.jobs.worker_messages import CANDIDATE, EVALUATED, JUDGED, RESULT, WorkerSpec
+from server.jobs.worker_messages import CANDIDATE, EVALUATED, RESULT, VALIDATION_PAIRS
 from server.metrics import OTHER
 from server.model.tokenizer import INPUT
 from server.tasks.definitions import FixedRoute, Task, parse
-from server.tasks.evaluation import (
-    LOSS,
-    Evaluation,
-    Score,
-    default_metric,
-    example_ids,
-    prompt_fingerprint,
-    unreachable_note,
-)
+from server.tasks.evaluation import LOSS, Score, default_metric, example_ids, prompt_fingerprint
 from server.tasks.evaluation import pairs as of_pairs
 from server.tasks.mix_key import MixKey
 from server.tasks.quality import Quality
@@ -61,54 +50,58 @@ from server.tasks.task_store import TaskStore
 log = logging.getLogger(__name__)
 
 TRIES = 3
-"""Comparisons, where the name gets another version meanwhile."""
+"""How often a result is evaluated if its name gets another version meanwhile."""
 RESULTS = "fine-tune-results"
 SOURCE = "job"
-"""Who has published a result, in the registry."""
-INTENT = "publishing"
-"""In a job's result, the version that it is about to publish."""
-REFUSED = (InvalidChoice, InvalidData, InvalidRequest)
-"""Failures to measure that lie in what is measured, and would come again. After any other the job can be resumed."""
-
-Evaluate = Callable[
-    [Target, Sequence[Pair], Sequence[str], Callable[[int, int], None]], "concurrent.futures.Future[Evaluation]"
-]
-"""Starts an evaluation on the server's engine: target, examples, metrics, and whom to tell of its progress."""
+"""The publisher in the registry's records."""
+PUBLISHING = "publishing"
+"""Key in a job's result: the version that is about to be published."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A result against the version that has its name. `theirs` is None if there is none, or nothing to compare by.
-    `asked` is what both were `prompt_fingerprint`.
+class Comparison:
+    """The scores of a result and of the current version of its name.
+
+    Attributes:
+        current: None if there is no current version, or its score is unknown. NaN if it cannot be evaluated.
+        scores: Both scores by example, if they are from the engine.
+        examples: Identities of the examples.
+        prompt_digest: What both were prompted with; see `prompt_fingerprint`.
     """
 
     metric: str
     samples: int
-    ours: float
-    theirs: float | None
+    result: float
+    current: float | None
     scores: tuple[Score, Score | None] | None = None
     examples: Sequence[str] = ()
-    asked: str = ""
+    prompt_digest: str = ""
 
     @property
     def better(self) -> bool:
-        """Nothing is better than what it equals; what overflows is worse than all."""
-        if self.theirs is None:
+        """Whether the result is strictly better. Anything is better than a version that cannot be evaluated."""
+        if self.current is None:
             return False
-        if math.isnan(self.theirs):
+        if math.isnan(self.current):
             return True
-        return self.ours < self.theirs if self.metric == LOSS else self.ours > self.theirs
+        return self.result < self.current if self.metric == LOSS else self.result > self.current
 
-    def told(self) -> dict[str, Any]:
-        theirs = self.theirs if self.theirs is not None and math.isfinite(self.theirs) else None  # JSON has no other
-        return {"metric": self.metric, "samples": self.samples, "score": self.ours, "replaced": theirs}
+    def as_json(self) -> dict[str, Any]:
+        current = self.current if self.current is not None and math.isfinite(self.current) else None
+        return {"metric": self.metric, "samples": self.samples, "score": self.result, "replaced": current}
+
+    def __str__(self) -> str:
+        against = f"; the current version has {self.current:.4f}" if self.current is not None else ""
+        return f"{self.metric} {self.result:.4f} on {self.samples:,} examples{against}."
 
 
 class Publisher:
-    """Publishes results. `evaluate` runs an evaluation on the engine; `reviewed` is told the name of a task whose
-    records have grown; `records` are those of all jobs.
+    """Evaluates and publishes results of training jobs.
 
-    Takes away at once what a server that was killed was measuring: its job may be cancelled and never run again.
+    Args:
+        evaluate: Starts an evaluation on the engine.
+        on_scores: Called with a task's name when it has new scores.
+        shapes: Shapes of the base's linear modules.
     """
 
     def __init__(
@@ -118,172 +111,186 @@ class Publisher:
         quality: Quality,
         files: FileStore,
         evaluate: Evaluate,
-        reviewed: Callable[[str], object],
+        on_scores: Callable[[str], object],
         *,
         shapes: dict[str, tuple[int, int]],
         base_id: str,
-        records: JobStore,
+        max_rank: int,
     ) -> None:
         self._registry, self._tasks, self._quality, self._files = registry, tasks, quality, files
-        self._evaluate, self._reviewed, self._shapes, self._base_id = evaluate, reviewed, shapes, base_id
-        self._records = records
-        for name in filter(self._is_left_over, registry.names(source=SOURCE)):
-            try:
-                registry.retire_now(name)
-            except AdapterError as error:
-                log.error("%s, the result of a job that was being measured, stays: %s", name, error.message)
+        self._evaluate, self._on_scores = evaluate, on_scores
+        self._shapes, self._base_id, self._max_rank = shapes, base_id, max_rank
+        for name in registry.names(source=SOURCE):
+            if TRAINING_ID.fullmatch(name):  # its evaluation was interrupted by the end of the server
+                self._retire(name)
 
-    def _is_left_over(self, name: str) -> bool:
-        """Whether what a job has put there was being measured when a server ended, and is no job's result: requests of
-        before 2026-12-02 could call theirs as jobs are.
+    def publish(self, active: ActiveJob) -> None:
+        """Do the rest of a trained job: evaluate, publish, and add the result files.
+
+        Raises:
+            InvalidAdapter, JobError, JobStopped: And whatever the registry raises when publishing.
         """
-        jobs = self._records.jobs
-        return bool(TRAINING_ID.fullmatch(name)) and name in jobs and all(job.name != name for job in jobs.values())
-
-    def publish(self, active: ActiveJob, spec: WorkerSpec) -> None:
-        """The rest of a training job. Raises InvalidAdapter, all that publishing raises, JobError, and Stopped."""
-        job, folder = active.job, active.folder / RESULT
-        if "files" in job.result:  # all was done when the server was ended
+        job = active.job
+        if "files" in job.result:  # all done before the server ended
             return
-        weights = read_folder(folder, name=job.name, max_rank=spec.max_rank, shapes=self._shapes)
-        rule = job.request["lora"]["publish"]
+        folder = active.folder / RESULT
+        result = read_folder(folder, name=job.name, max_rank=self._max_rank, shapes=self._shapes).version
         for _ in range(TRIES):
-            active.check()
-            rival = self._current(job.name)
-            if rival is not None and rival.label in (job.result.pop(INTENT, None), job.result.get("version")):
-                # It was published before the server was ended or the job failed, and is no rival of itself.
-                job.result |= {"model": job.name, "version": rival.label}
-                active.note(f"It is served already, as {rival.label}.", data={"version": rival.label})
+            active.check_stop()
+            current = self._current(job.name)
+            published = (job.result.pop(PUBLISHING, None), job.result.get("version"))
+            if current is not None and current.label in published:
+                # The server ended, or the job failed, after the result was published.
+                job.result |= {"model": job.name, "version": current.label}
+                active.add_event(f"Already published as {current.label}.", data={"version": current.label})
                 break
-            try:
-                verdict, failure = self._judge(active, rival), None
-            except UnknownAdapter:
-                if self._current(job.name) == rival:
-                    raise
-                active.note(f"{job.name} was deleted or replaced meanwhile; the result is measured again.")
-                continue
-            except (*REFUSED, NoRoom) as error:
-                if isinstance(error, NoRoom) and rule != "never":  # else it has no room to be served either
-                    raise
-                verdict, failure = None, error.message
-                active.note(f"The result could not be measured: {failure}", level="warn")
-            job.result.pop("evaluation", None)
-            if verdict is not None:
-                job.result["evaluation"] = verdict.told()
-                active.note(_words(verdict), data=verdict.told())
-            elif failure is None and rival is not None:
-                active.note(f"Whether it is better than {rival.label} is not known: give a validation_file.")
-            # Before it is published: a job that is ended in between knows its scores no more.
-            self._record(job.request["lora"]["task"], Version(job.name, weights.digest), rival, verdict)
-            reason = _kept_back(rule, rival, verdict, failure)
-            if reason is not None:
-                job.result["model"] = None
-                active.note(f"Not published: {reason}")
+            if self._try_publish(active, result, current):
                 break
-            compared = rule == "if_better"
-            job.result[INTENT] = weights.version.label
-            active.records.save(job)
-            try:
-                published = self._registry.publish_now(
-                    job.name,
-                    folder,
-                    source=SOURCE,
-                    if_match=rival.label if compared and rival is not None else None,
-                    create_only=compared and rival is None,
-                )
-            except (VersionMismatch, AdapterConflict):
-                del job.result[INTENT]
-                active.note(f"{job.name} got another version meanwhile; the result is compared with that.")
-                continue
-            del job.result[INTENT]
-            job.result |= {"model": job.name, "version": published.version.label}
-            active.note(f"Published as {published.version.label}.", data={"version": published.version.label})
-            self._warn_of_route(active)
-            break
         else:
-            raise JobError("conflict", f"{job.name} got another version at each of {TRIES} tries to publish", "suffix")
-        self._leave_files(active, published_=job.result["model"] is not None)
+            raise JobError("conflict", f"{job.name} got another version during each of {TRIES} evaluations", "suffix")
+        self._add_files(active)
 
-    def _warn_of_route(self, active: ActiveJob) -> None:
-        """Whoever asks for a task by the adapter's name would not get the adapter."""
-        name = active.job.name
-        task = self._tasks.find(name)
-        if task is not None and not task.route.allows([(name, 1.0)]):
-            active.note(
-                f"The task {name} goes by a route that is not this adapter alone: PUT /tasks/{name} changes it, "
-                f"and the model adapter:{name} is the adapter itself.",
+    def _try_publish(self, active: ActiveJob, result: Version, current: Version | None) -> bool:
+        """Evaluate the result, and publish it if the rule allows it. False if the name changed meanwhile."""
+        job, rule = active.job, active.job.request["lora"]["publish"]
+        comparison, failure = None, None
+        try:
+            comparison = self._compare(active, current)
+        except UnknownAdapter:
+            if self._current(job.name) == current:
+                raise
+            active.add_event(f"{job.name} was deleted or replaced meanwhile; the result is evaluated again.")
+            return False
+        except (InvalidChoice, InvalidData, InvalidRequest, NoRoom) as error:
+            if isinstance(error, NoRoom) and rule != "never":
+                raise  # there is no room to serve the result either; the job can be resumed
+            failure = error.message
+            active.add_event(f"The result could not be evaluated: {failure}", level="warn")
+        job.result.pop("evaluation", None)
+        if comparison is not None:
+            job.result["evaluation"] = comparison.as_json()
+            active.add_event(str(comparison), data=comparison.as_json())
+        elif failure is None and current is not None:
+            active.add_event(f"The result is not compared with {current.label}, because there is no validation_file.")
+        self._record_scores(job.request["lora"]["task"], result, current, comparison)
+        reason = _reason_to_withhold(rule, current, comparison, failure)
+        if reason is not None:
+            job.result["model"] = None
+            active.add_event(f"Not published: {reason}")
+            return True
+        return self._publish(active, result, current if rule == "if_better" else None, rule == "if_better")
+
+    def _publish(self, active: ActiveJob, result: Version, expected: Version | None, compared: bool) -> bool:
+        """Publish, if `compared` only if the name still has the expected version. False if it has another."""
+        job = active.job
+        job.result[PUBLISHING] = result.label
+        active.store.save(job)
+        try:
+            published = self._registry.publish_now(
+                job.name,
+                active.folder / RESULT,
+                source=SOURCE,
+                if_match=expected.label if expected is not None else None,
+                create_only=compared and expected is None,
+            )
+        except (VersionMismatch, AdapterConflict):
+            active.add_event(f"{job.name} got another version meanwhile; the result is evaluated again.")
+            return False
+        finally:
+            del job.result[PUBLISHING]
+        label = published.version.label
+        job.result |= {"model": job.name, "version": label}
+        active.add_event(f"Published as {label}.", data={"version": label})
+        task = self._tasks.find(job.name)
+        if task is not None and not task.route.allows([(job.name, 1.0)]):
+            active.add_event(
+                f"The task {job.name} does not route to this adapter alone. PUT /tasks/{job.name} changes its route; "
+                f"the model adapter:{job.name} is the adapter itself.",
                 level="warn",
             )
+        return True
 
-    # ---- measuring
+    # -- evaluation
 
-    def _judge(self, active: ActiveJob, rival: Version | None) -> Verdict | None:
-        """How the result does, on the engine if the data allow it, else by the loss that the training has told."""
-        if not (active.folder / JUDGED).exists():
-            losses = (active.job.trained or {}).get("losses")
-            if not losses:
-                return None
-            if not math.isfinite(losses[EVALUATED]):
-                raise InvalidData(f"its numbers overflow: its loss is {losses[EVALUATED]}")
-            # The process knew the version that had the name when it began.
-            known = rival is not None and rival.digest == losses.get("rival_digest")
-            return Verdict(LOSS, losses["examples"], losses[EVALUATED], losses["rival"] if known else None)
-        pairs = of_pairs(data.parse((active.folder / JUDGED).read_bytes(), JUDGED))
+    def _compare(self, active: ActiveJob, current: Version | None) -> Comparison | None:
+        """Evaluate the result on the engine, or by losses if the data are not pairs. None if there are no data."""
+        if not (active.folder / VALIDATION_PAIRS).exists():
+            return _compare_losses((active.job.trained or {}).get("losses"), current)
+        pairs = of_pairs(data.parse((active.folder / VALIDATION_PAIRS).read_bytes(), VALIDATION_PAIRS))
         task = self._task(active.job.request)
         metric = default_metric(task) if task is not None else LOSS
-        active.note(f"Evaluating {metric} on {len(pairs):,} examples.")
+        active.add_event(f"Evaluating {metric} on {len(pairs):,} examples.")
         template = task or Task(OTHER, INPUT, FixedRoute(), format="chat")
-        with self._named(active) as name:
+        with self._served(active) as name:
             ours = self._score(active, template, name, pairs, metric)
         theirs, value = None, None
-        if rival is not None:
+        if current is not None:
             try:
-                theirs = self._score(active, template, f"{rival.name}@{rival.digest}", pairs, metric)
+                theirs = self._score(active, template, f"{current.name}@{current.digest}", pairs, metric)
                 value = theirs.value
-            except InvalidRequest as error:  # the result was asked the same: what is at fault is the version
+            except InvalidRequest as error:  # the result passed with the same data, so the version is at fault
                 value = math.nan
-                active.note(f"{rival.label} could not be measured: {error.message}", level="warn")
-        asked = prompt_fingerprint(template, metric)
-        return Verdict(metric, len(pairs), ours.value, value, (ours, theirs), example_ids(pairs), asked)
+                active.add_event(f"{current.label} could not be evaluated: {error.message}", level="warn")
+        digest = prompt_fingerprint(template, metric)
+        return Comparison(metric, len(pairs), ours.value, value, (ours, theirs), example_ids(pairs), digest)
 
     def _task(self, request: Mapping[str, Any]) -> Task | None:
-        """The task that a result is for: one that is gone is as it was when the job was asked for."""
+        """The task of the result. A deleted task is as it was when the job was created."""
         name = request["lora"]["task"]
         found = self._tasks.find(name) if name is not None else None
         if found is not None or not request["template"]:
             return found
         return parse(name, request["template"], default_route=FixedRoute(), source="api")
 
-    def _named(self, active: ActiveJob) -> _Named:
-        """Raises JobError where the name is somebody's: what is measured under it is taken away again."""
-        name = active.job.id
-        if name in self._registry.names():
-            if name not in self._registry.names(source=SOURCE) or not self._is_left_over(name):
-                raise JobError(
-                    "name_taken",
-                    f"the adapter {name} is called as this job is, whose result is measured under that name: "
-                    f"DELETE /adapters/{name}, or publish it under another name, then resume the job",
-                )
+    @contextmanager
+    def _served(self, active: ActiveJob) -> Iterator[str]:
+        """Serve the result under the job's id, without its task, and yield that name."""
+        name, candidate = active.job.id, active.folder / CANDIDATE
+        if name in self._registry.names(source=SOURCE):
+            self._retire(name)  # it could not be deleted after an earlier evaluation
+        shutil.rmtree(candidate, ignore_errors=True)
+        try:
+            with refused("a copy of the result"):
+                candidate.mkdir()
+                for file in (CONFIG_FILE, TENSOR_FILE):
+                    shutil.copyfile(active.folder / RESULT / file, candidate / file)
+            self._registry.publish_now(name, candidate, source=SOURCE, create_only=True)
+        except AdapterConflict as error:
+            raise JobError("name_taken", f"{error.message}; DELETE /adapters/{name} and resume the job") from error
+        finally:
+            shutil.rmtree(candidate, ignore_errors=True)
+        try:
+            yield name
+        finally:
+            self._retire(name)
+
+    def _retire(self, name: str) -> None:
+        try:
             self._registry.retire_now(name)
-        return _Named(self._registry, name, active.folder)
+        except UnknownAdapter:
+            pass
+        except AdapterError as error:
+            log.error("the adapter %s of an evaluated job is not deleted: %s", name, error.message)
 
     def _score(self, active: ActiveJob, task: Task, name: str, pairs: Sequence[Pair], metric: str) -> Score:
         target = Target(task, [(name, 1.0)])
-        found = awaited(active, self._evaluate(target, pairs, (metric,), lambda done, total: None))
-        if name == active.job.id:  # of the other it is the same
+        found = wait_for(active, self._evaluate(target, pairs, (metric,), lambda done, total: None))
+        if name == active.job.id:
             warn_of_reach(active, found, len(pairs))
         return found.scores[metric]
 
-    def _record(self, task: str | None, version: Version, rival: Version | None, verdict: Verdict | None) -> None:
-        """Scores go to the task's records: those of the result, and of what it was compared with."""
-        if task is None or verdict is None or verdict.scores is None:
+    def _record_scores(
+        self, task: str | None, result: Version, current: Version | None, comparison: Comparison | None
+    ) -> None:
+        """Add the scores to the task's records. This comes before publishing, which may be interrupted."""
+        if task is None or comparison is None or comparison.scores is None:
             return
-        for whose, score in zip((version, rival), verdict.scores, strict=True):
-            if whose is not None and score is not None:
-                subject = MixKey.of(task, [(whose, 1.0)], self._base_id)
-                values = zip(verdict.examples, shares(score), strict=True)
-                self._quality.record_evaluation(subject, score.metric, dict(values), verdict.asked)
-        self._reviewed(task)
+        for version, score in zip((result, current), comparison.scores, strict=True):
+            if version is not None and score is not None:
+                mix = MixKey.of(task, [(version, 1.0)], self._base_id)
+                values = dict(zip(comparison.examples, unit_values(score), strict=True))
+                self._quality.record_evaluation(mix, score.metric, values, comparison.prompt_digest)
+        self._on_scores(task)
 
     def _current(self, name: str) -> Version | None:
         try:
@@ -291,108 +298,70 @@ class Publisher:
         except UnknownAdapter:
             return None
 
-    # ---- what is left behind
+    # -- result files
 
-    def _leave_files(self, active: ActiveJob, *, published_: bool) -> None:
-        """The losses by step as a file; of an adapter that is not published, its two files too."""
-        table = losses_table(active.records.events(active.job.id))
-        files: list[str] = []
+    def _add_files(self, active: ActiveJob) -> None:
+        """Add the table of losses as a file, and the adapter's files if it is not published."""
+        job, files = active.job, list[str]()
+        table = losses_table(active.store.events(job.id))
         try:
-            files.append(self._files.add(lambda path: path.write_text(table), f"{active.job.id}.csv", RESULTS).id)
-            if not published_:
-                for name in (CONFIG_FILE, TENSOR_FILE):
-                    files.append(self._files.add(_copier(active.folder / RESULT / name), name, RESULTS).id)
-            active.job.result["files"] = files
-            active.records.save(active.job)  # before what it was made from goes
+            files.append(self._files.add(lambda path: path.write_text(table), f"{job.id}.csv", RESULTS).id)
+            for name in () if job.result["model"] is not None else (CONFIG_FILE, TENSOR_FILE):
+                files.append(self._files.add(_copy_from(active.folder / RESULT / name), name, RESULTS).id)
+            job.result["files"] = files
+            active.store.save(job)
         except StoreFailed:
-            active.job.result.pop("files", None)
-            for id in files:  # which nobody knows of, and which are made anew when the job goes on
-                with contextlib.suppress(UnknownName):  # somebody has seen and deleted it
+            job.result.pop("files", None)
+            for id in files:  # they are added again when the job is resumed
+                with contextlib.suppress(UnknownName, StoreFailed):
                     self._files.delete(id)
             raise
         shutil.rmtree(active.folder / RESULT, ignore_errors=True)
 
 
-class _Named:
-    """The result, served under the job's name while inside; it brings no task along."""
-
-    def __init__(self, registry: Registry, name: str, folder: Path) -> None:
-        self._registry, self._name, self._folder = registry, name, folder
-
-    def __enter__(self) -> str:
-        candidate = self._folder / CANDIDATE
-        shutil.rmtree(candidate, ignore_errors=True)
-        try:
-            with refused("a copy of the result"):
-                candidate.mkdir()
-                for file in (CONFIG_FILE, TENSOR_FILE):
-                    shutil.copyfile(self._folder / RESULT / file, candidate / file)
-                self._registry.publish_now(self._name, candidate, source=SOURCE, create_only=True)
-        finally:
-            shutil.rmtree(candidate, ignore_errors=True)
-        return self._name
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(UnknownAdapter):  # somebody has deleted it
-            self._registry.retire_now(self._name)
+def _compare_losses(losses: Mapping[str, Any] | None, current: Version | None) -> Comparison | None:
+    """The losses that the training process reported. None stands for a loss that is not finite."""
+    if not losses:
+        return None
+    if losses[EVALUATED] is None:
+        raise InvalidData("its validation loss is not finite")
+    # The process compared with the version that was current when it started.
+    known = current is not None and current.digest == losses.get("replaced_digest")
+    theirs = None if not known else math.nan if losses["replaced"] is None else losses["replaced"]
+    return Comparison(LOSS, losses["examples"], losses[EVALUATED], theirs)
 
 
-def awaited(active: ActiveJob, future: concurrent.futures.Future[Evaluation]) -> Evaluation:
-    """The evaluation's outcome. Raises Stopped if the job was asked to end, and what the evaluation raises."""
-    active.stopped_by(future.cancel, future.cancel)
-    try:
-        return future.result()
-    except (concurrent.futures.CancelledError, NotReady):
-        active.check()
-        raise
+def _reason_to_withhold(
+    rule: str, current: Version | None, comparison: Comparison | None, failure: str | None
+) -> str | None:
+    """Why a result is not published, or None. `failure` is why it could not be evaluated."""
+    if rule == "never":
+        return "the job has publish=never; the adapter is among its result files."
+    if rule == "if_better" and current is not None:
+        if failure is not None:
+            return f"it could not be compared with {current.label}."
+        if comparison is None:
+            return f"it could not be compared with {current.label}, because there is no validation_file."
+        if comparison.current is None:
+            return f"{current.label} was published after training began, so there is no loss to compare with."
+        if not comparison.better:
+            return f"{current.label} is at least as good."
+    return None
 
 
-def warn_of_reach(active: ActiveJob, found: Evaluation, examples: int) -> None:
-    """Tell of examples whose expected answer is longer than an answer may be."""
-    if found.out_of_reach:
-        said = f"{unreachable_note(found.out_of_reach, examples)}."
-        active.note(said, level="warn", data={"out_of_reach": found.out_of_reach})
-
-
-def shares(score: Score) -> list[float]:
-    """A score's values as quality records take them, 0 to 1: of a loss, the probability that a token falls short by."""
-    return [1.0 - math.exp(-v) for v in score.values] if score.lower_is_better else list(score.values)
-
-
-def losses_table(events: Sequence[dict[str, Any]]) -> str:
-    """Step, losses and accuracies as CSV, with the columns of OpenAI's result files."""
+def losses_table(events: Sequence[Mapping[str, Any]]) -> str:
+    """Losses and accuracies by step as CSV, with the columns of OpenAI's result files."""
     rows: dict[int, dict[str, float]] = {}
     for event in events:
         if event["type"] == "metrics":
             rows.setdefault(event["data"]["step"], {}).update(event["data"])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("step", *CURVES))
+    writer.writerow(("step", *METRICS))
     for step, row in sorted(rows.items()):
-        writer.writerow((step, *(f"{row[c]:.6g}" if c in row else "" for c in CURVES)))
+        writer.writerow((step, *(f"{row[c]:.6g}" if c in row else "" for c in METRICS)))
     return out.getvalue()
 
 
-def _kept_back(rule: str, rival: Version | None, verdict: Verdict | None, failure: str | None) -> str | None:
-    """Why a result is not published, or None if it is. `failure` is why it could not be measured."""
-    if rule == "never":
-        return "the job asks for that; its files are among the results."
-    if rule == "if_better" and rival is not None:
-        if failure is not None:
-            return f"it could not be compared with {rival.label}."
-        if verdict is None:
-            return f"there is nothing to compare it with {rival.label} by; give a validation_file."
-        if verdict.theirs is None:
-            return f"{rival.label} came after the training began, and only the training could compare the two by loss."
-        if not verdict.better:
-            return f"{rival.label} is at least as good."
-    return None
-
-
-def _words(verdict: Verdict) -> str:
-    against = f", against {verdict.theirs:.4f} of the one that it would replace" if verdict.theirs is not None else ""
-    return f"{verdict.metric} {verdict.ours:.4f} on {verdict.samples:,} examples{against}."
-
-
-def _copier(source: Path) -> Callable[[Path], object]:
+def _copy_from(source: Path) -> Callable[[Path], object]:
     return lambda path: shutil.copyfile(source, path)

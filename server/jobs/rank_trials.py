@@ -1,8 +1,4 @@
-"""The trials of a rank search: a recipe trained at a rank, for so many steps, with a seed, and how good it is then.
-
-Owns what is trained on and what judges it. Which trials are made, and what follows from them, is
-`adapters.rank_search`'s.
-"""
+"""Trials of a rank search: train a recipe at a rank, for a number of steps, with a seed, and score the result."""
 
 from __future__ import annotations
 
@@ -17,17 +13,19 @@ from adapters.errors import AdapterError, Diverged, InvalidData
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
 from server.jobs.encoding import Template, encoder
-from server.jobs.fine_tune import answerable, held_out
-from server.jobs.recipe import HELD_OUT, Recipe, place
+from server.jobs.recipe import HELD_OUT, Recipe, data_path
 from server.jobs.trainable_model import TrainableModel
+from server.jobs.training_data import answerable, held_out
 from server.model.loader import Base
 from server.model.tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a recipe's trials learn, and what judges them, as records that an engine can answer and as tokens: those of
-    `given` ones that are not too long."""
+    """The data of a search: the training set, and the validation set as records for an engine and as tokens.
+
+    `given` is the number of validation examples including those that are too long.
+    """
 
     learned: Tokens
     given: int
@@ -36,49 +34,52 @@ class Examples:
     encode: Encode
 
 
-def examples(recipe: Recipe, base: Base, data_dir: Path, most: int) -> Examples:
-    """The recipe's files as tokens, with at most `most` judges. Raises InvalidData."""
-    length = min(recipe.config.max_length, base.config.context_length)
-    encode = encoder(ModelTokenizer(base.vocabulary), Template.of(recipe.task), length)
-    file = place(data_dir, recipe.data)
+def examples(recipe: Recipe, base: Base, data_dir: Path, limit: int) -> Examples:
+    """Read and tokenize a recipe's files, with at most `limit` validation examples. Raises InvalidData."""
+    max_length = min(recipe.config.max_length, base.config.context_length)
+    encode = encoder(ModelTokenizer(base.vocabulary), Template.of(recipe.task), max_length)
+    file = data_path(data_dir, recipe.data)
     records = data.read(file)
     if recipe.validation:
-        held = place(data_dir, recipe.validation)
-        judges, name = data.read(held)[:most], str(held)
+        validation = data_path(data_dir, recipe.validation)
+        judges, name = data.read(validation)[:limit], str(validation)
     else:
-        kept = held_out(records, HELD_OUT)
-        if not kept:
+        positions = held_out(records, HELD_OUT)
+        if not positions:
             raise InvalidData(
-                f"{file} has {len(records)} examples, of which no tenth can be held out; name a validation file"
+                f"{file} has {len(records)} examples, too few to hold out a tenth; name a validation file"
             )
-        judges, name, out = [records[i] for i in kept[:most]], f"{file}, held out to judge by", set(kept)
+        judges, name, out = [records[i] for i in positions[:limit]], f"{file}, held out for validation", set(positions)
         records = [record for i, record in enumerate(records) if i not in out]
-    learned = data.tokenize(records, encode, length, str(file))
-    judged = data.tokenize(judges, encode, length, name)
-    return Examples(learned, len(judges), answerable(judges, encode, length), judged, encode)
+    learned = data.tokenize(records, encode, max_length, str(file))
+    judged = data.tokenize(judges, encode, max_length, name)
+    return Examples(learned, len(judges), answerable(judges, encode, max_length), judged, encode)
 
 
 def learned_too(found: Examples, judges: Sequence[Record]) -> int:
-    """How many of these judges the trials learn."""
+    """How many of these validation examples are also in the training set."""
     known = {example.ids for example in found.learned.examples}
     return sum(tuple(found.encode(record)[0]) in known for record in judges)
 
 
 def within(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:
-    """The ranks 1, 2, 4, 8, ... whose trainable parameters a budget allows. Raises AdapterError if there is none."""
+    """The ranks 1, 2, 4, ... 2048 whose trainable parameters fit a budget. Raises AdapterError if none does."""
     costs = {
         rank: layers.trainable_parameters(shapes, replace(config, lora_rank=rank).spec())
         for rank in (2**i for i in range(12))
     }
     ranks = [rank for rank, cost in costs.items() if cost <= budget]
     if not ranks:
-        raise AdapterError(f"rank 1 takes {costs[1]:,} parameters, more than the budget of {budget:,}", "budget")
+        raise AdapterError(f"rank 1 has {costs[1]:,} parameters, more than the budget of {budget:,}", "budget")
     return ranks
 
 
 class RankTrials:
-    """`adapters.rank_search.Trial` for a recipe. `score` says how good an adapter is, more is better; without one it is
-    minus its loss on the judges. `on_event` hears of every trial's training.
+    """`adapters.rank_search.Trial` of a recipe.
+
+    Args:
+        score: Scores an adapter; higher is better. By default it is the negative validation loss.
+        on_event: Called with a label and each training event of a trial.
     """
 
     def __init__(
@@ -95,11 +96,9 @@ class RankTrials:
         self._score, self._on_event, self._stop = score, on_event, stop
 
     def __call__(self, rank: int, steps: int, seed: int) -> tuple[float, int]:
-        """The score, which is -inf where training diverges, and how many parameters were trained. Raises
-        TrainingStopped.
-        """
+        """The score, -inf if training diverges, and the number of trained parameters. Raises TrainingStopped."""
         label = f"rank {rank}, {steps} steps, seed {seed}"
-        # As many epochs as the steps need: `max_steps` alone would not go beyond the recipe's.
+        # An epoch has at least one step, so `steps` epochs are enough for `max_steps`.
         config = replace(self._recipe.config, lora_rank=rank, max_steps=steps, epochs=float(steps), seed=seed)
         config = replace(config, eval_steps=0, patience=0)
         try:

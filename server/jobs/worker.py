@@ -1,8 +1,7 @@
-"""`python -m server.jobs.worker FOLDER`: the training process, one job long.
+"""`python -m server.jobs.worker FOLDER`: the training process of one job.
 
-Owns how it behaves beside the server: it takes only what processor time nobody else wants, it is the first to go when
-memory runs out, and it stops at a checkpoint as soon as its standard input ends, which it does with the server too.
-What it does is `fine_tune`'s. Lines of JSON go to standard output, last words to standard error.
+It runs at the lowest priority, and the OOM killer ends it first. It stops at a checkpoint when its standard input is
+closed, which also happens when the server ends. Messages go to standard output as JSON lines.
 """
 
 from __future__ import annotations
@@ -16,95 +15,74 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from server.jobs.worker_messages import WorkerSpec
+    from server.model.loader import Base
 
-LOCK, UNTOLD = "lock", "untold.jsonl"
+LOCK, UNSENT = "lock", "untold.jsonl"
 PROGRESS = ("step", "eval", "checkpoint")
-AGAIN = "again"
-"""In lines that the server before may have heard."""
-ON_THEIR_WAY = 64
-"""Lines of a busy server's pipe that are written once more, at most; each is a step."""
+"""Kinds of messages that are sent again by the next process."""
 NICE = 19
 OOM_SCORE = "1000"
 
+Send = Callable[[dict[str, Any]], None]
+
 
 def main(folder: Path) -> int:
-    """Run the job in `folder`. The exit status is 0 if its end was told, however it ended."""
-    words = Words(_own_output(), folder / UNTOLD)
-    yield_to_others()
+    """Run the job in `folder`. The exit status is 0 if the last message says how the job ended."""
+    output = _take_stdout()
+    lower_priority()
     stop = threading.Event()
-    threading.Thread(target=_listen, args=(sys.stdin.fileno(), stop), daemon=True).start()
+    threading.Thread(target=_wait_for_eof, args=(sys.stdin.fileno(), stop), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    with _alone(folder, stop) as held:
-        if held:
-            words.tell_untold()
-            _import()
-            run(folder, words.tell, stop)
-        else:
-            from server.jobs.worker_messages import STOPPED
-
-            words.tell({"kind": STOPPED, "message": "stopped before it began"})
+    send = sender(output, folder / UNSENT)
+    with lock_folder(folder, stop) as locked:
+        if locked:
+            resend(folder / UNSENT, send)
+            _import_torch()
+            run(folder, send, stop)
     return 0
 
 
-class Words:
-    """What is told to the server. What it does not hear, since it is gone, is kept for the next one, and so is the last
-    that was told before: it may have been on its way still. The next one hears such lines as told again.
-    """
+def sender(output: TextIO, unsent: Path) -> Send:
+    """A function that sends a message to the server. If the server has ended, it goes to the file `unsent`."""
 
-    def __init__(self, out: TextIO, untold: Path) -> None:
-        self._out, self._untold = out, untold
-        self._last: deque[str] = deque(maxlen=ON_THEIR_WAY)
-
-    def tell(self, line: dict[str, Any]) -> None:
-        """One line."""
-        text = json.dumps(line) + "\n"
+    def send(message: dict[str, Any]) -> None:
+        line = json.dumps(message) + "\n"
         try:
-            self._out.write(text)
-            self._out.flush()
-            self._last.append(text)
+            output.write(line)
+            output.flush()
         except BrokenPipeError:
-            with self._untold.open("a", encoding="utf-8") as kept:
-                kept.writelines([*self._last, text])
-            self._last.clear()
+            with unsent.open("a", encoding="utf-8") as file:
+                file.write(line)
 
-    def tell_untold(self) -> None:
-        """What a process before this one has done of the job after its server was gone; how it ended is nobody's."""
-        if self._untold.exists():
-            kept = self._untold.read_text(encoding="utf-8", errors="replace").splitlines()
-            self._untold.unlink()  # before `tell` keeps there what this server does not hear either
-            for text in kept:
-                try:
-                    line = json.loads(text)
-                except ValueError:  # the last one, if the disk was full or the power went
-                    continue
-                if line.get("kind") in PROGRESS:
-                    self.tell({**line, AGAIN: True})
+    return send
 
 
-def _import() -> None:
-    """Import what is heavy, at the lowest priority. All of it stays: to look through it for garbage, as Python does
-    while it grows and when the process ends, takes more than half a second.
-    """
-    gc.disable()
-    import server.jobs.fine_tune  # noqa: F401
+def resend(unsent: Path, send: Send) -> None:
+    """Send the progress that an earlier process of this job made after its server had ended."""
+    if not unsent.exists():
+        return
+    lines = unsent.read_text(encoding="utf-8", errors="replace").splitlines()
+    unsent.unlink()
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a kill truncated the line
+            message = json.loads(line)
+            if message["kind"] in PROGRESS:
+                send(message)
 
-    gc.freeze()
-    gc.enable()
 
-
-def run(folder: Path, tell: Any, stop: threading.Event) -> None:
-    """Do the job in `folder`, in whatever process this is; the last line that is told says how it ended."""
+def run(folder: Path, send: Send, stop: threading.Event) -> None:
+    """Run the job in `folder` in this process. The last message says how it ended."""
     import torch
 
     from adapters.errors import AdapterError, TrainingStopped
     from server.errors import ServerError
-    from server.jobs.errors import JobError, refused
+    from server.jobs.errors import JobError, os_error_message
     from server.jobs.fine_tune import fine_tune
     from server.jobs.worker_messages import FAILED, STOPPED, WorkerSpec
     from server.model.chat_template import template_time
@@ -113,79 +91,85 @@ def run(folder: Path, tell: Any, stop: threading.Event) -> None:
     torch.set_num_threads(spec.threads)
     try:
         with template_time(spec.created_at):
-            fine_tune(spec, _base(spec), folder, tell, stop.is_set)
+            fine_tune(spec, _load_base(spec), folder, send, stop.is_set)
     except TrainingStopped as error:
-        tell({"kind": STOPPED, "message": error.message})
+        send({"kind": STOPPED, "message": error.message})
     except JobError as error:
-        tell({"kind": FAILED, "code": error.code, "message": error.message, "param": error.param})
+        send({"kind": FAILED, "code": error.code, "message": error.message, "param": error.param})
     except (AdapterError, ServerError) as error:
-        tell({"kind": FAILED, "code": "failed", "message": error.message, "param": error.param})
-    except OSError as error:  # a full disk, most likely: a reason to tell, not to die of
-        tell({"kind": FAILED, "code": "failed", "message": refused(error), "param": None})
+        send({"kind": FAILED, "code": "failed", "message": error.message, "param": error.param})
+    except OSError as error:
+        send({"kind": FAILED, "code": "failed", "message": os_error_message(error), "param": None})
 
 
-def _base(spec: WorkerSpec) -> Any:
-    """The served base, mapped from its packed file. Raises BadModel if it is another one by now."""
+def _load_base(spec: WorkerSpec) -> Base:
+    """Map the packed file of the served base. Raises BadModel if it has changed."""
     from server.errors import BadModel
     from server.kernels import choose
     from server.model.loader import load_base
 
-    told = spec.base
+    source = spec.base
     base = load_base(
-        told.source,
-        name=told.name,
-        backend=choose(told.kernels),
-        quantization=told.quantization,
-        group_size=told.group_size,
-        double_quant=told.double_quant,
-        table_bits=told.table_bits,
-        cache_dir=told.cache_dir,
+        source.source,
+        name=source.name,
+        backend=choose(source.kernels),
+        quantization=source.quantization,
+        group_size=source.group_size,
+        double_quant=source.double_quant,
+        table_bits=source.table_bits,
+        cache_dir=source.cache_dir,
     )
-    if base.id != told.id:
-        raise BadModel(f"the files of {told.name} have changed since the server loaded them; restart the server")
+    if base.id != source.id:
+        raise BadModel(f"the files of {source.name} have changed since the server loaded them; restart the server")
     return base
 
 
-def yield_to_others() -> None:
-    """Lowest priority in everything that this system lets a process give up."""
+def lower_priority() -> None:
+    """Give this process the lowest CPU priority, and make it the OOM killer's first choice."""
     os.nice(NICE)
-    with contextlib.suppress(OSError, AttributeError):  # not Linux, or not allowed: nice is what there is
+    with contextlib.suppress(OSError, AttributeError):  # not on Linux, or not permitted
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
 
 
-def _own_output() -> TextIO:
-    """Standard output for our lines alone: what any library prints goes to standard error."""
-    words = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return words
-
-
-def _listen(stdin: int, stop: threading.Event) -> None:
-    # Not through `sys.stdin`: a thread that waits within it holds its lock, which Python wants at its end, and aborts.
-    while os.read(stdin, 1):
-        continue
-    stop.set()
-
-
 @contextlib.contextmanager
-def _alone(folder: Path, stop: threading.Event) -> Any:
-    """Hold the job's lock, so that no two processes write its checkpoints; answers whether it is held, or `stop` came.
+def lock_folder(folder: Path, stop: threading.Event) -> Iterator[bool]:
+    """Hold the job's lock, and yield whether it is held. Returns False when `stop` is set while waiting.
 
-    The process of a server that was killed holds it until it has done its update, or its evaluation, and that may be
-    minutes at its priority.
+    The process of a server that was killed may still write its last checkpoint.
     """
     with (folder / LOCK).open("w") as lock:
-        while True:
+        while not stop.is_set():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if stop.is_set():
-                    break
-                time.sleep(0.1)  # not `stop.wait`: it holds a lock that a signal's handler, on this thread, would want
+                time.sleep(0.1)  # `stop.wait` would hold the lock that the signal handler's `stop.set` needs
         yield not stop.is_set()
+
+
+def _import_torch() -> None:
+    # Garbage collection while importing torch, and of its objects at exit, takes more than half a second.
+    gc.disable()
+    import server.jobs.fine_tune  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+
+
+def _take_stdout() -> TextIO:
+    """A stream to standard output. Whatever libraries print goes to standard error from here on."""
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return output
+
+
+def _wait_for_eof(stdin: int, stop: threading.Event) -> None:
+    # os.read, because a thread that waits in sys.stdin holds a lock that Python needs when it exits.
+    while os.read(stdin, 1):
+        continue
+    stop.set()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""What the training process is told, and what it tells back: a file before it starts, lines of JSON while it runs.
-
-Owns both forms. Whoever writes a spec and the process that reads it are of one version: a spec is written anew at each
-start. The last one is read again where a trained job is still to be published, perhaps by a later version.
-"""
+"""What the server and the training process exchange: a spec before the process starts, JSON lines while it runs."""
 
 from __future__ import annotations
 
@@ -13,32 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from adapters.training import TrainingConfig
-from server.jobs.errors import JobError, refused
 
 SPEC = "spec.json"
-RESULT = "result"
-"""The folder, within that of the job, which holds the PEFT folder once it is whole."""
-PART, CANDIDATE = f".{RESULT}", "candidate"
-"""Folders there: the result while it is written, and the copy of it that is measured."""
-UNFINISHED = (PART, CANDIDATE)
-"""What lies there where a process was killed over it."""
-INIT, RIVAL, CHECKPOINTS = "init", "rival", "checkpoints"
-"""Folders there: the adapter to start from, the one that the result would replace, and where a run can go on from."""
-JUDGED = "judged.jsonl"
-"""What the result is compared on, if the engine can answer it."""
+# Files and folders in the folder of a job.
+RESULT, PARTIAL_RESULT = "result", ".result"
+"""The PEFT folder of the result, and the same while it is written."""
+CANDIDATE = "candidate"
+"""The copy of the result that is published for its evaluation."""
+INIT, REPLACED = "init", "rival"
+"""Copies of adapter versions: the one that training starts from, and the one that the result would replace."""
+CHECKPOINTS = "checkpoints"
+VALIDATION_PAIRS = "judged.jsonl"
+"""The examples that the result is evaluated on, if the engine can answer them."""
 DATA = "data.jsonl"
-"""What an evaluation asks, where the examples came with the request."""
-NEEDED_TO_RUN = (INIT, RIVAL, CHECKPOINTS, JUDGED, DATA)
-"""What lies there for a run alone."""
+"""The examples of an evaluation job that came with its request."""
+TEMPORARY_FILES = (PARTIAL_RESULT, CANDIDATE)
+RESUME_FILES = (INIT, REPLACED, CHECKPOINTS, VALIDATION_PAIRS, DATA, RESULT)
+"""What only a job that runs or can be resumed needs."""
 
-VALIDATED, STEP, EVALUATED, CHECKPOINT = "validated", "step", "eval", "checkpoint"
-TRAINED, STOPPED, FAILED, NOTE = "trained", "stopped", "failed", "note"
-"""Kinds of a line; `kind` is its field. The process ends after one of the first three of these four."""
+# The field `kind` of a message. The process ends after TRAINED, STOPPED or FAILED.
+VALIDATED, STEP, EVALUATED, CHECKPOINT, NOTE = "validated", "step", "eval", "checkpoint", "note"
+TRAINED, STOPPED, FAILED = "trained", "stopped", "failed"
 
 
 @dataclass(frozen=True)
 class BaseSource:
-    """How to load the base that is served, so that the very same packed file is mapped. `id` is what must come out."""
+    """How to load the base that the server serves, so that both map the same packed file.
+
+    `id` is the id that the loaded base must have.
+    """
 
     source: Path
     name: str
@@ -53,14 +52,18 @@ class BaseSource:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One training run. `template` and `task` are as in task.json; `task` is None if the adapter brings no task.
+    """Everything a training process needs to know.
 
-    `data_name` and `validation_name` are what people called the files. `held_out` is the share of the examples that
-    is kept for validation if there is no file for that. `init` is the adapter to start from, `init_name` what it is
-    called, `rival` the one that the result would replace: its loss is told beside the result's. `loan` is what the
-    server lends of its GPU (see loan.py), if it has one. `created_at` is when the job was created, in seconds since
-    the epoch: the time that a chat template is told, whenever the process starts; None is the present. `context` is
-    how many tokens of prompt and answer the server takes, if that is less than what the base does.
+    Attributes:
+        data_name, validation_name: File names for messages.
+        template: Prompt, format and system text of the task, as in task.json.
+        held_out: Fraction of the training file that is held out if there is no validation file.
+        task: The task.json of the result, or None.
+        init, init_name: Folder and name of the adapter that training starts from.
+        replaced: Folder of the version that the result would replace. Its loss is reported beside the result's.
+        gpu_share: What the server shares of its GPU; see `gpu_share.py`.
+        created_at: The time that chat templates see, so that a resumed job has the same tokens. None is now.
+        context_length: Maximum number of tokens of prompt and answer that the server accepts.
     """
 
     base: BaseSource
@@ -77,35 +80,25 @@ class WorkerSpec:
     task: Mapping[str, Any] | None = None
     init: Path | None = None
     init_name: str = ""
-    rival: Path | None = None
+    replaced: Path | None = None
     auto_rank: bool = False
     prune_to: int | None = None
-    loan: Mapping[str, Any] | None = None
+    gpu_share: Mapping[str, Any] | None = None
     created_at: float | None = None
-    context: int | None = None
+    context_length: int | None = None
 
     def write(self, folder: Path) -> None:
-        """Put the spec where the process looks for it."""
+        """Write the spec to a job's folder."""
         (folder / SPEC).write_text(json.dumps(asdict(self), default=str, indent=1), encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> WorkerSpec:
-        """The spec in a job's folder. Raises JobError for one that cannot be read."""
-        try:
-            return WorkerSpec._read(folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = refused(error) if isinstance(error, OSError) else error
-            raise JobError(
-                "spec_damaged", f"what the job was trained by cannot be read ({reason}): ask anew"
-            ) from error
-
-    @staticmethod
-    def _read(folder: Path) -> WorkerSpec:
+        """Read the spec in a job's folder."""
         raw: dict[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
         base, config = raw.pop("base"), raw.pop("config")
         for key in ("source", "cache_dir"):
             base[key] = Path(base[key])
-        for key in ("data", "validation", "init", "rival"):
+        for key in ("data", "validation", "init", "replaced"):
             raw[key] = Path(raw[key]) if raw[key] is not None else None
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
         return WorkerSpec(base=BaseSource(**base), config=TrainingConfig(**config), **raw)

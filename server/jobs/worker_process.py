@@ -1,7 +1,4 @@
-"""`WorkerProcess`: the training process of one job, seen from the server.
-
-Owns starting it, reading its lines, asking it to stop, and what can be told of one that died.
-"""
+"""`WorkerProcess`: starts the training process of a job, reads its messages and stops it."""
 
 from __future__ import annotations
 
@@ -19,15 +16,19 @@ from typing import Any
 from server.settings import training_environment
 
 COMMAND = (sys.executable, "-P", "-m", "server.jobs.worker")
-"""Without the folder that the server was started in among those that modules come from."""
+"""-P keeps modules in the server's working directory from being imported."""
 STDERR = "stderr.log"
-LAST_WORDS = 600
-"""Characters."""
-_PATH = re.compile(r"(?:/[^\s/'\":,()]+)+/")
+MAX_STDERR = 600
+"""Characters of its standard error in an error message."""
+_FOLDERS = re.compile(r"(?:/[^\s/'\":,()]+)+/")
 
 
 class WorkerProcess:
-    """A running child. `lines()` until it ends; `stop()` lets it write a checkpoint, `kill()` does not."""
+    """A running training process.
+
+    Args:
+        folder: The job's folder, with the spec.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -37,67 +38,61 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                # A group, so that a Ctrl-C is the server's alone to hear, and no session: Linux would give it an equal
-                # share of the processors beside the server (sched_autogroup), whatever its priority.
+                # An own process group does not receive Ctrl-C. An own session would get an equal share of the CPU
+                # whatever its priority (sched_autogroup).
                 process_group=0,
                 env=training_environment(),
             )
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """What the child tells, as it comes; ends when the child has."""
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """The messages of the process as they arrive. Ends when the process has ended."""
         assert self._process.stdout is not None
         with self._process.stdout as stream:
             for line in stream:
                 try:
-                    told = json.loads(line)
+                    message = json.loads(line, parse_constant=lambda name: None)  # NaN and infinity
                 except ValueError:
-                    continue  # a line cut short by a kill
-                if isinstance(told, dict):
-                    yield told
+                    continue  # a kill truncated the line
+                if isinstance(message, dict):
+                    yield message
         self._process.wait()
-        self._let_go()
+        self.stop()
 
     def stop(self) -> None:
-        """Ask it to write a checkpoint and end. Idempotent; from any thread."""
-        self._let_go()
-
-    def kill(self) -> None:
-        """End it at once. Its last checkpoint stays."""
-        if self._process.poll() is not None:
-            return
-        with contextlib.suppress(OSError):
-            self._process.kill()
-            # At the least priority a thread ends only where nobody else computes; some may have ended by now.
-            for thread in os.listdir(f"/proc/{self._process.pid}/task"):
-                with contextlib.suppress(OSError):
-                    os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
-
-    def how_it_ended(self) -> str:
-        """For a person: the signal or the status, and the last words, without any path."""
-        status = self._process.wait()
-        if status < 0:
-            name = signal.Signals(-status).name
-            how = f"the training process was ended by {name}"
-            if name == "SIGKILL":
-                how += ", as the system does when memory runs out"
-        else:
-            how = f"the training process ended with status {status}"
-        words = last_words(self._folder / STDERR)
-        return f"{how}; its last words: {words}" if words else f"{how}, without a word"
-
-    def _let_go(self) -> None:
+        """Ask the process to write a checkpoint and exit, by closing its standard input. Thread-safe."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
+    def kill(self) -> None:
+        """End the process at once. Its last checkpoint remains."""
+        if self._process.poll() is not None:
+            return
+        with contextlib.suppress(OSError):
+            self._process.kill()
+            # Threads with idle priority die only when the CPU is idle, so raise their priority.
+            for thread in os.listdir(f"/proc/{self._process.pid}/task"):
+                with contextlib.suppress(OSError):
+                    os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
-def last_words(file: Path) -> str:
-    """The end of what a process wrote to its standard error; of a path only the last part is told."""
+    def exit_message(self) -> str:
+        """How the process ended, with the end of its standard error. Without paths."""
+        status = self._process.wait()
+        if status < 0:
+            name = signal.Signals(-status).name
+            message = f"the training process was ended by {name}"
+            if name == "SIGKILL":
+                message += ", which the system sends when memory runs out"
+        else:
+            message = f"the training process ended with exit status {status}"
+        stderr = last_stderr(self._folder / STDERR)
+        return f"{message}; its last output: {stderr}" if stderr else f"{message} and printed no error"
+
+
+def last_stderr(file: Path) -> str:
+    """The end of a log file. Folders are removed from paths."""
     try:
-        with file.open("rb") as stream:
-            stream.seek(0, 2)
-            stream.seek(max(0, stream.tell() - 4 * LAST_WORDS))
-            text = stream.read().decode("utf-8", "replace")
+        text = file.read_bytes()[-4 * MAX_STDERR :].decode("utf-8", "replace")
     except OSError:
         return ""
-    return _PATH.sub("", text).strip()[-LAST_WORDS:]
+    return _FOLDERS.sub("", text).strip()[-MAX_STDERR:]

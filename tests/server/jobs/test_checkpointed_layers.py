@@ -1,4 +1,4 @@
-"""The layers that training runs, against the decoder's own."""
+"""The decoder layers for training, against the decoder's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adapters.data import Example, Tokens
 from adapters.layers import LoraSpec
 from adapters.training import TrainingConfig
 from server.jobs import checkpointed_layers, trainable_model
-from server.jobs.checkpointed_layers import Norm
+from server.jobs.checkpointed_layers import TrainingNorm
 from server.jobs.trainable_model import TrainableModel
 from server.model.decoder import Layer, RMSNorm
 
@@ -32,21 +32,21 @@ def gradients(model: TrainableModel, dropout: float) -> list[torch.Tensor]:
     return [states.detach(), *(p.grad for p in model.tree.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("kept", [0, trainable_model.KEPT_VALUES])
+@pytest.mark.parametrize("max_dense", [0, trainable_model.MAX_DENSE_VALUES])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_frugal_decoder_has_the_states_and_gradients_of_a_plain_one(tiny_base, monkeypatch, kept, dtype, dropout):
-    lean = gradients(TrainableModel(tiny_base, dtype, kept=kept), dropout)
+def test_states_and_gradients_are_those_of_the_plain_decoder(tiny_base, monkeypatch, max_dense, dtype, dropout):
+    lean = gradients(TrainableModel(tiny_base, dtype, max_dense=max_dense), dropout)
     monkeypatch.setattr(checkpointed_layers, "CheckpointedLayer", Layer)
-    monkeypatch.setattr(checkpointed_layers, "Last", Layer)
-    plain = gradients(TrainableModel(tiny_base, dtype, kept=kept), dropout)
+    monkeypatch.setattr(checkpointed_layers, "LastLayer", Layer)
+    plain = gradients(TrainableModel(tiny_base, dtype, max_dense=max_dense), dropout)
     assert len(plain) == len(lean) > 1
     assert torch.equal(lean[0], plain[0])
-    for a, b in zip(lean[1:], plain[1:], strict=True):  # the stream's are added up in another order
+    for a, b in zip(lean[1:], plain[1:], strict=True):  # the residual stream's are added in another order
         assert (a - b).abs().max() <= (1e-5 if dtype == "float32" else 1e-2) * b.abs().max()
 
 
-def test_layers_that_are_computed_again_whole_train_the_same(tiny_base):
+def test_checkpointing_whole_layers_gives_the_same_adapter(tiny_base):
     examples = [Example((3, 4, 5 + i, 6, 7), (False, False, True, True, True)) for i in range(6)]
     results = []
     for whole in (False, True):
@@ -56,8 +56,8 @@ def test_layers_that_are_computed_again_whole_train_the_same(tiny_base):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_layer_that_is_computed_again_whole_keeps_its_input_alone(tiny_base, monkeypatch, dropout):
-    """Nor does what it makes again on the way back outlive that, by a cycle that waits for its collector."""
+def test_a_layer_that_is_checkpointed_as_a_whole_stores_its_input_only(tiny_base, monkeypatch, dropout):
+    """And what it recomputes is freed after the backward pass, without garbage collection."""
     kept, of = [], F.linear
 
     def watched(x, *others):
@@ -75,7 +75,7 @@ def test_a_layer_that_is_computed_again_whole_keeps_its_input_alone(tiny_base, m
         with training._checkpointed(model.blocks):
             states = model.hidden(torch.tensor([3, 4, 5, 6, 7, 3, 4, 8]), [5, 3])
             monkeypatch.setattr(F, "linear", of)
-            assert (len(kept) > 0) == (dropout > 0)  # without dropout the two products are one of our own
+            assert (len(kept) > 0) == (dropout > 0)  # without dropout the two GEMMs are one function
             assert not [one for one in kept if one() is not None]
             before = len(nodes())
             states.sum().backward()
@@ -86,11 +86,11 @@ def test_a_layer_that_is_computed_again_whole_keeps_its_input_alone(tiny_base, m
 
 
 def nodes() -> list[object]:
-    return [one for one in gc.get_objects() if type(one).__name__ == "_Again"]
+    return [one for one in gc.get_objects() if type(one).__name__ == "_Recomputed"]
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_nothing_of_a_pass_outlives_it(tiny_base, whole):
+def test_everything_is_freed_after_the_backward_pass(tiny_base, whole):
     model = TrainableModel(tiny_base, "float32")
     layers.inject(model.tree, LoraSpec(rank=3), seed=1)
     gc.collect()
@@ -107,13 +107,13 @@ def test_nothing_of_a_pass_outlives_it(tiny_base, whole):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_a_norm_is_that_of_its_formula(dtype):
+def test_the_gradient_of_the_norm(dtype):
     draw = torch.Generator().manual_seed(0)
     x, grad = torch.randn(7, 24, generator=draw) * 3, torch.randn(7, 24, generator=draw).to(dtype)
     weight = torch.randn(24, generator=draw)
     exact = x.double().requires_grad_()
     F.rms_norm(exact, (24,), weight.double(), 1e-3).backward(grad.double())
-    y = Norm.of(RMSNorm(weight, 1e-3, dtype))(x.requires_grad_())
+    y = TrainingNorm.of(RMSNorm(weight, 1e-3, dtype))(x.requires_grad_())
     assert torch.equal(y, RMSNorm(weight, 1e-3, dtype)(x))
     y.backward(grad)
     assert (x.grad - exact.grad).abs().max() < 1e-6 * exact.grad.abs().max()
@@ -121,8 +121,8 @@ def test_the_gradient_of_a_norm_is_that_of_its_formula(dtype):
 
 @pytest.mark.parametrize("prefix", [0, 4])
 @pytest.mark.parametrize("rows", [[5], [7, 2, 2, 15], list(range(17)) * 2])
-def test_states_that_are_asked_for_are_those_of_the_whole(prefix, rows, tiny_base):
-    """Few of them, one twice, and more of them than rows are computed."""
+def test_selected_states_are_those_of_the_whole_pass(prefix, rows, tiny_base):
+    """A few rows, one row twice, and more rows than are computed."""
     own = torch.arange(20, 20 + 17 - 2 * prefix)
     head = torch.arange(3, 3 + prefix)
     ids = torch.cat((head, own[:6], head, own[6:]))

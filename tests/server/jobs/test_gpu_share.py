@@ -1,4 +1,4 @@
-"""Training on matrices that a server lends: the same adapter as on a copy, and its own copy where nothing is lent."""
+"""Training on weights that the server shares: the same adapter as on a copy, and a copy where sharing fails."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.training import TrainingConfig
 from server.engine.backends.cuda.memory import CONTEXT, left_for_training
 from server.jobs.errors import JobError
 from server.jobs.fine_tune import fine_tune
-from server.jobs.gpu_share import take
-from server.jobs.worker_messages import BaseSource, WorkerSpec
+from server.jobs.gpu_share import place_base
+from server.jobs.worker_messages import WorkerSpec
 from server.kernels.cuda import Cuda, packing, shared_memory
 from server.model.loader import Base, load_base
+from tests.server.jobs.conftest import CONFIG
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _trained_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also beside a GPU: what is lent here lies in a CPU's memory, and sums are made in one order there."""
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shared memory of these tests is a CPU's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def cuda_base(tiny_folder: Path) -> Base:
-    """The tiny base in 4 bits, as the CUDA kernels have it."""
+    """The tiny base in the layout of the CUDA kernels."""
     return load_base(tiny_folder, name="tiny", backend=Cuda(torch.float32), group_size=32)
 
 
-def lent(base: Base, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """All of it in one piece, without a driver in between."""
+def share_of(base: Base, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A share with all weights, without a driver."""
     piece = shared_memory.Piece(shared_memory.room(base.weights), CPU)
     kept = {path: piece.keep(w) for path, w in base.weights.items() if w.scheme != "none"}
     assert len(kept) > 10
@@ -43,47 +43,40 @@ def lent(base: Base, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"memory": 1 << 30, "base": shared_memory.told(kept, piece.memory)}
 
 
-def test_training_on_what_is_lent_gives_the_same_adapter(
-    cuda_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_training_on_shared_weights_gives_the_same_adapter(
+    spec: WorkerSpec, cuda_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = tmp_path / "content"
-    content.write_text("".join(f'{{"input": "the {i}", "output": "good"}}\n' for i in range(8)))
-    origin = BaseSource(tmp_path, "tiny", "cuda", "int4", 32, False, 8, tmp_path, "0" * 64)
-    config = TrainingConfig(epochs=1, batch_size=4, lora_rank=2, target_modules=("q_proj",), compute_dtype="float32")
-    spec = WorkerSpec(
-        base=origin, name="x", config=config, data=content, data_name="d.jsonl", template={}, threads=1, max_rank=64
-    )
-    told: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     digests = []
-    for loan in (None, lent(cuda_base, monkeypatch)):
-        folder = tmp_path / f"{loan is None}"
+    for share in (None, share_of(cuda_base, monkeypatch)):
+        folder = tmp_path / f"{share is None}"
         folder.mkdir()
-        made = fine_tune(replace(spec, loan=loan), cuda_base, folder, told.append, lambda: False)
-        digests.append(made.digest)
-        assert made.metadata["training"]["config"]["activation_checkpointing"]
-    assert digests[0] == digests[1] and not any(line["kind"] == "note" for line in told)
+        once = replace(spec, gpu_share=share, config=replace(CONFIG, epochs=1))
+        result = fine_tune(once, cuda_base, folder, messages.append, lambda: False)
+        digests.append(result.digest)
+        assert result.metadata["training"]["config"]["activation_checkpointing"]
+    assert digests[0] == digests[1] and not any(message["kind"] == "note" for message in messages)
 
 
-def test_what_is_not_shared_is_copied_and_said(cuda_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    loan = lent(cuda_base, monkeypatch)
+def test_weights_that_cannot_be_shared_are_copied(cuda_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = share_of(cuda_base, monkeypatch)
 
     def refuse(exported: Any, device: Any) -> Any:
         raise OSError("cuIpcOpenMemHandle answers 801")
 
-    told: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     monkeypatch.setattr(shared_memory, "_mapped", refuse)
-    for base in (loan["base"], None):
-        placed = take(cuda_base, loan | {"base": base}, CPU, told.append)
+    for base in (share["base"], None):
+        placed = place_base(cuda_base, share | {"base": base}, CPU, messages.append)
         path = "model.layers.0.mlp.up_proj"
         assert torch.equal(packing.dequantize(placed.weights[path]), packing.dequantize(cuda_base.weights[path]))
-    [line] = told
-    assert "answers 801" in line["message"] and "a copy of its own" in line["message"]
+    [message] = messages
+    assert "answers 801" in message["message"] and "its own copy" in message["message"]
     with pytest.raises(JobError, match="lower --gpu-memory"):
-        take(cuda_base, loan | {"memory": 0}, CPU, told.append)
+        place_base(cuda_base, share | {"memory": 0}, CPU, messages.append)
 
 
-def test_serving_keeps_what_it_has_not_taken_yet() -> None:
+@pytest.mark.parametrize(("free", "taken", "left"), [(20, 50, 10), (8, 61, 8), (8, 50, 0)])
+def test_training_leaves_the_server_the_memory_that_it_has_not_taken_yet(free: int, taken: int, left: int) -> None:
     gb = 1 << 30
-    assert left_for_training(free=20 * gb, total=60 * gb, taken=50 * gb) == 10 * gb - CONTEXT
-    assert left_for_training(free=8 * gb, total=60 * gb, taken=61 * gb) == 8 * gb - CONTEXT
-    assert left_for_training(free=8 * gb, total=60 * gb, taken=50 * gb) == 0
+    assert left_for_training(free * gb, 60 * gb, taken * gb) == max(0, left * gb - CONTEXT)
