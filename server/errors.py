@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, shortened
 
 SHUTTING_DOWN = "the server is shutting down"
 
@@ -130,6 +130,9 @@ class RemoteError(ServerError):
 
 class BadModel(ServerError):
     """A model cannot be served."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(shortened(message), param)  # files contain names of any length
 
 
 class BadSetting(ServerError):

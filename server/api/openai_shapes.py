@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from server.api.generate import finite
 from server.api.stream import incomplete_answer
 from server.engine.request import Delivery, TokenLogprob
-from server.model.tokenizer import Detokenizer, ModelTokenizer
+from server.model.detokenizer import Detokenizer
+from server.model.tokenizer import ModelTokenizer
 from server.tasks.inference import Generation, Reply
 
 

@@ -25,7 +25,8 @@ from server.engine.scheduler import Scheduler, SchedulerConfig
 from server.engine.scheduler_output import SchedulerOutput
 from server.engine.step_stats import StepStats
 from server.errors import Conflict, EngineFailed, InvalidRequest, NoCapacity, NotFinite, NotReady
-from server.model.tokenizer import Detokenizer, ModelTokenizer
+from server.model.detokenizer import Detokenizer
+from server.model.tokenizer import ModelTokenizer
 
 log = logging.getLogger(__name__)
 

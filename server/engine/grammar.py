@@ -259,7 +259,8 @@ class _Vocabulary:
         self.tokens = [text.token_bytes(token) for token in range(size)]
         self.special_token_ids = sorted({*text.vocabulary.special.values(), *text.vocabulary.eos_ids})
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: str | bytes) -> list[int]:
+        text = text.decode() if isinstance(text, bytes) else text
         return self._text.encode(text, add_bos=False, prefix_space=False)
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from adapters.weights import BASE_MIX, LoraWeights, Mix
 
 if TYPE_CHECKING:
-    from server.model.tokenizer import Detokenizer
+    from server.model.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,12 @@ from server.errors import BadModel
 from server.kernels.packed_format import stored_parts
 from server.kernels.weight import STORED, Weight
 from server.model import config as model_config
-from server.model import gguf_config
+from server.model import gguf_config, gguf_vocabulary
 from server.model import vocabulary as model_vocabulary
 from server.model.config import ModelConfig
 from server.model.file_digest import Digests, stamps
 from server.model.gguf_file import BLOCK, GgufFile
 from server.model.quantization import GROUPS, Quantization, Rows, check_finite, quantize, quantize_table
-from server.model.values import cut
 from server.model.vocabulary import Vocabulary, read_json
 
 MANIFEST = "loramux.json"
@@ -163,7 +162,7 @@ class Gguf(Checkpoint):
         _check_shapes(shapes, self.config)
 
     def vocabulary(self) -> Vocabulary:
-        return model_vocabulary.from_gguf(self._file.metadata)
+        return gguf_vocabulary.from_gguf(self._file.metadata)
 
     def files(self) -> list[Path]:
         return [self._file.path]
@@ -241,7 +240,7 @@ def _from_gguf(name: str) -> str:
         known = _GGUF_LINEARS.get(parts[2]) or _GGUF_NORMS.get(parts[2])
         if known is not None:
             return f"model.layers.{parts[1]}.{known}.{parts[3]}"
-    raise BadModel(f"the GGUF file has the tensor {cut(name)}, which no architecture that is served has")
+    raise BadModel(f"the GGUF file has the tensor {name}, which no architecture that is served has")
 
 
 # -- folders
@@ -312,7 +311,7 @@ class QuantizedFolder(Checkpoint):
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format") != MANIFEST_FORMAT:
             raise BadModel(
-                f"{MANIFEST} is of format {cut(repr(manifest.get('format')))}; this version reads {MANIFEST_FORMAT}"
+                f"{MANIFEST} is of format {repr(manifest.get('format'))}; this version reads {MANIFEST_FORMAT}"
             )
         self.config = model_config.from_hf(read_json(folder / "config.json"))
         try:
@@ -324,7 +323,7 @@ class QuantizedFolder(Checkpoint):
             for entry in self._weights.values():
                 _check_entry(entry)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise BadModel(f"{MANIFEST} is not whole: {cut(repr(error))}") from error
+            raise BadModel(f"{MANIFEST} is not whole: {repr(error)}") from error
         norms = {name: shape for name, shape in self._shards.shapes.items() if name in self.config.tensor_shapes()}
         _check_shapes(shapes | norms, self.config)
         needed = [f"{path}.{part}" for path, entry in self._weights.items() for part in entry["tensors"]]
@@ -386,7 +385,7 @@ class _Shards:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         for name in names:
             if Path(name).name != name or not os.path.isfile(folder / name):
-                raise BadModel(f"the model names the file {cut(name)!r}, which is not in its folder")
+                raise BadModel(f"the model names the file {name!r}, which is not in its folder")
         self.files = [folder / name for name in names]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._owner: dict[str, Path] = {}
@@ -394,7 +393,7 @@ class _Shards:
             with _opened(path) as file:
                 for name in file.keys():
                     if name in self._owner:
-                        raise BadModel(f"{cut(name)} is in both {self._owner[name].name} and {path.name}")
+                        raise BadModel(f"{name} is in both {self._owner[name].name} and {path.name}")
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
                     self._owner[name] = path
 
@@ -472,9 +471,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> 
     _check_names(set(expected), set(found))
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
-            raise BadModel(
-                f"{name} has the shape {cut(list(found[name]))}, the model's config asks for {cut(list(shape))}"
-            )
+            raise BadModel(f"{name} has the shape {list(found[name])}, the model's config asks for {list(shape)}")
 
 
 def _check_names(expected: set[str], found: set[str]) -> None:
@@ -485,5 +482,5 @@ def _check_names(expected: set[str], found: set[str]) -> None:
 
 
 def _some(names: Collection[str]) -> str:
-    listed = [cut(name) for name in sorted(names)]
+    listed = sorted(names)
     return ", ".join(listed[:NAMED]) + (f" and {len(listed) - NAMED} more" if len(listed) > NAMED else "")

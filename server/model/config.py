@@ -1,17 +1,16 @@
-"""`ModelConfig`: what a decoder must know of its model, read from a `config.json` (from GGUF metadata: `gguf_config`).
+"""`ModelConfig`: the shape of a decoder, read from a Hugging Face `config.json` (GGUF metadata: `gguf_config`).
 
-Owns the list of architectures that are served and the refusal, by name, of every other and of every setting that
-would change the answers without being implemented. Does not know tensors, files or quantization.
+Architectures and settings that the decoder does not implement are refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from server.errors import BadModel
-from server.model.values import above_zero, cut, real, told, whole
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -20,21 +19,23 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "SmolLM3ForCausalLM": "smollm3",
 }
-"""Class name in `config.json` -> model type."""
+"""Class name in `config.json` -> Transformers' model type."""
 
 MAX_LAYERS = 4096
-"""No model has as many, and names are made of all of them before any file is looked at."""
 MAX_POSITIONS = 2**31 - 1
-"""The lengths of contexts have 32 bits in kernels."""
+"""Kernels count positions in 32 bits."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary frequencies are stretched; the names and meanings are those of Transformers.
+    """RoPE frequency scaling, with the names and meanings of Transformers' `rope_parameters`.
 
-    `dynamic` only differs from `default` beyond `max_position_embeddings`, which is where our context ends, since
-    frequencies that move with the length of a sequence would make a token's keys depend on what comes after it.
+    `dynamic` equals `default`: the two differ only beyond `max_position_embeddings`, where the served context ends.
     """
 
     type: str = "default"
@@ -52,12 +53,15 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder of the Llama family, under the names of Transformers.
+    """The shape of a decoder of the Llama family, with the names of Transformers.
 
-    `attention_bias` is the bias of q, k and v, `output_bias` that of o_proj, `mlp_bias` that of gate, up and down.
-    `qk_norm` is an RMSNorm over each head of q and k (weights q_norm and k_norm, [head_dim]) before RoPE.
-    `no_rope_layers` has one entry a layer, 1 where RoPE is applied and 0 where it is not, as Transformers has it; ask
-    `has_rope`. `sliding_window` is set when a layer attends to that many last tokens only.
+    Attributes:
+        attention_bias: q, k and v have biases.
+        output_bias: o_proj has a bias.
+        mlp_bias: gate, up and down have biases.
+        qk_norm: RMSNorm over each head of q and k before RoPE (weights q_norm and k_norm, [head_dim]).
+        no_rope_layers: one entry a layer, 1 with RoPE and 0 without; empty means RoPE in all layers.
+        sliding_window: window in tokens if any layer uses sliding-window attention.
     """
 
     architecture: str
@@ -86,37 +90,37 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens that can be served exactly: a sliding window, which is not implemented, ends the context."""
-        return self._stretched if self.sliding_window is None else min(self._stretched, self.sliding_window)
+        """Longest context in tokens. Ends at the sliding window, because only full attention is implemented."""
+        return self._full_context if self.sliding_window is None else min(self._full_context, self.sliding_window)
 
     @property
-    def _stretched(self) -> int:
-        """The model's context. Where people switch YaRN on, `max_position_embeddings` stays what it was without."""
-        scaling, told = self.rope_scaling, self.max_position_embeddings
+    def _full_context(self) -> int:
+        """The model's context without the window. YaRN configs often leave `max_position_embeddings` unscaled."""
+        scaling, positions = self.rope_scaling, self.max_position_embeddings
         if scaling.type != "yarn":
-            return told
-        return max(told, int((scaling.original_max_position_embeddings or told) * scaling.factor))
+            return positions
+        return max(positions, int((scaling.original_max_position_embeddings or positions) * scaling.factor))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What people should be told about how this model is served."""
-        if self.context_length < self._stretched:
+        """Limits of serving this model, for the operator."""
+        if self.context_length < self._full_context:
             return (
                 f"the context ends at {self.context_length} tokens, the model's sliding window, "
-                f"instead of {self._stretched}",
+                f"instead of {self._full_context}",
             )
         return ()
 
     @property
     def kv_values(self) -> int:
-        """Numbers that the keys and values of one token are, over all layers."""
+        """Number of key and value elements that one token takes over all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
     def has_rope(self, layer: int) -> bool:
         return not self.no_rope_layers or bool(self.no_rope_layers[layer])
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path -> (out, in) of every linear inside the layers, in the order of a step."""
+        """Module path -> (out, in) of every linear inside the layers, in execution order."""
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
         layer = {
@@ -139,19 +143,12 @@ class ModelConfig:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape of the norms and biases."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        biased = {
-            "self_attn.q_proj": self.attention_bias,
-            "self_attn.k_proj": self.attention_bias,
-            "self_attn.v_proj": self.attention_bias,
-            "self_attn.o_proj": self.output_bias,
-            "mlp.gate_proj": self.mlp_bias,
-            "mlp.up_proj": self.mlp_bias,
-            "mlp.down_proj": self.mlp_bias,
+        attention = dict.fromkeys(("q_proj", "k_proj", "v_proj"), self.attention_bias) | {"o_proj": self.output_bias}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{path}.bias": (out,)
+            for path, (out, _) in self.linear_shapes().items()
+            if attention.get(path.rsplit(".", 1)[1], self.mlp_bias)
         }
-        for path, (out, _) in self.linear_shapes().items():
-            if biased[path.split(".", 3)[3]]:
-                shapes[f"{path}.bias"] = (out,)
         for i in range(self.num_hidden_layers):
             shapes[f"model.layers.{i}.input_layernorm.weight"] = (self.hidden_size,)
             shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (self.hidden_size,)
@@ -162,258 +159,214 @@ class ModelConfig:
         return shapes
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The config of a Hugging Face folder, from the content of its `config.json`.
+def from_hf(content: Mapping[str, Any]) -> ModelConfig:
+    """Read the content of a `config.json` with Transformers' own configuration class.
 
-    Reads both spellings of RoPE: `rope_theta` with `rope_scaling`, and the `rope_parameters` of Transformers 5.
-    Raises BadModel for another architecture and for a setting that is not served.
+    Raises:
+        BadModel: the architecture or a setting is not supported, or Transformers rejects the content.
     """
-    architecture = _architecture(config)
+    architecture = _architecture(content)
     kind = ARCHITECTURES[architecture]
-    _refuse_unserved(config)
-    layers = whole(config, "num_hidden_layers", most=MAX_LAYERS)
-    heads = whole(config, "num_attention_heads")
-    hidden = whole(config, "hidden_size")
-    window = _sliding_window(config, kind, layers)
-    max_positions = whole(config, "max_position_embeddings")
-    theta, scaling = _rope(config, kind, max_positions)
-    bias = _truth(config, "attention_bias", False) and kind not in ("mistral", "qwen2")
-    return checked(
+    _refuse_unsupported(content)
+    config = _transformers_config(kind, content)
+    heads = config.num_attention_heads
+    bias = kind in ("llama", "qwen3", "smollm3") and bool(config.attention_bias)
+    theta, scaling = _rope(dict(config.rope_parameters), config.max_position_embeddings)
+    return validated(
         ModelConfig(
             architecture=architecture,
-            vocab_size=whole(config, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=whole(config, "intermediate_size"),
-            num_hidden_layers=layers,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=whole(config, "num_key_value_heads", default=8 if kind == "mistral" else heads),
-            head_dim=whole(config, "head_dim", default=128 if kind == "qwen3" else hidden // heads),
-            max_position_embeddings=max_positions,
-            rms_norm_eps=above_zero(config, "rms_norm_eps", 1e-6),
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=_truth(config, "tie_word_embeddings", kind == "smollm3"),
+            tie_word_embeddings=config.tie_word_embeddings,
             attention_bias=bias or kind == "qwen2",
             output_bias=bias,
-            mlp_bias=_truth(config, "mlp_bias", False) and kind in ("llama", "smollm3"),
+            mlp_bias=kind in ("llama", "smollm3") and config.mlp_bias,
             qk_norm=kind == "qwen3",
-            no_rope_layers=no_rope_layers(config, layers) if kind == "smollm3" else (),
-            sliding_window=window,
+            no_rope_layers=tuple(map(int, config.no_rope_layers)) if kind == "smollm3" else (),
+            sliding_window=_sliding_window(config, kind),
         )
     )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The content of a `config.json` from which `from_hf`, and Transformers, read the same model.
+    """The content of a `config.json` from which `from_hf` and Transformers read the same model.
 
-    Raises BadModel, naming what differs, for a model that none can describe: a GGUF file tells by its tensors what a
-    `config.json` tells by its architecture.
+    Raises:
+        BadModel: no `config.json` can describe the model, because its tensors (biases, norms) are not those of the
+            architecture. This happens with GGUF files only.
     """
-    scaling = config.rope_scaling
     defaults = RopeScaling()
-    rope: dict[str, Any] = {"rope_type": scaling.type, "rope_theta": config.rope_theta}
-    for name in RopeScaling.__dataclass_fields__:
-        value = getattr(scaling, name)
-        if name != "type" and value is not None and (name == "factor" or value != getattr(defaults, name)):
-            rope[name] = value
-    if scaling.type == "default":
-        del rope["factor"]
+    rope = {
+        name: value
+        for name in RopeScaling.__dataclass_fields__
+        if name != "type" and (value := getattr(config.rope_scaling, name)) not in (None, getattr(defaults, name))
+    }
+    if config.rope_scaling.type != "default":
+        rope["factor"] = config.rope_scaling.factor
+    copied = (*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "mlp_bias")
     content: dict[str, Any] = {
         "architectures": [config.architecture],
         "model_type": config.model_type,
         "hidden_act": "silu",
-        "rope_parameters": rope,
-        "pad_token_id": None,  # SmolLM3's default is beyond a small vocabulary
+        "rope_parameters": {"rope_type": config.rope_scaling.type, "rope_theta": config.rope_theta, **rope},
+        "pad_token_id": None,  # the default of SmolLM3 is beyond a small vocabulary
+        "attention_bias": config.attention_bias,
+        **{name: getattr(config, name) for name in copied},
     }
-    same = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-        "mlp_bias",
-    )  # fmt: skip
-    content |= {name: getattr(config, name) for name in same}
-    content["attention_bias"] = config.attention_bias
     if config.no_rope_layers:
         content["no_rope_layers"] = list(config.no_rope_layers)
     if config.sliding_window is not None:
-        content |= {"sliding_window": config.sliding_window, "use_sliding_window": True, "max_window_layers": 0}
+        layer_types = ["sliding_attention"] * config.num_hidden_layers
+        content |= {"sliding_window": config.sliding_window, "use_sliding_window": True, "layer_types": layer_types}
     elif config.model_type == "mistral":
         content["sliding_window"] = None
     again = from_hf(content)
     if lost := [field.name for field in fields(config) if getattr(again, field.name) != getattr(config, field.name)]:
         raise BadModel(
-            f"no config.json can describe this model: for {config.architecture} there are no words for its "
-            f"{', '.join(lost)}; serve its file as it is"
+            f"a config.json of {config.architecture} cannot describe this model's {', '.join(lost)}; serve the "
+            "original file instead"
         )
     return content
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    given = config.get("architectures") or []
+def _architecture(content: Mapping[str, Any]) -> str:
+    given, kind = content.get("architectures") or [], content.get("model_type")
     named = [str(name) for name in (given if isinstance(given, list) else [given])]
     if not named:
-        by_type = {kind: name for name, kind in ARCHITECTURES.items()}
-        named = [by_type.get(str(config.get("model_type")), str(config.get("model_type")))]
-    for name in named:
-        if name in ARCHITECTURES:
-            kind = config.get("model_type")
-            if kind is not None and kind != ARCHITECTURES[name]:  # which Transformers goes by
-                raise BadModel(
-                    f"config.json says two things: architectures {name}, whose model_type is {ARCHITECTURES[name]!r}, "
-                    f"and model_type {cut(repr(kind))}; leave the one that is meant"
-                )
-            return name
-    raise BadModel(f"the architecture {cut(', '.join(named))} is not served; served are {', '.join(ARCHITECTURES)}")
-
-
-def _truth(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    """True or false; without one `default`, and false for null. Raises BadModel."""
-    return bool(told(config, key, bool, "true or false")) if key in config else default
-
-
-def _refuse_unserved(config: Mapping[str, Any]) -> None:
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "another library") if isinstance(quantized, Mapping) else quantized
+        named = [name for name, known in ARCHITECTURES.items() if known == kind] or [str(kind)]
+    name = next((name for name in named if name in ARCHITECTURES), None)
+    if name is None:
+        supported = ", ".join(ARCHITECTURES)
+        raise BadModel(f"the architecture {', '.join(named)[:200]} is not supported; supported are {supported}")
+    if kind is not None and kind != ARCHITECTURES[name]:
         raise BadModel(
-            f"this checkpoint is already quantized ({cut(method)}); give the original weights or a GGUF file"
+            f"config.json contradicts itself: architecture {name} has the model_type {ARCHITECTURES[name]!r}, but it "
+            f"says {kind!r}; correct one of the two"
         )
-    if config.get("per_layer_config"):
-        raise BadModel("models whose layers differ in their settings are not served (per_layer_config)")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise BadModel(f"the activation {cut(repr(activation))} is not served, only silu (hidden_act)")
-    if config.get("is_encoder_decoder"):
-        raise BadModel("encoder-decoder models are not served")
-    if told(config, "is_causal", bool, "true or false") is False:
-        raise BadModel("models whose tokens see those after them are not served (is_causal)")
+    return name
 
 
-_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
-"""The sliding window of a `config.json` that leaves it out, by model type; null is none."""
+def _refuse_unsupported(content: Mapping[str, Any]) -> None:
+    if quantized := content.get("quantization_config"):
+        method = quantized.get("quant_method", "another library") if isinstance(quantized, Mapping) else quantized
+        raise BadModel(f"this checkpoint is already quantized ({method}); use the original weights or a GGUF file")
+    if content.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise BadModel(f"the activation {content['hidden_act']!r} is not supported, only silu (hidden_act)")
+    for key, refused in (("per_layer_config", True), ("is_encoder_decoder", True), ("is_causal", False)):
+        if key in content and bool(content[key]) is refused:
+            raise BadModel(f"{key} {content[key]!r} is not supported")
+    for key in _SIZES:
+        value = content.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BadModel(f"config.json needs a positive whole number as {key}, not {value!r}")
+    if content["num_hidden_layers"] > MAX_LAYERS:
+        raise BadModel(f"num_hidden_layers is {content['num_hidden_layers']}, the limit is {MAX_LAYERS}")
 
 
-def _sliding_window(config: Mapping[str, Any], kind: str, layers: int) -> int | None:
-    """The window, if any layer has one."""
+def _transformers_config(kind: str, content: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in content.items() if key not in ("model_type", "architectures")}
+    old, new = values.get("rope_scaling"), values.get("rope_parameters")
+    if old and new:  # Transformers would read rope_scaling alone and lose the rope_theta of rope_parameters
+        spelled = [
+            {"rope_type" if key == "type" else key: value for key, value in given.items() if key != "rope_theta"}
+            for given in (dict(old), dict(new))
+        ]
+        if spelled[0] != spelled[1]:
+            raise BadModel("rope_scaling and rope_parameters of config.json differ; remove the wrong one")
+        del values["rope_scaling"]
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:  # validation errors of several libraries without a common base class
+        raise BadModel(f"config.json is not valid: {' '.join(str(error).split())}") from error
+
+
+def _sliding_window(config: Any, kind: str) -> int | None:
     if kind == "llama":
         return None
-    types = told(config, "layer_types", list, "a list of names") if kind != "mistral" else None
-    unknown = {str(name) for name in types or ()} - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise BadModel(f"layers of type {cut(', '.join(sorted(unknown)))} are not served (layer_types)")
-    asked = kind == "mistral" or _truth(config, "use_sliding_window", False)
-    if not asked and not (kind == "smollm3" and types is not None):  # whose layers have it without being asked
-        return None
-    if config.get("sliding_window", _WINDOW.get(kind)) is None:
-        return None
-    window = whole(config, "sliding_window", _WINDOW.get(kind))
-    if types is not None:
-        return window if "sliding_attention" in types else None
-    if kind in ("qwen2", "qwen3") and whole(config, "max_window_layers", 28, least=0) >= layers:
-        return None
+    types = set(getattr(config, "layer_types", None) or ())
+    if unknown := types - {"full_attention", "sliding_attention"}:
+        raise BadModel(f"layers of type {', '.join(sorted(unknown))} are not supported (layer_types)")
+    window: int | None = config.sliding_window if kind == "mistral" or "sliding_attention" in types else None
+    if window is not None and window < 1:
+        raise BadModel(f"sliding_window must be at least 1, not {window}")
     return window
 
 
-def no_rope_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """1 for each layer with RoPE and 0 for the others, as listed or by their interval. Raises BadModel."""
-    listed = told(config, "no_rope_layers", list, "a list of 0 and 1")
-    if listed is None:
-        interval = whole(config, "no_rope_layer_interval", 4)
-        return tuple(int((i + 1) % interval != 0) for i in range(layers))
-    if len(listed) < layers:
-        raise BadModel(f"no_rope_layers has {len(listed)} entries for {layers} layers")
-    return tuple(int(bool(flag)) for flag in listed[:layers])
-
-
-def _rope(config: Mapping[str, Any], kind: str, max_positions: int) -> tuple[float, RopeScaling]:
-    """Base period and scaling, from either spelling. Where both are there, they must say the same."""
-    spelled = [dict(told(config, key, Mapping, "an object with a rope_type") or {}) for key in _SPELLINGS]
-    found = [_spelled_rope(given, config, kind, max_positions) for given in spelled if given]
-    if len(found) == 2 and found[0] != found[1]:
-        # Transformers takes rope_scaling alone then, without the rope_theta in the other.
-        raise BadModel(f"{' and '.join(_SPELLINGS)} say different things; leave the one in config.json that is meant")
-    return found[0] if found else _spelled_rope({}, config, kind, max_positions)
-
-
-_SPELLINGS = ("rope_scaling", "rope_parameters")
-
-
-def _spelled_rope(
-    parameters: dict[str, Any], config: Mapping[str, Any], kind: str, max_positions: int
-) -> tuple[float, RopeScaling]:
-    nested = [key for key, value in parameters.items() if isinstance(value, Mapping)]
-    if nested:
-        raise BadModel(f"RoPE that differs between layers is not served ({cut(', '.join(sorted(nested)))})")
-    theta = _either(parameters, config, "rope_theta", 2000000.0 if kind == "smollm3" else 10000.0)
-    rotary = _either(parameters, config, "partial_rotary_factor", 1.0)
-    if rotary != 1.0:
-        raise BadModel(f"RoPE on a part of each head is not served (partial_rotary_factor {rotary})")
-    name = parameters.pop("rope_type", None) or parameters.get("type") or "default"
+def _rope(parameters: dict[str, Any], max_positions: int) -> tuple[float, RopeScaling]:
+    """Base period and scaling from Transformers' `rope_parameters`."""
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise BadModel("RoPE that differs between layers is not supported (rope_parameters)")
+    if parameters.pop("partial_rotary_factor", None) not in (None, 1.0):
+        raise BadModel("RoPE on a part of each head is not supported (partial_rotary_factor)")
+    theta = parameters.pop("rope_theta", 10000.0)
+    if not isinstance(theta, int | float) or theta > 1e300:
+        raise BadModel(f"rope_theta must be a number, not {theta!r}")
     parameters.pop("type", None)
-    original = config.get("original_max_position_embeddings")
-    if original is not None:
-        parameters["original_max_position_embeddings"] = original
-    return theta, scaling_of(str(name), parameters, max_positions)
+    return float(theta), rope_scaling(str(parameters.pop("rope_type", "default")), parameters, max_positions)
 
 
-def _either(parameters: dict[str, Any], config: Mapping[str, Any], key: str, default: float) -> float:
-    """A number above 0 that is taken out of `parameters`, or else is in `config`."""
-    found = [value for value in (parameters.pop(key, None), config.get(key)) if value is not None]
-    return above_zero({key: found[0]}, key, default) if found else default
+def rope_scaling(name: str, parameters: Mapping[str, Any], max_positions: int) -> RopeScaling:
+    """The RoPE scaling of type `name`. Parameters that are None or 0 take the default.
 
-
-_ZERO_IS_NONE = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-
-
-def scaling_of(name: str, parameters: Mapping[str, Any], max_positions: int) -> RopeScaling:
-    """The RoPE scaling of that name with these parameters, null ones left out. Raises BadModel."""
+    Raises:
+        BadModel: the type, a parameter or a value is not supported.
+    """
     if name not in ROPE_TYPES:
-        raise BadModel(f"the RoPE scaling {cut(repr(name))} is not served; served are {', '.join(ROPE_TYPES)}")
+        raise BadModel(f"the RoPE scaling {name!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
     if name == "default":
         return RopeScaling()
-    allowed = set(RopeScaling.__dataclass_fields__)
-    # 0 is as if there were none, where Transformers has it so.
-    given = {
-        k: v for k, v in parameters.items() if v is not None and not (k in _ZERO_IS_NONE and real({k: v}, k, 1.0) == 0)
-    }
-    surplus = sorted(set(given) - allowed)
-    if surplus:
-        raise BadModel(f"the RoPE scaling {name} has parameters that are not served: {cut(', '.join(surplus))}")
+    given = {key: value for key, value in parameters.items() if value is not None and value != 0}
+    given["truncate"] = bool(parameters.get("truncate", True))
+    if surplus := sorted(set(given) - set(RopeScaling.__dataclass_fields__)):
+        raise BadModel(f"the RoPE scaling {name} has parameters that are not supported: {', '.join(surplus)}")
     needed = {"factor"} | ({"low_freq_factor", "high_freq_factor"} if name == "llama3" else set())
-    missing = sorted(needed - set(given))
-    if missing:
+    if missing := sorted(needed - set(given)):
         raise BadModel(f"the RoPE scaling {name} lacks {', '.join(missing)}")
     if name in ("llama3", "yarn"):
         given.setdefault("original_max_position_embeddings", max_positions)
-    for key in given:
-        if key == "original_max_position_embeddings":
-            given[key] = whole(given, key)
-        elif key != "truncate":
-            given[key] = above_zero(given, key, 0.0, of=f"the RoPE scaling {name}")
-    given["truncate"] = _truth(parameters, "truncate", True)
+    for key, value in given.items():
+        if isinstance(value, bool) != (key == "truncate") or not isinstance(value, int | float):
+            raise BadModel(f"{key} of the RoPE scaling {name} must be a number, not {value!r}")
     return RopeScaling(type=name, **given)
 
 
-def checked(config: ModelConfig) -> ModelConfig:
-    """The same. Raises BadModel for numbers that no decoder can be made of."""
+def validated(config: ModelConfig) -> ModelConfig:
+    """Return `config`. Raises BadModel for values that the decoder cannot compute with."""
+    scaling = config.rope_scaling
+    numbers = {
+        field.name: value
+        for source in (config, scaling)
+        for field in fields(source)
+        if isinstance(value := getattr(source, field.name), int | float) and not isinstance(value, bool)
+    }
+    for name, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise BadModel(f"{name} must be a positive number, not {value}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise BadModel(
             f"{config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key-value heads"
         )
     if config.head_dim % 2:
         raise BadModel(f"RoPE needs an even head_dim, not {config.head_dim}")
-    scaling = config.rope_scaling
-    if scaling.type == "yarn" and config.rope_theta <= 1.0:
-        raise BadModel(f"the RoPE scaling yarn needs a rope_theta above 1, not {config.rope_theta}")
-    if scaling.type == "yarn" and not all(1e-6 <= beta <= 1e6 for beta in (scaling.beta_fast, scaling.beta_slow)):
-        raise BadModel(
-            "the RoPE scaling yarn needs a beta_fast and a beta_slow between 1e-6 and 1e6, not "
-            f"{scaling.beta_fast} and {scaling.beta_slow}"
-        )
-    original = scaling.original_max_position_embeddings or 0
-    if scaling.type == "yarn" and original > MAX_POSITIONS / max(scaling.factor, 1.0):
-        raise BadModel(
-            f"the RoPE scaling yarn stretches {cut(original)} tokens {scaling.factor} times, "
-            f"and the longest context is {MAX_POSITIONS}"
-        )
+    if config.no_rope_layers and len(config.no_rope_layers) < config.num_hidden_layers:
+        raise BadModel(f"no_rope_layers has {len(config.no_rope_layers)} entries for {config.num_hidden_layers} layers")
+    betas = (scaling.beta_fast, scaling.beta_slow)
+    if scaling.type == "yarn" and (config.rope_theta <= 1.0 or not all(1e-6 <= beta <= 1e6 for beta in betas)):
+        raise BadModel("the RoPE scaling yarn needs a rope_theta above 1 and beta values between 1e-6 and 1e6")
+    original = scaling.original_max_position_embeddings or config.max_position_embeddings
+    if original * max(scaling.factor, 1.0) > MAX_POSITIONS or config.max_position_embeddings > MAX_POSITIONS:
+        raise BadModel(f"the context is longer than {MAX_POSITIONS} tokens (max_position_embeddings, RoPE factor)")
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if scaling.type == "llama3" and low is not None and high is not None and high <= low:
         raise BadModel(f"the RoPE scaling llama3 needs a high_freq_factor above its low_freq_factor {low}, not {high}")

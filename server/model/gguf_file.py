@@ -19,7 +19,6 @@ import torch
 
 from server.errors import BadModel
 from server.kernels.weight import STORED, Weight
-from server.model.values import cut
 
 MAGIC = b"GGUF"
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
@@ -141,7 +140,7 @@ class Rows:
                     block = dequantize(self._file._bytes(info, first, last).numpy(), kind)
                 values[first - start : last - start] = torch.from_numpy(block)
         except NotImplementedError as error:
-            raise BadModel(f"tensors of the GGUF type {kind.name} cannot be read ({cut(info.name)})") from error
+            raise BadModel(f"tensors of the GGUF type {kind.name} cannot be read ({info.name})") from error
         return values
 
 
@@ -168,7 +167,7 @@ class _Header:
         for _ in range(key_count):
             key = self._string()
             if key in metadata:
-                raise ValueError(f"it has the key {cut(key)} twice")
+                raise ValueError(f"it has the key {key} twice")
             metadata[key] = self._value(self._scalar("<I"))
         found = [self._tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
@@ -178,10 +177,10 @@ class _Header:
         tensors: dict[str, TensorInfo] = {}
         for name, kind, shape, offset in found:
             if name in tensors:
-                raise ValueError(f"it has the tensor {cut(name)} twice")
+                raise ValueError(f"it has the tensor {name} twice")
             nbytes = _nbytes(name, kind, shape)
             if start + offset + nbytes > self._size:
-                raise BadModel(f"{self._name} is truncated: it ends before {cut(name)}")
+                raise BadModel(f"{self._name} is truncated: it ends before {name}")
             tensors[name] = TensorInfo(name, kind, shape, start + offset, nbytes)
         return metadata, tensors
 
@@ -189,7 +188,7 @@ class _Header:
         name = self._string()
         dimensions = self._scalar("<I")
         if not 1 <= dimensions <= 4:
-            raise ValueError(f"{cut(name)} has {dimensions} dimensions")
+            raise ValueError(f"{name} has {dimensions} dimensions")
         shape = tuple(self._scalar("<Q") for _ in range(dimensions))[::-1]
         return name, self._scalar("<I"), shape, self._scalar("<Q")
 
@@ -237,7 +236,7 @@ def _nbytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
 
         values, size = GGML_QUANT_SIZES[_gguf_type(kind)]
     if shape[-1] % values or 0 in shape:
-        raise ValueError(f"{cut(name)} of shape {shape} is not made of whole blocks of {values}")
+        raise ValueError(f"{name} of shape {shape} is not made of whole blocks of {values}")
     total = size
     for length in (*shape[:-1], shape[-1] // values):
         total *= length

@@ -32,7 +32,6 @@ from server.model.config import ModelConfig, to_hf
 from server.model.file_digest import Digests
 from server.model.packed_file import Packed, PackedWriter, open_packed, packed_path
 from server.model.quantization import Quantization, bits
-from server.model.values import cut
 from server.model.vocabulary import Vocabulary, write_folder, write_json
 
 log = logging.getLogger(__name__)
@@ -358,7 +357,7 @@ def check_vocabulary(vocabulary: Vocabulary, config: ModelConfig) -> None:
     if vocabulary.size > config.vocab_size:
         raise BadModel(
             f"the tokenizer has tokens up to {vocabulary.size - 1} "
-            f"({cut(vocabulary.tokenizer.id_to_token(vocabulary.size - 1))!r}), the model's table ends before "
+            f"({vocabulary.tokenizer.id_to_token(vocabulary.size - 1)!r}), the model's table ends before "
             f"{config.vocab_size}; take those that it lacks out of the tokenizer's files, or give the model whose "
             "table was resized for them"
         )

@@ -12,8 +12,8 @@ from adapters.strict_json import once
 from server.api.openai_shapes import ChatShape, CompletionShape, V1Events
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
 from server.errors import ServerError
+from server.model.gguf_vocabulary import from_gguf
 from server.model.tokenizer import ModelTokenizer
-from server.model.vocabulary import from_gguf
 from server.tasks.inference import Generation, Reply
 
 

@@ -23,8 +23,8 @@ from server.engine.policies import CpuSharing
 from server.engine.request import State
 from server.engine.step_stats import StepStats
 from server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, NoCapacity, NotReady, QueueFull
+from server.model.gguf_vocabulary import from_gguf
 from server.model.tokenizer import ModelTokenizer
-from server.model.vocabulary import from_gguf
 from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS, until
 

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from server.engine.grammar import Grammar, Grammars
 from server.engine.request import Delivery, Request, Sampling
 from server.errors import EngineFailed, InvalidRequest, QueueFull
+from server.model.gguf_vocabulary import from_gguf
 from server.model.tokenizer import ModelTokenizer
-from server.model.vocabulary import Vocabulary, from_gguf
+from server.model.vocabulary import Vocabulary
 from tests.server.engine.conftest import Panic, make_text
 from tests.waiting import until
 

@@ -9,7 +9,8 @@ import pytest
 from server.engine.request import Request, Sampling
 from server.engine.sampler import SampledToken
 from server.engine.stop_conditions import append_token
-from server.model.tokenizer import Detokenizer, ModelTokenizer
+from server.model.detokenizer import Detokenizer
+from server.model.tokenizer import ModelTokenizer
 
 
 def answered(text: ModelTokenizer, tokens: list[int], **sampling: Any) -> tuple[str, str | None, int]:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from adapters.data import Chat, Completion, Pair
 from adapters.errors import InvalidData
 from server.jobs.encoding import Template, encoder
+from server.model.gguf_vocabulary import from_gguf
 from server.model.tokenizer import ModelTokenizer
-from server.model.vocabulary import from_gguf
 
 
 def test_the_answer_and_the_end_token_of_a_pair_are_learned(tiny_vocabulary):

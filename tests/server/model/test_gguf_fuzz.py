@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from server.errors import BadModel
 from server.model.gguf_file import GgufFile
-from server.model.vocabulary import from_gguf
+from server.model.gguf_vocabulary import from_gguf
 
 TMP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 

@@ -29,7 +29,7 @@ def test_pieces_of_positions_have_the_same_angles(monkeypatch: pytest.MonkeyPatc
         asked.append(len(positions))
         return angles(inverse, factor, positions)
 
-    monkeypatch.setattr(rope, "PIECE", 7)
+    monkeypatch.setattr(rope, "_CHUNK", 7)
     monkeypatch.setattr(rope, "angles", piece)
     inverse, _ = frequencies(CONFIG)
     for ours, whole in zip(angles_before(inverse, 1.1, end), angles(inverse, 1.1, torch.arange(end)), strict=True):
