@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from adapters.weights import MAX_TERMS
-from server.api.openai_schemas import V1, asked
+from server.api.openai_schemas import V1, empty_as_none
 from server.api.schemas import NAME_PATTERN, REFERENCE_PATTERN, Body, Out, Weighted, limit_fields
 from server.tasks import definitions as d
 from server.tasks import sampling as s
@@ -79,7 +79,7 @@ class LoraBody(V1):
         Annotated[str, Field(min_length=1, max_length=1024)]
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=64)]
         | None,
-        BeforeValidator(asked),
+        BeforeValidator(empty_as_none),
     ] = None
     rslora: bool | None = None
     auto_rank: bool | None = None
@@ -96,7 +96,7 @@ class FineTuningBody(V1):
     training_file: FileId
     validation_file: FileId | None = None
     hyperparameters: Hyperparameters | None = None
-    method: Annotated[Method | None, BeforeValidator(asked)] = None
+    method: Annotated[Method | None, BeforeValidator(empty_as_none)] = None
     suffix: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     seed: Annotated[int, Field(ge=0, le=s.SEED[1])] | None = None
     metadata: Annotated[Metadata, Field(max_length=MAX_METADATA), BeforeValidator(limit_fields)] | None = None

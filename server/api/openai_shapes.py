@@ -1,7 +1,4 @@
-"""What OpenAI's answers look like: whole, and as the chunks of a stream.
-
-Owns the shapes of completions, chat completions and their log-probabilities. Knows no route.
-"""
+"""OpenAI's response shapes: completions and chat completions, whole and as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -18,88 +15,92 @@ from server.tasks.inference import Generation, Reply
 
 
 class Shape(Protocol):
-    """One kind of answer."""
+    """One kind of response. Chunks are built as JSON text, which is faster than encoding dicts."""
 
     id: str
 
     def whole(self, generation: Generation) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The response in one piece."""
 
     def head(self, usage: bool) -> str:
-        """A chunk's JSON up to its choices."""
+        """The JSON of a chunk up to its choices; with `usage` it has a null usage."""
 
     def opening(self, count: int) -> list[str]:
-        """Choices (JSON) that come before any token."""
+        """JSON choices that come before the first token."""
 
     def choice(self, index: int, delivery: Delivery, logprobs: bool) -> str:
-        """The choice (JSON) of one delivery."""
+        """The JSON choice of one delivery."""
 
 
 def usage(generation: Generation) -> dict[str, Any]:
-    """OpenAI's usage."""
+    """OpenAI's usage object."""
     own = generation.usage()
     cached = own.pop("cached_tokens")
     return {**own, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 class CompletionShape:
-    """`text_completion`, whole and in chunks of the same form. `begins` says of each answer whether its text is one of
-    its own: `ModelTokenizer.is_added_token` of its prompt's last token.
+    """`text_completion`.
+
+    Args:
+        new_segments: for each choice, whether its text starts a new segment, so that the tokenizer's leading space is
+            dropped: `ModelTokenizer.is_added_token` of the last prompt token.
     """
 
-    def __init__(self, id: str, created: int, model: str, text: ModelTokenizer, begins: Sequence[bool]) -> None:
+    def __init__(self, id: str, created: int, model: str, text: ModelTokenizer, new_segments: Sequence[bool]) -> None:
         self.id = id
-        self._own = {"id": id, "object": "text_completion", "created": created, "model": model}
-        self._text = text
-        self._begins = begins
-        self._read: dict[int, tuple[Detokenizer, int]] = {}
-        """Of each answer, what reads its tokens again, and how many characters they have made."""
+        self._common = {"id": id, "object": "text_completion", "created": created, "model": model}
+        self._tokenizer = text
+        self._new_segments = new_segments
+        self._offsets: dict[int, tuple[Detokenizer, int]] = {}
+        """For each choice, a detokenizer and the length of the text so far."""
 
     def whole(self, generation: Generation) -> dict[str, Any]:
         choices = [
             {
                 "index": i,
                 "text": "".join(reply.text),
-                "logprobs": self._logprobs(i, reply.logprobs) if _wants(reply) else None,
+                "logprobs": self._logprobs(i, reply.logprobs) if _with_logprobs(reply) else None,
                 "finish_reason": reply.finish_reason,
             }
             for i, reply in enumerate(generation.replies)
         ]
-        return {**self._own, "choices": choices, "usage": usage(generation)}
+        return {**self._common, "choices": choices, "usage": usage(generation)}
 
     def head(self, usage: bool) -> str:
-        return json.dumps(self._own)[:-1] + (', "usage": null' if usage else "")
+        return json.dumps(self._common)[:-1] + (', "usage": null' if usage else "")
 
     def opening(self, count: int) -> list[str]:
         return []
 
     def choice(self, index: int, delivery: Delivery, logprobs: bool) -> str:
-        told = json.dumps(self._logprobs(index, delivery.logprobs)) if logprobs else "null"
+        entries = json.dumps(self._logprobs(index, delivery.logprobs)) if logprobs else "null"
         return (
-            f'{{"index": {index}, "text": {json.dumps(delivery.text)}, "logprobs": {told}, '
+            f'{{"index": {index}, "text": {json.dumps(delivery.text)}, "logprobs": {entries}, '
             f'"finish_reason": {json.dumps(delivery.finish_reason)}}}'
         )
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Each with its place in the text: a character of several tokens begins where all of them do."""
-        reader, at = self._read.get(index) or (Detokenizer(self._text, new_segment=self._begins[index]), 0)
+        """Log-probabilities with text offsets. Tokens of one character share the offset of the character."""
+        stored = self._offsets.get(index)
+        detokenizer, offset = stored or (Detokenizer(self._tokenizer, new_segment=self._new_segments[index]), 0)
         offsets = []
-        for t in tokens:
-            offsets.append(at)
-            at += len(reader.add(t.id))
-        self._read[index] = reader, at
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(detokenizer.add(token.id))
+        self._offsets[index] = detokenizer, offset
         return {
-            "tokens": [self._text.token_text(t.id) for t in tokens],
+            "tokens": [self._tokenizer.token_text(t.id) for t in tokens],
             "token_logprobs": [finite(t.logprob) for t in tokens],
             "top_logprobs": [self._top(t) for t in tokens] if any(t.top for t in tokens) else None,
             "text_offset": offsets,
         }
 
     def _top(self, token: TokenLogprob) -> dict[str, float]:
-        """Best first; where two ids read alike, the better one. The token itself is among them, as OpenAI has it."""
+        """Best first, including the sampled token. Of tokens with the same text the better one is kept."""
         top: dict[str, float] = {}
         for id, logprob in (*token.top, (token.id, token.logprob)):
-            top.setdefault(self._text.token_text(id), finite(logprob))
+            top.setdefault(self._tokenizer.token_text(id), finite(logprob))
         return top
 
 
@@ -108,24 +109,24 @@ class ChatShape:
 
     def __init__(self, id: str, created: int, model: str, text: ModelTokenizer) -> None:
         self.id = id
-        self._own = {"id": id, "object": "chat.completion", "created": created, "model": model}
-        self._text = text
+        self._common = {"id": id, "object": "chat.completion", "created": created, "model": model}
+        self._tokenizer = text
 
     def whole(self, generation: Generation) -> dict[str, Any]:
         choices = [
             {
                 "index": i,
                 "message": {"role": "assistant", "content": "".join(reply.text), "refusal": None},
-                "logprobs": self._logprobs(reply.logprobs) if _wants(reply) else None,
+                "logprobs": self._logprobs(reply.logprobs) if _with_logprobs(reply) else None,
                 "finish_reason": reply.finish_reason,
             }
             for i, reply in enumerate(generation.replies)
         ]
-        return {**self._own, "choices": choices, "usage": usage(generation)}
+        return {**self._common, "choices": choices, "usage": usage(generation)}
 
     def head(self, usage: bool) -> str:
-        own = {**self._own, "object": "chat.completion.chunk"}
-        return json.dumps(own)[:-1] + (', "usage": null' if usage else "")
+        chunk = {**self._common, "object": "chat.completion.chunk"}
+        return json.dumps(chunk)[:-1] + (', "usage": null' if usage else "")
 
     def opening(self, count: int) -> list[str]:
         delta = '{"role": "assistant", "content": "", "refusal": null}'
@@ -133,32 +134,31 @@ class ChatShape:
 
     def choice(self, index: int, delivery: Delivery, logprobs: bool) -> str:
         delta = f'{{"content": {json.dumps(delivery.text)}}}' if delivery.text else "{}"
-        told = json.dumps(self._logprobs(delivery.logprobs)) if logprobs and delivery.logprobs else "null"
+        entries = json.dumps(self._logprobs(delivery.logprobs)) if logprobs and delivery.logprobs else "null"
         return (
-            f'{{"index": {index}, "delta": {delta}, "logprobs": {told}, '
+            f'{{"index": {index}, "delta": {delta}, "logprobs": {entries}, '
             f'"finish_reason": {json.dumps(delivery.finish_reason)}}}'
         )
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return {
-            "content": [
-                {**self._token(t.id, t.logprob), "top_logprobs": [self._token(id, value) for id, value in t.top]}
-                for t in tokens
-            ],
-            "refusal": None,
-        }
+        content = [
+            {**self._token(t.id, t.logprob), "top_logprobs": [self._token(id, value) for id, value in t.top]}
+            for t in tokens
+        ]
+        return {"content": content, "refusal": None}
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._text.token_text(id),
-            "logprob": finite(logprob),
-            "bytes": list(self._text.token_bytes(id)),
-        }
+        text, raw = self._tokenizer.token_text(id), self._tokenizer.token_bytes(id)
+        return {"token": text, "logprob": finite(logprob), "bytes": list(raw)}
 
 
 class V1Events:
-    """The stream of an OpenAI answer: a chunk per token, be it one that shows no text, as clients count and time them;
-    and one of usage at the end if it is wanted, or, as vLLM has it, what was used so far in `each` chunk too."""
+    """The events of a stream: one chunk per token, even without text, because clients count and time them.
+
+    Args:
+        usage: add a last chunk with the usage.
+        each: as in vLLM, add the usage so far to every chunk.
+    """
 
     def __init__(self, generation: Generation, shape: Shape, usage: bool, each: bool = False) -> None:
         self._generation = generation
@@ -166,7 +166,7 @@ class V1Events:
         self._usage = usage
         self._each = usage and each
         self._head = f"data: {shape.head(usage and not each)}"
-        self._logprobs = _wants(generation.replies[0])
+        self._logprobs = _with_logprobs(generation.replies[0])
 
     def first(self) -> bytes:
         opening = self._shape.opening(len(self._generation.replies))
@@ -188,5 +188,5 @@ class V1Events:
         return f'data: {head}, "choices": [], "usage": {json.dumps(usage(self._generation))}}}\n\n'.encode()
 
 
-def _wants(reply: Reply) -> bool:
+def _with_logprobs(reply: Reply) -> bool:
     return reply.request.sampling.logprobs is not None

@@ -1,4 +1,4 @@
-"""OpenAI's answers made of replies that are known: each choice has its own, and chunks have what was asked for."""
+"""OpenAI's response shapes from known replies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text(tiny_vocabulary: Any) -> ModelTokenizer:
 
 
 def answered(text: ModelTokenizer, *answers: str, logprobs: int | None = None) -> Generation:
-    """A call of answers to prompts of two tokens, of which one came from the cache."""
+    """A generation with these answers. Each prompt has two tokens, one of them cached."""
     generation = Generation.__new__(Generation)
     generation.answers, generation.replies = 1, []
     for answer in answers:
@@ -48,7 +48,7 @@ USAGE = {
 }
 
 
-def test_each_completion_has_its_own_text_and_log_probabilities(text: ModelTokenizer) -> None:
+def test_completion_choices(text: ModelTokenizer) -> None:
     shape = CompletionShape("cmpl-1", 77, "tiny", text, [False, False])
     told = shape.whole(answered(text, "日", "xy", logprobs=1))
     own = {key: told[key] for key in ("id", "object", "created", "model", "usage")}
@@ -65,7 +65,7 @@ def test_each_completion_has_its_own_text_and_log_probabilities(text: ModelToken
     assert [choice["logprobs"] for choice in plain["choices"]] == [None, None]
 
 
-def test_a_first_space_is_the_tokenizers_where_an_answer_is_a_text_of_its_own(spm_metadata: dict[str, Any]) -> None:
+def test_leading_space_of_a_new_segment_is_not_in_the_text(spm_metadata: dict[str, Any]) -> None:
     text = ModelTokenizer(from_gguf(spm_metadata))
     other = text.encode("other", add_bos=False)
     generation = answered(text, "", "", logprobs=1)
@@ -76,7 +76,7 @@ def test_a_first_space_is_the_tokenizers_where_an_answer_is_a_text_of_its_own(sp
     assert told[0]["logprobs"]["top_logprobs"] is None
 
 
-def test_each_chat_choice_has_its_own_text_and_log_probabilities(text: ModelTokenizer) -> None:
+def test_chat_choices(text: ModelTokenizer) -> None:
     told = ChatShape("chatcmpl-1", 77, "tiny", text).whole(answered(text, "日", "xy", logprobs=1))
     own = {key: told[key] for key in ("id", "object", "created", "model", "usage")}
     assert own == {"id": "chatcmpl-1", "object": "chat.completion", "created": 77, "model": "tiny", "usage": USAGE}
@@ -91,7 +91,7 @@ def test_each_chat_choice_has_its_own_text_and_log_probabilities(text: ModelToke
     ]
 
 
-def test_what_cannot_be_is_a_number_of_json(text: ModelTokenizer) -> None:
+def test_infinite_logprobs_are_json_numbers(text: ModelTokenizer) -> None:
     [id] = text.encode("x")
     told = (TokenLogprob(id, -math.inf, ((id, -math.inf),)),)
     for shape in (CompletionShape("c", 0, "tiny", text, [False]), ChatShape("c", 0, "tiny", text)):
@@ -101,7 +101,7 @@ def test_what_cannot_be_is_a_number_of_json(text: ModelTokenizer) -> None:
 
 @pytest.mark.parametrize(("usage", "each"), [(False, False), (True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("chat", [False, True])
-def test_chunks_tell_of_usage_as_it_is_asked_for(text: ModelTokenizer, chat: bool, usage: bool, each: bool) -> None:
+def test_usage_in_chunks(text: ModelTokenizer, chat: bool, usage: bool, each: bool) -> None:
     generation = answered(text, "日", "xy")
     shape: Any = (
         ChatShape("c-1", 77, "tiny", text) if chat else CompletionShape("c-1", 77, "tiny", text, [False, False])
@@ -125,7 +125,7 @@ def test_chunks_tell_of_usage_as_it_is_asked_for(text: ModelTokenizer, chat: boo
     assert step[0]["choices"] == [{"index": 1, **shown, "logprobs": None, "finish_reason": None}]
 
 
-def test_a_chunk_that_shows_nothing_has_no_delta_and_log_probabilities_if_there_are_any(text: ModelTokenizer) -> None:
+def test_chat_chunk_without_text(text: ModelTokenizer) -> None:
     shape = ChatShape("c", 0, "tiny", text)
     assert json.loads(shape.choice(0, Delivery(finish_reason="stop"), True)) == {
         "index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop",
@@ -135,7 +135,32 @@ def test_a_chunk_that_shows_nothing_has_no_delta_and_log_probabilities_if_there_
     assert told["delta"] == {} and [token["token"] for token in told["logprobs"]["content"]] == ["x"]
 
 
-def test_a_stream_that_the_server_cut_short_is_no_answer(text: ModelTokenizer) -> None:
+def test_text_offsets_and_equal_token_texts(text: ModelTokenizer) -> None:
+    """Bytes of one character share its offset; of tokens with the same text the better logprob is shown."""
+    shape = CompletionShape("c", 0, "tiny", text, [False])
+    offsets = []
+    for id in (*text.encode("é日x"), text.eos_id, *text.encode("!")):
+        choice = json.loads(shape.choice(0, Delivery(logprobs=(TokenLogprob(id, -1.0, ()),)), True))
+        offsets += choice["logprobs"]["text_offset"]
+    assert offsets == [0, 0, 1, 1, 1, 2, 3, 3]
+    first, second, third = text.encode("日")
+    piece = TokenLogprob(third, -3.0, ((first, -0.5), (second, -1.0)))
+    shape = CompletionShape("c", 0, "tiny", text, [False])
+    choice = json.loads(shape.choice(0, Delivery(logprobs=(piece,)), True))
+    assert choice["logprobs"]["top_logprobs"] == [{text.token_text(first): -0.5}]
+
+
+def test_usage_counts_delivered_tokens_until_the_end() -> None:
+    """While steps overlap, the output of a request has a placeholder for the token of the running step."""
+    request = Request("x", (1, 2), Sampling(), lambda delivery: None, output=[7, 8, -1])
+    generation = Generation.__new__(Generation)
+    generation.answers, generation.replies = 1, [Reply(request, tokens=2)]
+    assert generation.usage()["completion_tokens"] == 2
+    request.output[-1], generation.replies[0].finish_reason = 9, "length"
+    assert generation.usage() == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5, "cached_tokens": 0}
+
+
+def test_cancelled_stream_raises(text: ModelTokenizer) -> None:
     events = V1Events(answered(text, "x"), ChatShape("c", 0, "tiny", text), False)
     with pytest.raises(ServerError):
         events.step(0, Delivery(finish_reason="cancelled"))
