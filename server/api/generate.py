@@ -26,7 +26,8 @@ from server.errors import SHUTTING_DOWN, InvalidRequest, NotReady
 from server.model.tokenizer import ModelTokenizer
 from server.tasks import sampling
 from server.tasks.definitions import check_labels
-from server.tasks.inference import Caller, Generation, Inference, timings
+from server.tasks.generation import Caller, Generation, timings
+from server.tasks.inference import Inference
 from server.tasks.mix_key import adapters_json
 from server.tasks.resolve import Target
 
@@ -56,10 +57,10 @@ async def generate(
         await check_connected(request)
         generation = call.start([ids], [params])
     if body.stream:
-        return EventStream(generation, GenerateEvents(generation, prompts.text))
+        return EventStream(generation, GenerateEvents(generation, prompts.tokenizer))
     await wait_finished(request.receive, generation)
     text = "".join(generation.replies[0].text)
-    return json_response({**_final_fields(generation, prompts.text), "text": text})
+    return json_response({**_final_fields(generation, prompts.tokenizer), "text": text})
 
 
 @router.post("/classify", response_model=schemas.ClassifyAnswer, responses=GENERATION_ERRORS)

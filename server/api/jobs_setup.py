@@ -93,7 +93,7 @@ def build_jobs(
     files, registry, tasks = training.files, training.registry, training.tasks
 
     evaluations: Evaluate = lambda target, examples, metrics, tell: asyncio.run_coroutine_threadsafe(  # noqa: E731
-        evaluate(inference, prompts, target, examples, metrics, tell=tell), loop
+        evaluate(inference, prompts, target, examples, metrics, on_progress=tell), loop
     )
 
     def review(task: str) -> None:

@@ -18,7 +18,7 @@ from server.api.stream import EventStream, check_complete, check_connected, wait
 from server.engine.request import Constraint
 from server.errors import DeadlineExceeded, InvalidRequest
 from server.tasks import sampling
-from server.tasks.inference import Caller, Generation, new_id, samplings_per_choice
+from server.tasks.generation import Caller, Generation, new_id, samplings_per_choice
 from server.tasks.resolve import Target
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -75,7 +75,7 @@ async def completions(
         schemas.refuse_unserved(body)
         layers = _sampling_layers(services, target, body, sampling.COMPLETION_DEFAULTS)
         prompts = await _encode_prompts(services, target, body)
-        tokenizer = services.prompts.text
+        tokenizer = services.prompts.tokenizer
         new_segments = [tokenizer.is_added_token(prompt[-1]) for prompt in prompts for _ in range(body.n or 1)]
         shape = CompletionShape(new_id("cmpl"), int(time.time()), body.model, tokenizer, new_segments)
         generation = await _start(call, services, request, body, prompts, layers, shape.id)
@@ -92,7 +92,7 @@ async def chat(body: schemas.ChatBody, request: Request, state: StateDep, servic
             raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
         layers = _sampling_layers(services, target, body, sampling.CHAT_DEFAULTS)
         ids = await services.prompts.encode_chat(target.task, [_message(m) for m in body.messages])
-        shape = ChatShape(new_id("chatcmpl"), int(time.time()), body.model, services.prompts.text)
+        shape = ChatShape(new_id("chatcmpl"), int(time.time()), body.model, services.prompts.tokenizer)
         generation = await _start(call, services, request, body, [ids], layers, shape.id)
     return await _respond(request, body, generation, shape)
 

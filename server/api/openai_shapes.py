@@ -11,7 +11,7 @@ from server.api.stream import incomplete_answer
 from server.engine.request import Delivery, TokenLogprob
 from server.model.detokenizer import Detokenizer
 from server.model.tokenizer import ModelTokenizer
-from server.tasks.inference import Generation, Reply
+from server.tasks.generation import Generation, Reply
 
 
 class Shape(Protocol):

@@ -22,6 +22,7 @@ from server.api.jobs_setup import build_jobs, training_context
 from server.api.state import BaseInfo, Services
 from server.api.watchdog import Watchdog
 from server.database import Database, database_url
+from server.database.legacy_tasks import import_legacy_tasks
 from server.database.legacy_jobs import import_jobs
 from server.engine.grammar import Grammars
 from server.kernels import choose
@@ -33,7 +34,8 @@ from server.sources import Resolved, Sources, resolve_model
 from server.sources.catalogue import names_of
 from server.tasks.admission import Admission
 from server.tasks.delivery import EventLoopDelivery
-from server.tasks.inference import Generation, Inference
+from server.tasks.generation import Generation
+from server.tasks.inference import Inference
 from server.tasks.mix_key import AnswerRecord
 from server.tasks.prompts import Prompts
 from server.tasks.quality import Quality
@@ -111,6 +113,7 @@ def build(
     events = RegistryEvents(metrics)
     store = AdapterStore(settings.state_dir / "store", size=base.sizes())  # locks the state directory
     database = Database(database_url(settings.database_url, settings.state_dir))
+    import_legacy_tasks(settings.state_dir, database)
     import_jobs(database, settings.state_dir)
     shutil.rmtree(settings.state_dir / "uploads", ignore_errors=True)  # left over from a killed process
     registry = Registry(
@@ -131,7 +134,7 @@ def build(
     registry.slots, registry.bases = engine, names_of(base.name)
 
     tasks = TaskStore(
-        settings.state_dir / "tasks.json",
+        database,
         registry,
         reserved=(base.name,),
         vocabulary=tokenizer.size,
@@ -155,7 +158,7 @@ def build(
     inference.admission = Admission(
         settings.key_rate, settings.key_concurrency, settings.task_rate, settings.task_concurrency
     )
-    quality = Quality(settings.state_dir / "quality.db", settings.quality_retention)
+    quality = Quality(database, settings.quality_retention)
     router = BestRouter(quality, registry, base.id)
     _connect_router(router, tasks, events)
     inference.on_ended = _record_answers(settings, quality, tokenizer, base.id)

@@ -21,7 +21,8 @@ from server.jobs.training_request import TrainingContext
 from server.metrics import Metrics, RequestRecord
 from server.settings import Settings
 from server.sources import Sources
-from server.tasks.inference import Caller, Inference
+from server.tasks.generation import Caller
+from server.tasks.inference import Inference
 from server.tasks.prompts import Prompts
 from server.tasks.quality import Quality
 from server.tasks.resolve import Resolver

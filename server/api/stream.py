@@ -15,7 +15,7 @@ from server.api.errors import error_reply
 from server.api.types import Receive, Scope, Send
 from server.engine.request import Delivery
 from server.errors import NotReady
-from server.tasks.inference import Generation
+from server.tasks.generation import Generation
 
 T = TypeVar("T")
 

@@ -205,14 +205,14 @@ def _check_task(
 ) -> tuple[str | None, str | None]:
     """The name of the task in the folder's task.json, or the reason why the server would ignore it."""
     from adapters.errors import AdapterError
-    from server.tasks.definitions import check_together, from_folder
+    from server.tasks.definitions import check_consistency, from_folder
 
     if body is None:
         return None, None
     try:
         task = from_folder(adapter, body, reserved=reserved)
         if checkpoint is not None and "stop_token_ids" in task.defaults:
-            check_together(task, checkpoint.vocabulary().size)
+            check_consistency(task, checkpoint.vocabulary().size)
     except (InvalidRequest, AdapterError, ValueError) as error:
         return None, f"The adapter would be served without its task, because task.json is invalid: {error}"
     return task.name, None

@@ -70,7 +70,7 @@ async def _answer(
     options: dict[str, Any],
     stream: bool,
 ) -> dict[str, Any]:
-    from server.tasks.inference import Caller
+    from server.tasks.generation import Caller
     from server.tasks.mix_key import adapters_json
     from server.tasks.sampling import OWN_DEFAULTS, build
 

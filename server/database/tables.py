@@ -112,17 +112,7 @@ answers = Table(
     Column("tenant", Text, nullable=False),
     Column("at", Float, nullable=False),
     Column("text", LargeBinary, nullable=False, doc="digest of the answer's text"),
-    Index(None, "at"),
-)
-
-scores = Table(
-    "scores",
-    metadata,
-    Column("id", LargeBinary(16), primary_key=True, doc="digest of the answer's id, or of mix, metric and example"),
-    Column("mix_id", ForeignKey("mixes.id", ondelete="CASCADE"), nullable=False),
-    Column("metric", String(32), nullable=False),
-    Column("value", Float, nullable=False),
-    Column("at", Float, nullable=False),
+    Column("score", Float, doc="feedback, 0 to 1; null without feedback"),
     Index(None, "at"),
 )
 
@@ -135,6 +125,7 @@ example_scores = Table(
     Column("context", LargeBinary(16), nullable=False, doc="digest of what the task puts around the example"),
     Column("value", Float, nullable=False),
     Column("at", Float, nullable=False),
+    Index(None, "at"),
 )
 
 score_hours = Table(

@@ -1,7 +1,4 @@
-"""From the engine's thread to the event loop: one wake for a whole step, however many requests it served.
-
-Owns the crossing of threads. Knows nothing of what is delivered.
-"""
+"""Delivers results from the engine's thread to the event loop, with one wake-up per engine step."""
 
 from __future__ import annotations
 
@@ -15,39 +12,39 @@ log = logging.getLogger(__name__)
 
 
 class EventLoopDelivery:
-    """Takes what any thread posts and hands it over on the loop's thread, in order, once it is woken.
+    """Queue from any thread to the event loop's thread.
 
-    Waking is apart from posting: the loop would come for the first post of a step while the others are being written,
-    and then again for nearly each of them, as both threads want the interpreter.
+    `wake` is separate from `post`: a wake-up for each post would make both threads compete for the interpreter lock
+    while the other results of a step are still being posted.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._posts: deque[tuple[Callable[[Any], None], Any]] = deque()
-        self._awake = False
+        self._scheduled = False
 
     def post(self, receiver: Callable[[Any], None], item: Any) -> None:
-        """Call `receiver(item)` on the loop's thread, after the next `wake`. Never blocks; from any thread."""
+        """Call `receiver(item)` on the loop's thread after the next `wake`. Never blocks; callable from any thread."""
         self._posts.append((receiver, item))
 
     def wake(self) -> None:
-        """Let the loop come for all that has been posted. Never blocks; from any thread."""
-        if self._posts and not self._awake and not self.loop.is_closed():
-            self._awake = True
-            self.loop.call_soon_threadsafe(self._empty)
+        """Deliver everything that was posted. Never blocks; callable from any thread."""
+        if self._posts and not self._scheduled and not self.loop.is_closed():
+            self._scheduled = True
+            self.loop.call_soon_threadsafe(self._deliver)
 
-    def _empty(self) -> None:
-        self._awake = False
+    def _deliver(self) -> None:
+        self._scheduled = False
         while self._posts:
             receiver, item = self._posts.popleft()
             try:
                 receiver(item)
-            except Exception:  # the others' posts would lie here until the next wake, which may never come
-                log.exception("what was posted could not be handed over")
+            except Exception:  # the other posts must still be delivered
+                log.exception("a result could not be delivered")
 
 
 class DeliveryInbox:
-    """What has arrived for one reader. Used on the loop's thread alone."""
+    """Results for one reader. Used on the loop's thread only."""
 
     __slots__ = ("_items", "_waiter")
 
@@ -56,13 +53,12 @@ class DeliveryInbox:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: Any) -> None:
-        """Add an item and wake the reader."""
         self._items.append(item)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def take(self) -> list[Any]:
-        """All that has arrived, at least one item."""
+        """Wait for at least one item and return all."""
         while not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter

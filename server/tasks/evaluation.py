@@ -1,9 +1,7 @@
-"""Evaluation: a target over examples with known answers, through the engine, in the same batches as all else.
+"""Evaluation: runs examples with known answers through the engine and scores the answers.
 
-Owns which metrics there are, what each says of single examples, and how two candidates are compared on the same ones.
-Examples are the callers'; nothing is stored here. Answers are greedy, at the lowest priority, and stay out of the
-latency records. The versions are leased for the whole evaluation: what is published or deleted meanwhile changes
-nothing.
+Decoding is greedy, at the lowest priority, and outside the latency metrics. The adapter versions are leased for the
+whole evaluation, so publishing or deleting adapters meanwhile has no effect on it.
 """
 
 from __future__ import annotations
@@ -26,42 +24,46 @@ from server.engine.request import Sampling
 from server.errors import InvalidRequest, NotReady, QueueFull
 from server.tasks import scores
 from server.tasks.definitions import METRICS, Task
-from server.tasks.inference import Caller, Generation, Inference
+from server.tasks.generation import Caller, Generation
+from server.tasks.inference import Inference
 from server.tasks.prompts import Prompts
 from server.tasks.resolve import Target
 from server.tasks.sampling import OWN_DEFAULTS, build
 
 LOSS = "loss"
 PRIORITY = 1
-"""Behind everybody else's requests."""
-OF_GREEDY = (
+"""Lower than every client request, which has 0."""
+GREEDY_FIELDS = (
     *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
-"""The fields of a task's defaults that greedy answers depend on."""
-IN_FLIGHT = 64
-"""Examples that are in the engine at a time: a full batch, and the next one waiting."""
-SCORED_AT_A_TIME = 8
-"""Answers: between so many it is seen that nobody wants the scores any more."""
-LONGEST_WAIT = 1.0
-"""Seconds before a full queue is tried again, at most."""
+"""Generation fields that change a greedy answer."""
+MAX_RUNNING = 64
+"""Examples in the engine at a time: a full batch and the next one."""
+SCORING_BATCH = 8
+"""Answers scored per thread call; a cancelled evaluation stops after one."""
+MAX_WAIT = 1.0
+"""Seconds before a full queue is tried again."""
 
-Tell = Callable[[int, int], None]
-"""Called with the number of examples that are done, and of all."""
+Progress = Callable[[int, int], None]
+"""Called with the number of finished examples and of all."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """`value` is the metric as the field defines it: a share from 0 to 1 (accuracy, exact_match, rougeL), a corpus
-    score from 0 to 100 (bleu, chrf), or nats a token (loss). `values` has one number for each example, in order: from
-    0 to 1 (for bleu and chrf the sentence's own score over 100), or the example's mean nats a token. Where `value` is
-    not their mean, `parts` are what each example does for it, in its unit, but for a constant.
+    """A metric over the examples.
+
+    Attributes:
+        value: a share from 0 to 1 (accuracy, exact_match, rougeL), a corpus score from 0 to 100 (bleu, chrf), or nats a
+            token (loss).
+        values: one number for each example: 0 to 1 (for bleu and chrf the sentence score / 100), or its mean loss.
+        influences: what each example contributes to `value`, up to a constant, if `value` is not the mean of `values`.
     """
 
     metric: str
     value: float
     values: tuple[float, ...]
-    parts: tuple[float, ...] = ()
+    influences: tuple[float, ...] = ()
 
     @property
     def lower_is_better(self) -> bool:
@@ -70,8 +72,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of one candidate. `answers` are in the order of the examples, and empty if only the loss was asked.
-    `out_of_reach` says of how many examples the expected answer is of more tokens than an answer may have.
+    """The result for one mix.
+
+    `answers` is empty if only the loss was measured. `out_of_reach` counts examples whose expected answer has more
+    tokens than an answer may have.
     """
 
     scores: Mapping[str, Score]
@@ -85,7 +89,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one candidate's score to another's on the same examples, in the metric's unit, with its 95 % interval."""
+    """Difference of two scores on the same examples, with its 95 % interval."""
 
     mean: float
     low: float
@@ -93,59 +97,55 @@ class Difference:
 
 
 def check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
-    """The metrics, each once. Raises InvalidRequest for none, and for one that is not known."""
+    """The metrics without duplicates. Raises InvalidRequest if there is none or an unknown one."""
     for metric in metrics:
         if metric not in METRICS:
-            raise InvalidRequest(f"{str(metric)[:64]!r} is no metric; there are {', '.join(METRICS)}", "metric")
+            raise InvalidRequest(f"unknown metric {str(metric)[:64]!r}; use one of {', '.join(METRICS)}", "metric")
     if not metrics:
         raise InvalidRequest("a metric is needed", "metric")
     return tuple(dict.fromkeys(metrics))
 
 
 def pairs(records: Sequence[Record]) -> list[Pair]:
-    """Records that have an input and an output. Raises InvalidRequest, naming the line of the first that has not, or
-    whose output is too long.
-    """
+    """Records that all have an input and an output. Raises InvalidRequest with the line of the first that does not."""
     for record in records:
         if not isinstance(record, Pair):
             raise InvalidRequest(f"{record.place}: an evaluation needs 'input' and 'output'", "data")
         if scores.too_long(record.output):
-            size = f"{len(record.output):,} characters of 'output' are over the limit of {scores.LONGEST:,}"
-            raise InvalidRequest(f"{record.place}: {size} that an answer is compared with", "data")
+            size = f"{len(record.output):,} characters of 'output' are over the limit of {scores.MAX_REFERENCE:,}"
+            raise InvalidRequest(f"{record.place}: {size}", "data")
     return [record for record in records if isinstance(record, Pair)]
 
 
 def check_references(metrics: Sequence[str], examples: Sequence[Pair]) -> None:
-    """Raises InvalidRequest for a metric that is 0 even where these very outputs are answered."""
+    """Raises InvalidRequest for a metric that is 0 even if all answers equal the expected ones."""
     for metric in metrics:
-        why = scores.says_nothing(metric, (example.output for example in examples))
+        why = scores.always_zero(metric, (example.output for example in examples))
         if why is not None:
-            raise InvalidRequest(f"{why}; take chrf, which compares characters", "metric")
+            raise InvalidRequest(f"{why}; use chrf, which compares characters", "metric")
 
 
 def example_ids(examples: Sequence[Pair]) -> list[str]:
-    """What each example is, whatever file it came in; a line that is there twice is two."""
+    """Ids of examples by their content, so that they are recognized in another file. Duplicates get different ids."""
     seen = Counter[str]()
     found = []
     for example in examples:
-        words = json.dumps([example.input, example.output])
-        found.append(hashlib.sha256(f"{seen[words]} {words}".encode()).hexdigest())
-        seen[words] += 1
+        content = json.dumps([example.input, example.output])
+        found.append(hashlib.sha256(f"{seen[content]} {content}".encode()).hexdigest())
+        seen[content] += 1
     return found
 
 
 def prompt_fingerprint(task: Task, metric: str) -> str:
-    """What a task puts to a model beside the example, as far as this metric's scores hang on it. Scores that were had
-    with another prompt, or by other rules of when an answer ends, are of another question.
-    """
+    """Digest of everything in a task that changes this metric's scores. Scores are comparable if it is equal."""
     defaults = {**vars(Sampling()), **OWN_DEFAULTS, **task.defaults}
-    how = [] if metric == LOSS else [defaults[name] for name in OF_GREEDY]
-    how = [sorted(value) if isinstance(value, list | tuple) else value for value in how]  # whichever comes first stops
-    return hashlib.sha256(json.dumps([task.prompt, task.format, task.system, how]).encode()).hexdigest()
+    fields = [] if metric == LOSS else [defaults[name] for name in GREEDY_FIELDS]
+    fields = [sorted(value) if isinstance(value, list | tuple) else value for value in fields]
+    return hashlib.sha256(json.dumps([task.prompt, task.format, task.system, fields]).encode()).hexdigest()
 
 
 def default_metric(task: Task | None) -> str:
-    """What is looked at if nobody says: accuracy where there are labels, else chrF."""
+    """Accuracy for a task with labels, else chrF."""
     return "accuracy" if task is not None and task.labels else "chrf"
 
 
@@ -156,14 +156,15 @@ async def evaluate(
     examples: Sequence[Pair],
     metrics: Sequence[str] = ("accuracy",),
     *,
-    in_flight: int = IN_FLIGHT,
-    tell: Tell | None = None,
+    max_running: int = MAX_RUNNING,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Answer (and, for the loss, score) every example, and measure. On the loop's thread.
+    """Run every example and compute the metrics. Called on the event loop; cancelling it stops running examples.
 
-    A queue that is full is waited for. Cancelling the coroutine stops what runs within a step. Raises InvalidRequest,
-    naming the example's line, for one that does not fit into the context, and for a metric that says nothing of these
-    examples; what the engine raises; UnknownAdapter.
+    Raises:
+        InvalidRequest: an example does not fit into the context (names its line), or a metric is useless for these
+            examples.
+        UnknownAdapter: the target's adapter is missing.
     """
     metrics = check_metrics(metrics)
     if not examples:
@@ -171,13 +172,12 @@ async def evaluate(
     await asyncio.to_thread(check_references, metrics, examples)
     started = time.monotonic()
     with inference.lease(target) as lease:
+        run = _Run(inference, prompts, replace(target, held=lease), examples, metrics)
+        await run.run(max_running, on_progress or (lambda done, total: None))
         versions = tuple(lease.versions)
-        caller = Caller(priority=PRIORITY, client=False)
-        run = _Run(inference, prompts, replace(target, held=lease), caller, metrics)
-        await run.all(examples, in_flight, tell or (lambda done, total: None))
     return Evaluation(
-        {metric: await run.score(metric, examples) for metric in metrics},
-        tuple(run.answers) if run.with_text else (),
+        {metric: await run.score(metric) for metric in metrics},
+        tuple(run.answers) if run.generates else (),
         versions,
         run.prompt_tokens,
         run.completion_tokens,
@@ -187,34 +187,31 @@ async def evaluate(
 
 
 def unreachable_note(out_of_reach: int, examples: int) -> str:
-    """What is told of examples whose expected answer no answer can reach."""
+    """Warning for expected answers that are longer than an answer may be."""
     return (
-        f"{out_of_reach:,} of {examples:,} expected answers have more tokens than an answer may have, so that what is "
-        f"measured is cut short: the task's defaults.max_tokens says how many, {OWN_DEFAULTS['max_tokens']} if it does "
-        "not"
+        f"{out_of_reach:,} of {examples:,} expected answers have more tokens than an answer may have, so scores are "
+        f"too low. Raise the task's defaults.max_tokens ({OWN_DEFAULTS['max_tokens']} if it is not set)"
     )
 
 
-def difference(ours: Score, theirs: Score) -> Difference:
-    """How much more `ours` has (less is better for a loss), and its interval of 95 %. Paired, by what each example does
-    for the two scores; without bounds where there is one example only.
+def difference(first: Score, second: Score) -> Difference:
+    """First minus second, with the paired 95 % interval by Student's t. One example has infinite bounds.
 
-    Of hits and misses the deviation has one example put in that only `ours` hits and one that only `theirs` does, as
-    Bonett and Price (2012) do: of a few that are all alike it is 0, which is no certainty.
+    For hits and misses one example is added that only the first hits and one that only the second hits, as in Bonett
+    and Price (2012): otherwise a few equal examples would have an interval of width 0.
     """
-    mean, half = ours.value - theirs.value, math.inf
-    if len(ours.values) > 1:
-        each = [a - b for a, b in zip(ours.parts or ours.values, theirs.parts or theirs.values, strict=True)]
-        hits = ours.metric in scores.MEAN and {*each} <= {-1.0, 0.0, 1.0}
-        half = _students_t(len(each) - 1) * stdev([*each, *((1.0, -1.0) if hits else ())]) / math.sqrt(len(each))
+    mean, half = first.value - second.value, math.inf
+    n = len(first.values)
+    if n > 1:
+        both = zip(first.influences or first.values, second.influences or second.values, strict=True)
+        each = [a - b for a, b in both]
+        binary = first.metric in scores.MEAN and {*each} <= {-1.0, 0.0, 1.0}
+        half = _t_quantile(n - 1) * stdev([*each, *((1.0, -1.0) if binary else ())]) / math.sqrt(n)
     return Difference(mean, mean - half, mean + half)
 
 
-def _students_t(degrees: int) -> float:
-    """Half the width of a mean's interval of 95 %, in standard errors, by its degrees of freedom, at least one.
-
-    By the expansion of Abramowitz and Stegun, 26.7.5, within 1 % from two degrees on; of one it is known exactly.
-    """
+def _t_quantile(degrees: int) -> float:
+    """0.975 quantile of Student's t. Within 1 % by Abramowitz and Stegun 26.7.5, exact for one degree of freedom."""
     if degrees == 1:
         return 1 / math.tan(math.pi / 40)
     x = NormalDist().inv_cdf(0.975)
@@ -229,149 +226,132 @@ def _students_t(degrees: int) -> float:
 
 
 class _Run:
-    """One evaluation while it goes on."""
+    """One evaluation in progress."""
 
     def __init__(
-        self, inference: Inference, prompts: Prompts, target: Target, caller: Caller, metrics: Sequence[str]
+        self, inference: Inference, prompts: Prompts, target: Target, examples: Sequence[Pair], metrics: Sequence[str]
     ) -> None:
-        self._inference, self._prompts, self._target, self._caller = inference, prompts, target, caller
+        self._inference, self._prompts, self._target, self._examples = inference, prompts, target, examples
+        self._caller = Caller(priority=PRIORITY, client=False)
         self._with_loss = LOSS in metrics
-        self.with_text = any(metric != LOSS for metric in metrics)
-        self.answers: list[str] = []
-        self._losses: list[tuple[float, int]] = []
+        self.generates = any(metric != LOSS for metric in metrics)
+        self.answers = [""] * len(examples)
+        self._losses = [(0.0, 0)] * len(examples)  # nats, tokens
         self.prompt_tokens = self.completion_tokens = self.out_of_reach = 0
 
-    async def all(self, examples: Sequence[Pair], in_flight: int, tell: Tell) -> None:
-        self.answers = [""] * len(examples)
-        self._losses = [(0.0, 0)] * len(examples)
-        left = iter(range(len(examples)))
-        done = 0
+    async def run(self, max_running: int, on_progress: Progress) -> None:
+        total, done = len(self._examples), 0
+        remaining = iter(enumerate(self._examples))
 
-        async def work(numbers: Iterator[int]) -> None:
+        async def work() -> None:
             nonlocal done
-            for number in numbers:
-                await self._one(number, examples[number])
+            for index, example in remaining:
+                await self._run_one(index, example)
                 done += 1
-                tell(done, len(examples))
+                on_progress(done, total)
 
-        await self._check(examples)
-        tell(0, len(examples))
+        await self._check_all()
+        on_progress(0, total)
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(in_flight, len(examples))):
-                    group.create_task(work(left))
+                for _ in range(min(max_running, total)):
+                    group.create_task(work())
         except BaseExceptionGroup as errors:
-            # The first failure is the reason; the other workers were cancelled because of it, or failed alike.
-            raise errors.exceptions[0] from None
+            raise errors.exceptions[0] from None  # the first failure is the cause of the others
 
-    async def _check(self, examples: Sequence[Pair]) -> None:
-        """Raises for an example that the engine would refuse, before the others have cost anything."""
-        for example in examples:
-            with _placed(example):
-                if self.with_text:
-                    _, sampling = await self._asked(example)
-                    self.out_of_reach += await self._prompts.is_longer(example.output, sampling.max_tokens)
+    async def _check_all(self) -> None:
+        """Raises for an example that the engine would refuse, before any example runs."""
+        for example in self._examples:
+            with _with_place(example):
+                if self.generates:
+                    _, sampling = await self._encode(example)
+                    self.out_of_reach += await self._prompts.has_more_tokens(example.output, sampling.max_tokens)
                 if self._with_loss:
-                    await self._scored(example)
+                    await self._encode_scored(example)
             await asyncio.sleep(0)
 
-    async def _one(self, number: int, example: Pair) -> None:
-        with _placed(example):
-            if self.with_text:
-                await self._answer(number, example)
+    async def _run_one(self, index: int, example: Pair) -> None:
+        with _with_place(example):
+            if self.generates:
+                ids, sampling = await self._encode(example)
+                generation = await self._generate([ids], [sampling])
+                self.answers[index] = "".join(generation.replies[0].text)
             if self._with_loss:
-                await self._score(number, example)
+                encoded = await self._encode_scored(example)
+                sampling, counts = Sampling(max_tokens=1, logprobs=0), [count for _, count in encoded]
+                generation = await self._generate([ids for ids, _ in encoded], [sampling], counts)
+                logprobs = generation.replies[0].logprobs
+                self._losses[index] = (-sum(token.logprob for token in logprobs), len(logprobs))
 
-    async def _asked(self, example: Pair) -> tuple[list[int], Sampling]:
+    async def _encode(self, example: Pair) -> tuple[list[int], Sampling]:
         task = self._target.task
         ids = await self._prompts.encode_input(task, example.input)
         defaults = {**(task.defaults if task else {}), "temperature": 0.0, "logprobs": None}
         return ids, build({}, defaults, OWN_DEFAULTS, self._prompts.limit, len(ids))
 
-    async def _scored(self, example: Pair) -> list[tuple[list[int], int]]:
+    async def _encode_scored(self, example: Pair) -> list[tuple[list[int], int]]:
         return await self._prompts.encode_labels(self._target.task, example.input, [example.output])
 
-    async def _answer(self, number: int, example: Pair) -> None:
-        ids, sampling = await self._asked(example)
-        generation = await self._ran([ids], [sampling], ())
-        self.answers[number] = "".join(generation.replies[0].text)
-
-    async def _score(self, number: int, example: Pair) -> None:
-        encoded = await self._scored(example)
-        sampling = Sampling(max_tokens=1, logprobs=0)
-        generation = await self._ran([ids for ids, _ in encoded], [sampling], [count for _, count in encoded])
-        found = generation.replies[0].logprobs
-        self._losses[number] = (-sum(token.logprob for token in found), len(found))
-
-    async def _ran(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], scored: Sequence[int]
+    async def _generate(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], scored: Sequence[int] = ()
     ) -> Generation:
+        """Run until it finishes. Tries again if the queue is full or a client request displaced it."""
         while True:
-            generation = await self._started(prompts, samplings, scored)
+            generation = None
             try:
+                generation = self._inference.start(self._target, prompts, samplings, self._caller, scored=scored)
                 await generation.finished()
                 break
-            except QueueFull as error:  # it was let in, and had to make room for somebody else's
-                generation.cancel()
-                await self._patience(error)
-            except BaseException:
-                generation.cancel()
-                raise
+            except BaseException as error:
+                if generation is not None:
+                    generation.cancel()
+                if not isinstance(error, QueueFull):
+                    raise
+                wait = min(error.retry_after or MAX_WAIT, MAX_WAIT)
+            await asyncio.sleep(wait)
         if generation.cancelled:
             raise NotReady("the engine stopped before the evaluation was complete; start it again", retry_after=2.0)
-        usage: dict[str, Any] = generation.usage()
+        usage = generation.usage()
         self.prompt_tokens += usage["prompt_tokens"]
         self.completion_tokens += usage["completion_tokens"]
         return generation
 
-    async def _started(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], scored: Sequence[int]
-    ) -> Generation:
-        """Submits, and waits where the queue has no place: those that it is full of go first anyway."""
-        while True:
-            try:
-                return self._inference.start(self._target, prompts, samplings, self._caller, scored=scored)
-            except QueueFull as error:
-                await self._patience(error)
-
-    async def _patience(self, error: QueueFull) -> None:
-        await asyncio.sleep(min(error.retry_after or LONGEST_WAIT, LONGEST_WAIT))
-
-    async def score(self, metric: str, examples: Sequence[Pair]) -> Score:
-        """Off the loop, which would be held up for seconds. A thread that computes is not to be stopped."""
+    async def score(self, metric: str) -> Score:
+        """Compute a metric, on threads: some take seconds."""
         if metric == LOSS:
             return await asyncio.to_thread(self._loss)
-        of: Callable[[str, str], Any] = scores.MEAN.get(metric) or scores.CORPUS[metric].count
-        references = [example.output for example in examples]
+        score: Callable[[str, str], Any] = scores.MEAN.get(metric) or scores.CORPUS[metric].statistics
+        references = [example.output for example in self._examples]
         each: list[Any] = []
-        for start in range(0, len(references), SCORED_AT_A_TIME):
-            some = slice(start, start + SCORED_AT_A_TIME)
-            each += await asyncio.to_thread(list, map(of, self.answers[some], references[some]))
-        return await asyncio.to_thread(_together, metric, each)
+        for start in range(0, len(references), SCORING_BATCH):
+            batch = slice(start, start + SCORING_BATCH)
+            each += await asyncio.to_thread(list, map(score, self.answers[batch], references[batch]))
+        return await asyncio.to_thread(_combine, metric, each)
 
     def _loss(self) -> Score:
-        each = tuple(map(_a_token, self._losses))
-        return Score(LOSS, _a_token(scores.sums(self._losses)), each, scores.parts(_a_token, self._losses))
+        each = tuple(map(_loss_per_token, self._losses))
+        value = _loss_per_token(scores.column_sums(self._losses))
+        return Score(LOSS, value, each, scores.jackknife(_loss_per_token, self._losses))
 
 
-def _together(metric: str, each: Sequence[Any]) -> Score:
-    """The score of what each answer has by its reference."""
+def _combine(metric: str, each: Sequence[Any]) -> Score:
+    """The score of a metric from the scores or statistics of the answers."""
     if metric in scores.MEAN:
         return Score(metric, sum(each) / len(each), tuple(each))
     corpus = scores.CORPUS[metric]
-    value, parts = corpus.score(scores.sums(each)), scores.parts(corpus.score, each)
-    return Score(metric, value, tuple(map(corpus.single, each)), parts)
+    value, influences = corpus.score(scores.column_sums(each)), scores.jackknife(corpus.score, each)
+    return Score(metric, value, tuple(map(corpus.single, each)), influences)
 
 
 @contextmanager
-def _placed(example: Pair) -> Iterator[None]:
-    """What is wrong with an example, with its place in its file."""
+def _with_place(example: Pair) -> Iterator[None]:
+    """Errors inside name the example's line."""
     try:
         yield
     except InvalidRequest as error:
         raise InvalidRequest(f"{example.place}: {error.message}", error.param) from error
 
 
-def _a_token(loss: scores.Counts) -> float:
+def _loss_per_token(loss: scores.Statistics) -> float:
     nats, tokens = loss
     return nats / tokens

@@ -1,7 +1,4 @@
-"""Names to mixes: what `?task=`, `model` and `adapters` of a request mean.
-
-Unknown names are errors, never a silent base.
-"""
+"""Resolves `?task=`, `model` and `adapters` of a request to a target. Unknown names are errors."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _VERSION = re.compile(f"({NAME.pattern}){AT_DIGEST}")
 
 
 class Versions(Protocol):
-    """What resolving asks of the registry."""
+    """The part of the adapter registry that resolving uses."""
 
     def current(self, name: str) -> Version: ...
 
@@ -28,15 +25,20 @@ class Versions(Protocol):
 
 
 class Router(Protocol):
-    """Picks one of a `best` route's candidates for the next request."""
+    """Picks one candidate of a `best` route for the next request."""
 
     def pick(self, task: Task, route: BestRoute) -> str: ...
 
 
 @dataclass(frozen=True)
 class Target:
-    """What answers a request: a task's template or none, and a choice. `held` is a lease of the choice that the caller
-    has: its versions answer, whatever becomes of their names. With `custom_mix` the choice is the request's own.
+    """What answers a request.
+
+    Attributes:
+        task: its template is applied; None for the raw prompt.
+        choice: adapters with weights; empty is the base model.
+        held: a lease on the choice that the caller holds. Its versions answer.
+        custom_mix: the request chose the adapters itself.
     """
 
     task: Task | None
@@ -46,7 +48,7 @@ class Target:
 
 
 class Resolver:
-    """From a client's words to a `Target`."""
+    """Finds the target of a request. `override` is the request's own `adapters`, None if it has none."""
 
     def __init__(self, tasks: TaskStore, adapters: Versions, base: str, router: Router) -> None:
         self.base = base
@@ -55,37 +57,47 @@ class Resolver:
         self._router = router
 
     def task(self, name: str | None, override: Choice | None) -> Target:
-        """`?task=`: tasks only. None is `default`, which is the base where nobody defined it. Raises UnknownName."""
+        """The target of `?task=`. Without a name: the task `default`, else the base model. Raises UnknownName."""
         task = self._tasks.find(DEFAULT if name is None else name)
         if task is None and name not in (None, DEFAULT):
-            raise self._no_task(name)
-        custom_mix = override is not None
-        choice = override if override is not None else self._route(task)
-        return Target(task, choice, custom_mix=custom_mix)
+            raise self._unknown_task(name)
+        return self._target(task, [] if task is None else None, override)
 
     def model(self, name: str, override: Choice | None) -> Target:
-        """`model`: exact version, then task, then adapter, then base. Raises UnknownName, UnknownAdapter."""
-        bare, custom_mix = name.removeprefix("adapter:"), override is not None
-        if bare != name or _VERSION.fullmatch(name):
-            if not NAME.fullmatch(bare.partition("@")[0]):
-                raise _no_model(name)
+        """The target of `model`: version, task, adapter or base model, in this order.
+
+        Raises:
+            UnknownName, UnknownAdapter: nothing has that name.
+        """
+        adapter = name.removeprefix("adapter:")
+        if adapter != name or _VERSION.fullmatch(name):
+            if not NAME.fullmatch(adapter.partition("@")[0]):
+                raise _unknown_model(name)
             with rename_params(adapters="model"):
-                self._adapters.resolve([(bare, 1.0)])
-            return Target(None, [(bare, 1.0)] if override is None else override, custom_mix=custom_mix)
+                self._adapters.resolve([(adapter, 1.0)])
+            return self._target(None, [(adapter, 1.0)], override)
         task = self._tasks.find(name)
         if task is not None:
-            return Target(task, override if override is not None else self._route(task), custom_mix=custom_mix)
+            return self._target(task, None, override)
         if self._is_adapter(name):
-            return Target(None, [(name, 1.0)] if override is None else override, custom_mix=custom_mix)
+            return self._target(None, [(name, 1.0)], override)
         if name != self.base:
-            raise _no_model(name)
-        return Target(None, override or [], custom_mix=custom_mix)
+            raise _unknown_model(name)
+        return self._target(None, [], override)
 
-    def _no_task(self, name: str) -> UnknownName:
-        told = "GET /tasks lists them"
-        if self._is_adapter(name):
-            told = f"{name} is an adapter: name it in `adapters`, or PUT /tasks/{name} makes a task of it"
-        return UnknownName(f"there is no task {name[:64]!r}; {told}", "task")
+    def _target(self, task: Task | None, choice: Choice | None, override: Choice | None) -> Target:
+        """The choice is the override, else `choice`, else that of the task's route."""
+        if override is not None:
+            return Target(task, override, custom_mix=True)
+        if choice is None:
+            assert task is not None
+            choice = self._route(task)
+        return Target(task, choice)
+
+    def _route(self, task: Task) -> Choice:
+        if isinstance(task.route, BestRoute):
+            return [(self._router.pick(task, task.route), 1.0)]
+        return list(task.route.choice)
 
     def _is_adapter(self, name: str) -> bool:
         try:
@@ -94,13 +106,12 @@ class Resolver:
             return False
         return True
 
-    def _route(self, task: Task | None) -> Choice:
-        if task is None:
-            return []
-        if isinstance(task.route, BestRoute):
-            return [(self._router.pick(task, task.route), 1.0)]
-        return list(task.route.choice)
+    def _unknown_task(self, name: str) -> UnknownName:
+        advice = "GET /tasks lists them"
+        if self._is_adapter(name):
+            advice = f"{name} is an adapter: name it in `adapters`, or create a task with PUT /tasks/{name}"
+        return UnknownName(f"there is no task {name[:64]!r}; {advice}", "task")
 
 
-def _no_model(name: str) -> UnknownName:
+def _unknown_model(name: str) -> UnknownName:
     return UnknownName(f"there is no model {name[:96]!r}; GET /v1/models lists them", "model")

@@ -1,17 +1,16 @@
-"""`best` routes: candidates take turns until one is proven better, and that one serves.
+"""`best` routes: traffic is split between candidates until one is proven better, and that one then serves.
 
-Owns the rule. Turns go on until every candidate has `min_samples` and the leader's mean is over each other's by an
-interval that holds at all times; one that is proven worse than some other has few turns meanwhile. After that, one
-request in twenty still goes to the others in turn, half of these to those that have few samples (a version that has
-just been published), so that a change is noticed; a rival takes over only when it is proven better itself, and turns
-begin anew where the leader is proven worse than some other. A candidate may be published so often that it never has
-`min_samples`: nobody can begin to lead beside it, but who is worse than another has few turns all the same, and a
-leader that is gives way. Where evaluations decide, nobody goes around: requests would change nothing. But who could not
-be read when it was last loaded has such few turns by any rule, until it is: its requests end with an error.
+- Without a leader, candidates that are not proven worse than another take turns.
+- A candidate becomes the leader when every pair has `min_samples` and its mean is higher than each other mean, by a
+  confidence sequence.
+- One request in 20 explores the other candidates, half of these candidates with fewer than `min_samples`.
+- A leader that is proven worse loses its place. If one candidate never reaches `min_samples`, this still works between
+  the others.
+- If evaluations decide, there is no exploration, because requests give no information. A candidate whose weights failed
+  to load is explored until it loads again.
 
-In which order is drawn anew every few rounds, and so is which of twenty requests goes around: clients that send one
-easy and one hard prompt in turn would otherwise give each candidate prompts of one kind. Single rounds would not do:
-what one candidate has of the two the other has not, and differences vary more than the interval takes them to.
+The order of turns is random, five rounds at a time, so that clients which alternate between kinds of prompts do not
+bias the comparison.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from typing import Any, Protocol
 from adapters.errors import AdapterError, StoreFailed
 from adapters.weights import Choice, Version
 from server.tasks.definitions import BestRoute, Task
-from server.tasks.intervals import ALPHA, Apart, Hours, Totals, by_hours, by_pairs
+from server.tasks.intervals import ALPHA, Comparison, Hours, Totals, compare_by_hours, compare_paired
 from server.tasks.mix_key import MixKey
 from server.tasks.quality import FEEDBACK, Quality
 
-EXPLORED = 20
-"""One request in so many goes around after a decision."""
+EXPLORE_EVERY = 20
+"""Requests of which one explores."""
 ROUNDS = 5
-"""Rounds whose order is drawn at once."""
+"""Rounds of turns whose order is drawn at once."""
 
 
 class Versions(Protocol):
-    """What a router asks of the registry."""
+    """The part of the adapter registry that routing uses."""
 
     def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
 
@@ -45,243 +44,241 @@ class Versions(Protocol):
 
 @dataclass(frozen=True)
 class Decision:
-    """Who leads, if anybody does, and why, in words; and who is proven worse than some other."""
+    """The leader, if any, the reason in words, and the candidates that are proven worse than another."""
 
     leader: str | None
     reason: str
-    behind: frozenset[str] = frozenset()
+    worse: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of candidates: all scores of each; of each two how many count, called `samples`, and how far one is
-    over the other, asked for once."""
+class Evidence:
+    """Scores of candidates, and how two of them compare.
+
+    Attributes:
+        totals: candidate -> all its scores.
+        samples: number of samples in the comparison of two candidates.
+        unit: the word for these samples.
+        compare: the comparison of two candidates.
+        advice: what the user can do if samples are missing.
+    """
 
     totals: Mapping[str, Totals]
-    common: Callable[[str, str], int]
-    samples: str
-    apart: Callable[[str, str], Apart]
+    samples: Callable[[str, str], int]
+    unit: str
+    compare: Callable[[str, str], Comparison]
     advice: str = ""
 
 
-def by_feedback(scores: Mapping[str, Hours]) -> Known:
-    """Of scores by hour: compared within hours."""
-    totals = {name: Totals.joined(hours.values()) for name, hours in scores.items()}
+def feedback_evidence(scores: Mapping[str, Hours]) -> Evidence:
+    """Evidence from feedback: candidates are compared within hours."""
+    totals = {name: Totals.sum(hours.values()) for name, hours in scores.items()}
+    return Evidence(
+        totals,
+        lambda one, other: min(totals[one].count, totals[other].count),
+        "samples",
+        lambda one, other: compare_by_hours(scores[one], scores[other]),
+    )
 
-    def common(one: str, other: str) -> int:
-        return min(totals[one].count, totals[other].count)
 
-    return Known(totals, common, "samples", lambda one, other: by_hours(scores[one], scores[other]))
-
-
-def by_evaluation(
+def evaluation_evidence(
     totals: Mapping[str, Totals], paired: Callable[[str, str], Totals], lower_is_better: bool = False
-) -> Known:
-    """Of evaluations: compared on the examples that two were asked both, of which `paired` tells."""
+) -> Evidence:
+    """Evidence from evaluations: two candidates are compared on the examples that both answered."""
     pairs = {pair: paired(*pair) for pair in itertools.combinations(totals, 2)}
 
-    def apart(one: str, other: str) -> Apart:
-        found = by_pairs(pairs[one, other])
-        return found.turned() if lower_is_better else found
+    def compare(one: str, other: str) -> Comparison:
+        comparison = compare_paired(pairs[one, other])
+        return comparison.reversed() if lower_is_better else comparison
 
-    # Their own scores may be of other examples, or from before there were pairs.
-    advice = "" if all(p.count for p in pairs.values()) else "; have all of them evaluated on one file"
-    return Known(totals, lambda one, other: pairs[one, other].count, "samples of the same examples", apart, advice)
+    advice = "" if all(p.count for p in pairs.values()) else "; evaluate all of them on one file"
+    return Evidence(totals, lambda one, other: pairs[one, other].count, "samples of the same examples", compare, advice)
 
 
-def decide(known: Known, min_samples: int, current: str | None) -> Decision:
-    """The rule itself. `current` is the one that leads now; it does no more once it is proven worse than another."""
-    names = list(known.totals)
+def decide(evidence: Evidence, min_samples: int, current: str | None) -> Decision:
+    """Choose the leader. `current` is the leader until now; it stays unless it is proven worse or another better."""
+    names = list(evidence.totals)
     if len(names) < 2:
         return Decision(current, f"nothing to compare: {', '.join(names) or 'no candidate'} is left")
-    told = ", ".join(
-        f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in known.totals.items()
+    scores = ", ".join(
+        f"{name} {t.mean:.3f} of {t.count}" if t.count else f"{name} none" for name, t in evidence.totals.items()
     )
     alpha = ALPHA / (len(names) - 1)
-    leads: dict[str, dict[str, float]] = {name: {} for name in names}
+    margins: dict[str, dict[str, float]] = {name: {} for name in names}  # lower bounds of differences
     pairs = list(itertools.combinations(names, 2))
-    known_pairs = [pair for pair in pairs if known.common(*pair) >= min_samples]
-    for one, other in known_pairs:
-        apart = known.apart(one, other)
-        leads[one][other], leads[other][one] = apart.least(alpha), apart.turned().least(alpha)
-    behind = frozenset(other for of_one in leads.values() for other, least in of_one.items() if least > 0)
-    worse = f", {', '.join(sorted(behind))} worse than another" if behind else ""
-    all_known = len(known_pairs) == len(pairs)
-    for name, of_one in leads.items():
-        # Over all others; or, if these are not all known, over all that are, with the one that leads now among them.
-        least = min(1.0, *of_one.values()) if all_known or current in of_one else 0.0
-        if least > 0:
-            than = "" if all_known else f", than all with {min_samples} {known.samples}"
-            return Decision(name, f"{name} is better by at least {least:.3f}, at {1 - ALPHA:.0%}{than}: {told}", behind)
-    current = None if current in behind else current
-    if all_known:
-        return Decision(current, f"no candidate is proven better yet{worse}: {told}", behind)
-    meanwhile = "taking turns" if current is None else f"{current} serves"
-    until = f"until each has {min_samples} {known.samples}"
-    return Decision(current, f"{meanwhile} {until}{worse}: {told}{known.advice}", behind)
+    comparable = [pair for pair in pairs if evidence.samples(*pair) >= min_samples]
+    for one, other in comparable:
+        comparison = evidence.compare(one, other)
+        margins[one][other] = comparison.lower_bound(alpha)
+        margins[other][one] = comparison.reversed().lower_bound(alpha)
+    worse = frozenset(other for over in margins.values() for other, margin in over.items() if margin > 0)
+    worse_text = f", {', '.join(sorted(worse))} worse than another" if worse else ""
+    complete = len(comparable) == len(pairs)
+    for name, over in margins.items():
+        # If some pairs lack samples, only a challenger of the current leader may take over.
+        margin = min(1.0, *over.values()) if complete or current in over else 0.0
+        if margin > 0:
+            than = "" if complete else f", than all with {min_samples} {evidence.unit}"
+            return Decision(
+                name, f"{name} is better by at least {margin:.3f}, at {1 - ALPHA:.0%}{than}: {scores}", worse
+            )
+    current = None if current in worse else current
+    if complete:
+        return Decision(current, f"no candidate is proven better yet{worse_text}: {scores}", worse)
+    action = "taking turns" if current is None else f"{current} serves"
+    until = f"until each has {min_samples} {evidence.unit}"
+    return Decision(current, f"{action} {until}{worse_text}: {scores}{evidence.advice}", worse)
 
 
 @dataclass
 class _Turns:
-    """Whose turn it is."""
+    """Turns of the candidates of one task."""
 
-    _left: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
-    """Among whom -> whose turns are left of these rounds, in the order drawn."""
-    _ahead: int = 0
-    """Requests until one goes around, itself among them, and those that are left of the twenty after it."""
+    _remaining: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    """Candidates -> their remaining turns, in random order."""
+    _until: int = 0
+    """Requests until the next exploring one, including it."""
     _after: int = 0
+    """Requests of this group of 20 after the exploring one."""
 
     def next(self, names: Sequence[str]) -> str:
-        """One of the names. In `ROUNDS` rounds each has as many turns."""
-        left = self._left.get(tuple(names))
-        if not left:
-            left = random.sample([*names] * ROUNDS, len(names) * ROUNDS)
-            self._left = {among: turns for among, turns in self._left.items() if turns} | {tuple(names): left}
-        return left.pop()
+        """The candidate whose turn it is. Each has the same number of turns in `ROUNDS` rounds."""
+        turns = self._remaining.get(tuple(names))
+        if not turns:
+            turns = random.sample([*names] * ROUNDS, len(names) * ROUNDS)
+            self._remaining = {key: left for key, left in self._remaining.items() if left} | {tuple(names): turns}
+        return turns.pop()
 
-    def goes_around(self) -> bool:
-        """Whether this request does, of those that a leader would have: one of each twenty."""
-        if self._ahead == 0 and self._after == 0:
-            self._ahead = random.randrange(EXPLORED) + 1
-            self._after = EXPLORED - self._ahead
-        if self._ahead > 0:
-            self._ahead -= 1
-            return self._ahead == 0
+    def explores(self) -> bool:
+        """Whether this request explores: one of every `EXPLORE_EVERY`, at a random place."""
+        if self._until == 0 and self._after == 0:
+            self._until = random.randrange(EXPLORE_EVERY) + 1
+            self._after = EXPLORE_EVERY - self._until
+        if self._until > 0:
+            self._until -= 1
+            return self._until == 0
         self._after -= 1
         return False
 
 
+@dataclass
+class _TaskState:
+    """Routing state of one task; it is discarded when the route changes."""
+
+    route: BestRoute
+    leader: MixKey | None
+    worse: frozenset[MixKey] = frozenset()
+    turns: _Turns = field(default_factory=_Turns)
+
+
 class BestRouter:
-    """Picks candidates by what is known of them."""
+    """Picks the candidate for each request of a task with a `best` route."""
 
     def __init__(self, quality: Quality, versions: Versions, base: str) -> None:
         self._quality = quality
         self._versions = versions
         self._base = base
-        self._turns: dict[str, tuple[BestRoute, _Turns]] = {}
-        self._leaders: dict[str, tuple[BestRoute, MixKey | None]] = {}
-        self._behind: dict[str, tuple[BestRoute, frozenset[MixKey]]] = {}
-        """Who was proven worse than some other when a task was last looked at."""
+        self._states: dict[str, _TaskState] = {}
 
     def pick(self, task: Task, route: BestRoute) -> str:
         """The candidate for the next request."""
-        taken = self._turns.get(task.name)
-        if taken is None or taken[0] != route:
-            taken = self._turns[task.name] = (route, _Turns())
-        turns = taken[1]
-        subjects = self._subjects(task, route)
-        leader = self._leading(task, route, subjects)
-        known, behind = self._behind.get(task.name, (route, frozenset[MixKey]()))
-        sound = [name for name in subjects if not self._versions.load_failed(name)] or list(subjects)
-        first = [n for n in sound if known != route or subjects[n] not in behind] or sound
-        if leader in sound:
-            first = [leader]
-        # Of what is evaluated nothing is learned by requests, but whether it can be read again.
-        rest = [n for n in subjects if n not in first and (route.source == FEEDBACK or n not in sound)]
-        if not rest or not turns.goes_around():
-            return first[0] if len(first) == 1 else turns.next(first or list(route.candidates))
-        counts = {n: self._quality.totals(subjects[n], route.metric, route.source).count for n in rest}
-        few = [name for name in rest if counts[name] < route.min_samples]
-        return turns.next(few if few and random.random() < 0.5 else rest)
+        state = self._state(task, route)
+        keys = self._keys(task, route)
+        leader = self._leader(state, keys)
+        loadable = [name for name in keys if not self._versions.load_failed(name)] or list(keys)
+        main = [name for name in loadable if keys[name] not in state.worse] or loadable
+        if leader in loadable:
+            main = [leader]
+        others = [n for n in keys if n not in main and (route.source == FEEDBACK or n not in loadable)]
+        if not others or not state.turns.explores():
+            return main[0] if len(main) == 1 else state.turns.next(main or list(route.candidates))
+        counts = {n: self._quality.totals(keys[n], route.metric, route.source).count for n in others}
+        few = [name for name in others if counts[name] < route.min_samples]
+        return state.turns.next(few if few and random.random() < 0.5 else others)
 
     def review(self, task: Task, route: BestRoute) -> Decision:
-        """Look at the scores again, and change the leader if that is proven.
-
-        Raises StoreFailed if a new leader, or that there is none any more, cannot be written down.
-        """
-        subjects = self._subjects(task, route)
-        current = self._leading(task, route, subjects)
-        decision = decide(self._known(subjects, route), route.min_samples, current)
-        self._behind[task.name] = (route, frozenset(subjects[name] for name in decision.behind))
+        """Decide again with the current scores, and store a change of the leader. Raises StoreFailed."""
+        state = self._state(task, route)
+        keys = self._keys(task, route)
+        current = self._leader(state, keys)
+        decision = decide(self._evidence(keys, route), route.min_samples, current)
+        state.worse = frozenset(keys[name] for name in decision.worse)
         if decision.leader != current:
-            found = None if decision.leader is None else subjects[decision.leader]
-            if found is None:
+            leader = None if decision.leader is None else keys[decision.leader]
+            if leader is None:
                 self._quality.clear_leader(task.name)
             else:
-                self._quality.set_leader(task.name, _rule(route), found, decision.reason)
-            self._leaders[task.name] = (route, found)
+                self._quality.set_leader(task.name, _rule(route), leader, decision.reason)
+            state.leader = leader
         return decision
 
-    def _known(self, subjects: Mapping[str, MixKey], route: BestRoute) -> Known:
-        if route.source == FEEDBACK:  # of accuracy alone
-            return by_feedback({name: self._quality.hours(s, route.metric, FEEDBACK) for name, s in subjects.items()})
-        return by_evaluation(
-            {name: self._quality.totals(s, route.metric, route.source) for name, s in subjects.items()},
-            lambda one, other: self._quality.paired(subjects[one], subjects[other], route.metric),
-            route.metric == "loss",
-        )
-
     def review_task(self, task: Task | None) -> None:
-        """Review a task that has such a route: its scores, its route or a version of a candidate is another now.
-
-        Raises StoreFailed as `review` does.
-        """
+        """`review` if the task has a `best` route. To be called after new scores, routes and versions."""
         if task is not None and isinstance(task.route, BestRoute):
             self.review(task, task.route)
 
     def describe(self, task: Task, route: BestRoute) -> dict[str, Any]:
         """The `best` of a task's performance."""
+        keys = self._keys(task, route)
         try:
             decision = self.review(task, route)
-        except StoreFailed as error:  # a new leader has to wait for the disk, who asks need not
-            decision = Decision(self._leading(task, route, self._subjects(task, route)), error.message)
-        known = self._quality.leader(task.name, _rule(route))
-        subjects = self._subjects(task, route)
+        except StoreFailed as error:
+            decision = Decision(self._leader(self._state(task, route), keys), error.message)
+        stored = self._quality.leader(task.name, _rule(route))
         leader = decision.leader
         return {
             "leader": leader,
-            "version": subjects[leader].label if leader in subjects else None,
-            "decided": known[1] if known and leader else None,
+            "version": keys[leader].label if leader in keys else None,
+            "decided": stored[1] if stored and leader else None,
             "reason": decision.reason,
         }
 
     def forget_task(self, task: str) -> None:
-        """Forget who leads a task that is gone or has no such route any more, and whose turn it is.
-
-        Raises StoreFailed.
-        """
+        """Delete the leader and turns of a task that is gone or has no `best` route any more. Raises StoreFailed."""
         self._quality.clear_leader(task)
-        self._leaders.pop(task, None)
-        self._behind.pop(task, None)
-        self._turns.pop(task, None)
+        self._states.pop(task, None)
 
-    def _leading(self, task: Task, route: BestRoute, subjects: Mapping[str, MixKey]) -> str | None:
-        """The candidate whose very version has been proven better; None if there is none, or it has changed."""
-        known = self._leader(task, route)
-        return next((name for name, subject in subjects.items() if subject == known), None)
+    def _state(self, task: Task, route: BestRoute) -> _TaskState:
+        state = self._states.get(task.name)
+        if state is None or state.route != route:
+            stored = self._quality.leader(task.name, _rule(route))
+            state = self._states[task.name] = _TaskState(route, stored[0] if stored else None)
+        return state
 
-    def _leader(self, task: Task, route: BestRoute) -> MixKey | None:
-        """What has been proven better, be it a candidate still or not."""
-        known = self._leaders.get(task.name)
-        if known is None or known[0] != route:
-            found = self._quality.leader(task.name, _rule(route))
-            known = self._leaders[task.name] = (route, found[0] if found else None)
-        return known[1]
+    def _evidence(self, keys: Mapping[str, MixKey], route: BestRoute) -> Evidence:
+        if route.source == FEEDBACK:
+            return feedback_evidence({n: self._quality.hours(key, route.metric, FEEDBACK) for n, key in keys.items()})
+        return evaluation_evidence(
+            {name: self._quality.totals(key, route.metric, route.source) for name, key in keys.items()},
+            lambda one, other: self._quality.paired(keys[one], keys[other], route.metric),
+            lower_is_better=route.metric == "loss",
+        )
 
-    def _subjects(self, task: Task, route: BestRoute) -> dict[str, MixKey]:
-        """Candidate -> what it is now. One whose adapter is gone is left out.
+    def _leader(self, state: _TaskState, keys: Mapping[str, MixKey]) -> str | None:
+        """The candidate that leads; None if there is none or it has a new version."""
+        return next((name for name, key in keys.items() if key == state.leader), None)
 
-        Of those of one content, as `name` may be `name@digest`, or be published under a second name, it is the one that
-        leads, or else of which most is known: nothing is better than itself.
+    def _keys(self, task: Task, route: BestRoute) -> dict[str, MixKey]:
+        """Candidate -> its current mix. Candidates whose adapter is missing are left out.
+
+        Of candidates with equal content only one is kept: the leader, or the one with the most scores.
         """
-        same: dict[tuple[str, ...], dict[str, MixKey]] = {}
+        by_content: dict[tuple[str, ...], dict[str, MixKey]] = {}
         for name in route.candidates:
             try:
                 versions = self._versions.resolve([(name, 1.0)])
             except AdapterError:
                 continue
             content = tuple(version.digest for version, _ in versions)
-            same.setdefault(content, {})[name] = MixKey.of(task.name, versions, self._base)
+            by_content.setdefault(content, {})[name] = MixKey.of(task.name, versions, self._base)
+        leader = self._state(task, route).leader
 
-        def standing(item: tuple[str, MixKey]) -> tuple[bool, int]:
-            subject = item[1]
-            count = self._quality.totals(subject, route.metric, route.source).count
-            return subject == self._leader(task, route), count
+        def rank(item: tuple[str, MixKey]) -> tuple[bool, int]:
+            return item[1] == leader, self._quality.totals(item[1], route.metric, route.source).count
 
-        return dict(max(several.items(), key=standing) if len(several) > 1 else next(iter(several.items()))
-                    for several in same.values())  # fmt: skip
+        return dict(max(same.items(), key=rank) for same in by_content.values())
 
 
 def _rule(route: BestRoute) -> str:
-    """What a decision was made by: one that another metric or source has made says nothing here."""
+    """Key of a stored decision. A decision by another metric or source does not apply."""
     return f"{route.metric} by {route.source}"

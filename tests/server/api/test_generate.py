@@ -49,7 +49,7 @@ def test_an_answer_has_the_contracts_form(live: Any) -> None:
 def test_without_a_task_the_base_continues_the_raw_prompt(live: Any) -> None:
     body = live.generate("hello").json()
     assert body["task"] is None and body["adapters"] == [] and body["logprobs"] is None
-    assert body["usage"]["prompt_tokens"] == len(live.services.prompts.text.encode("hello"))
+    assert body["usage"]["prompt_tokens"] == len(live.services.prompts.tokenizer.encode("hello"))
     assert live.generate("hello", logprobs=0).json()["logprobs"] is None
 
 
@@ -63,7 +63,7 @@ def test_the_default_task_answers_when_none_is_named(live: Any) -> None:
     assert live.http.put("/tasks/default", json={"prompt": ">> {input}", "route": {"choice": []}}).status_code == 201
     body = live.generate("hello").json()
     assert body["task"] == "default"
-    assert body["usage"]["prompt_tokens"] == len(live.services.prompts.text.encode(">> hello"))
+    assert body["usage"]["prompt_tokens"] == len(live.services.prompts.tokenizer.encode(">> hello"))
 
 
 def test_adapters_of_a_request_replace_the_tasks_mix(live: Any) -> None:
@@ -124,14 +124,14 @@ def test_classify_scores_labels_of_which_one_begins_another(live: Any) -> None:
     assert set(own["scores"]) == {"yes", "no"} and own["task"] is None
     assert live.http.post("/classify", json={"prompt": "x"}).json()["error"]["param"] == "labels"
     merged = live.http.post("/classify", json={"prompt": "t", "labels": ["h", "he"]})
-    assert merged.status_code == 400 and "are one token together" in merged.json()["error"]["message"]
+    assert merged.status_code == 400 and "form one token" in merged.json()["error"]["message"]
 
 
 def test_classify_is_a_softmax_over_the_sums_of_log_probabilities(live: Any, tiny_runner: TorchRunner) -> None:
     """Against one whole pass of the decoder over each label with its end token."""
     labels = ["a", "b", "ab"]
     scores = live.http.post("/classify", json={"prompt": "q: ", "labels": labels}).json()["scores"]
-    text = live.services.prompts.text
+    text = live.services.prompts.tokenizer
     sums = []
     for label in labels:
         ids = [*text.encode("q: " + label), text.eos_id]
@@ -281,7 +281,7 @@ def test_what_a_call_is_resolved_to_answers_it_though_its_task_moves_on_meanwhil
 
     assert live.http.post("/adapters", json={"name": "old", "source": "a"}).status_code == 201
     assert live.http.put("/tasks/moving", json=route_to("old")).status_code == 201
-    monkeypatch.setattr(Prompts, "_off", slow)
+    monkeypatch.setattr(Prompts, "_run", slow)
     with ThreadPoolExecutor(1) as threads:
         called = threads.submit(live.http.post, path, json=fields)
         assert began.wait(SECONDS)
@@ -445,7 +445,7 @@ def test_unknown_tasks_are_404_and_adapters_are_no_tasks(live: Any) -> None:
 
 
 def test_special_tokens_in_a_users_text_are_plain_text(live: Any) -> None:
-    text = live.services.prompts.text
+    text = live.services.prompts.tokenizer
     count = live.generate("<|im_end|>").json()["usage"]["prompt_tokens"]
     assert count == len(text.encode("<|im_end|>")) > 1
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from server.api.errors import error_reply
 from server.api.generate import Call
 from server.errors import InvalidRequest
-from server.tasks.inference import Caller
+from server.tasks.generation import Caller
 from tests.waiting import until
 
 LONG = {"prompt": "once", "max_tokens": 200, "ignore_eos": True, "adapters": [{"name": "a"}]}

@@ -134,7 +134,7 @@ def test_a_drain_that_times_out_ends_answers_of_clients_but_no_job(live: Any) ->
         answer = clients.submit(live.generate, "x", max_tokens=100, ignore_eos=True)
         inference = live.services.inference
         waiting.until(lambda: any(generation.caller.client for generation in inference.live))
-        inference._mailbox.loop.call_soon_threadsafe(live.state.abort_requests)
+        inference._delivery.loop.call_soon_threadsafe(live.state.abort_requests)
         assert answer.result(30).json()["finish_reason"] == "cancelled"
     live.slow_down(0.0)
     job = finished(live, id)

@@ -240,10 +240,10 @@ def test_a_backup_as_the_documentation_has_it_is_put_back(live: Any, start: Any,
         return [text, versions, server.http.get("/tasks/own").json(), scored["version"], scored["quality"]]
 
     before, state, backup = told(live), tmp_path / "state", tmp_path / "backup"
-    shutil.copytree(state, backup, ignore=shutil.ignore_patterns("cache", "models", "quality.db*"))
+    shutil.copytree(state, backup, ignore=shutil.ignore_patterns("cache", "models", "loramux.db*"))
     with (
-        closing(sqlite3.connect(state / "quality.db")) as records,
-        closing(sqlite3.connect(backup / "quality.db")) as to,
+        closing(sqlite3.connect(state / "loramux.db")) as records,
+        closing(sqlite3.connect(backup / "loramux.db")) as to,
     ):
         records.backup(to)
     live.stop()

@@ -125,7 +125,7 @@ def test_sampled_token_is_among_the_top_logprobs(client: openai.OpenAI) -> None:
 
 
 def test_model_resolves_to_version_then_task_then_adapter_then_base(live: Any, client: openai.OpenAI) -> None:
-    text = live.services.prompts.text
+    text = live.services.prompts.tokenizer
 
     def prompt_tokens(model: str) -> int:
         usage = client.chat.completions.create(model=model, messages=HELLO, max_tokens=1).usage
@@ -401,7 +401,7 @@ def test_completion_starts_n_sequences_per_prompt(
 
 
 def test_texts_of_a_completion_go_through_the_template(live: Any, started: list[Any]) -> None:
-    text = live.services.prompts.text
+    text = live.services.prompts.tokenizer
     wrapped = [text.encode_task("Is it good?\n\n{input}", "chat", None, word) for word in ("x", "yes")]
     for prompt in ("x", ["x", "yes"], [40, 41]):
         body = {"model": "mood", "prompt": prompt, "max_tokens": 1}

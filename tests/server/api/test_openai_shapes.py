@@ -14,7 +14,7 @@ from server.engine.request import Delivery, Request, Sampling, TokenLogprob
 from server.errors import ServerError
 from server.model.gguf_vocabulary import from_gguf
 from server.model.tokenizer import ModelTokenizer
-from server.tasks.inference import Generation, Reply
+from server.tasks.generation import Generation, Reply
 
 
 @pytest.fixture

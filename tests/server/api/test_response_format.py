@@ -17,7 +17,7 @@ import pytest
 
 from server.engine.grammar import Grammar
 from server.engine.request import Request
-from server.tasks.inference import Generation
+from server.tasks.generation import Generation
 from tests.waiting import until
 
 HELLO: Any = [{"role": "user", "content": "hello"}]

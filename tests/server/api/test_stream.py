@@ -44,7 +44,7 @@ def test_a_whole_answer_that_the_server_s_end_cut_short_is_none(
     live: Any, monkeypatch: pytest.MonkeyPatch, chat: bool
 ) -> None:
     """No finish_reason of OpenAI's would tell it."""
-    monkeypatch.setattr("server.tasks.inference.Generation.cancelled", property(lambda generation: True))
+    monkeypatch.setattr("server.tasks.generation.Generation.cancelled", property(lambda generation: True))
     path, asked = ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}) if chat else (
         "completions", {"prompt": "x"})  # fmt: skip
     answer = live.http.post(f"/v1/{path}", json={"model": "tiny", "max_tokens": 2, **asked})
@@ -61,7 +61,7 @@ def test_a_streamed_answer_that_the_server_s_end_cut_short_ends_with_an_error(li
     with live.http.stream("POST", f"/v1/{path}", json=body) as answer:
         received = answer.iter_lines()
         next(received)
-        live.services.inference._mailbox.loop.call_soon_threadsafe(live.state.abort_requests)
+        live.services.inference._delivery.loop.call_soon_threadsafe(live.state.abort_requests)
         events = [json.loads(line.removeprefix("data: ")) for line in received if line]
     assert "stopped before the answer was complete" in events[-1]["error"]["message"]
     assert not any(choice["finish_reason"] for event in events[:-1] for choice in event["choices"])
@@ -81,7 +81,7 @@ def test_a_stream_that_was_cut_short_before_it_began_is_answered_with_a_status(s
         next(received)
         queued = pool.submit(httpx.post, f"{live.url}/v1/{path}", json=body, timeout=SECONDS)
         until(lambda: live.stats()["waiting"])
-        live.services.inference._mailbox.loop.call_soon_threadsafe(live.state.abort_requests)
+        live.services.inference._delivery.loop.call_soon_threadsafe(live.state.abort_requests)
         answer = queued.result(SECONDS)
         assert [line for line in received if line][-1] == "data: [DONE]", "how far it came is an answer there"
     assert answer.status_code == 503 and answer.headers["retry-after"]

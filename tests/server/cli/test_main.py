@@ -26,7 +26,7 @@ import adapters
 from server.cli import generate, main
 from server.cli.options import IGNORED_VARIABLE
 from server.model.loader import Base
-from server.tasks.inference import Generation
+from server.tasks.generation import Generation
 
 LIBRARY = Path(adapters.__path__[0]) / "library"
 

@@ -33,9 +33,9 @@ LONG = "the cat sat on the mat and looked at the moon with joy"
 
 def corpus_evaluation(metric: str, answers: list[str], references: list[str]) -> Evaluation:
     corpus = scores.CORPUS[metric]
-    counts = [corpus.count(a, r) for a, r in zip(answers, references, strict=True)]
-    values, parts = tuple(map(corpus.single, counts)), scores.parts(corpus.score, counts)
-    score = Score(metric, corpus.score(scores.sums(counts)), values, parts)
+    counts = [corpus.statistics(a, r) for a, r in zip(answers, references, strict=True)]
+    values, parts = tuple(map(corpus.single, counts)), scores.jackknife(corpus.score, counts)
+    score = Score(metric, corpus.score(scores.column_sums(counts)), values, parts)
     return Evaluation({metric: score}, tuple(answers), (), 3, 4, 0.5)
 
 
