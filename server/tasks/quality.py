@@ -228,7 +228,7 @@ class Quality:
                 self._add(MixKey(row.task, row.mix, row.base), mix)
             for row in connection.execute(sa.select(score_hours)):
                 hours = by_id[row.mix_id].hours.setdefault((row.metric, row.source), {})
-                hours[row.hour] = Totals(row.count, row.total, row.squares)
+                hours[row.hour] = Totals(*row[-3:])  # count, total, squares
             self._leaders = store.read_leaders(connection)
         for mix in by_id.values():
             mix.drop_hours(0)
