@@ -22,8 +22,8 @@ from server.api.jobs_setup import build_jobs, training_context
 from server.api.state import BaseInfo, Services
 from server.api.watchdog import Watchdog
 from server.database import Database, database_url
-from server.database.legacy_tasks import import_legacy_tasks
 from server.database.legacy_jobs import import_jobs
+from server.database.legacy_tasks import import_legacy_tasks
 from server.engine.grammar import Grammars
 from server.kernels import choose
 from server.metrics import Metrics

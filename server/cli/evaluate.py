@@ -113,7 +113,7 @@ async def _evaluate(settings: Settings, base: Base, plan: Plan, bar: Progress, r
                 bar(label, done, total)
 
             results[label] = await measure(
-                services.inference, services.prompts, target, plan.examples, metrics, tell=update
+                services.inference, services.prompts, target, plan.examples, metrics, on_progress=update
             )
 
 

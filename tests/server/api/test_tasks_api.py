@@ -179,8 +179,7 @@ def test_a_task_file_that_routes_to_nobody_is_told_until_there_is_one(
     made = live.http.post("/adapters", json={"name": "lost", "source": "lost"})
     assert made.status_code in (200, 201) and "'nobody'" in made.json()["notes"][-1]
     assert (
-        "the task.json of adapter 'lost' has a route that cannot be served" in caplog.text
-        and "'nobody'" in caplog.text
+        "the task.json of adapter 'lost' has a route that cannot be served" in caplog.text and "'nobody'" in caplog.text
     )
     assert live.generate("x", task="lost").json()["error"]["param"] == "adapters"
     assert live.http.post("/adapters", json={"name": "nobody", "source": "a"}).status_code == 201
