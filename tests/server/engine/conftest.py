@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 import struct
 import time
 from collections import Counter
@@ -38,6 +39,12 @@ TEMPLATE = (
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def prompt(seed: int, length: int = 10) -> list[int]:
+    """Random ordinary tokens."""
+    rng = random.Random(seed)
+    return [rng.randrange(3, 250) for _ in range(length)]
 
 
 def digest_of(name: str) -> str:
