@@ -1,4 +1,4 @@
-"""The bodies of `/v1/files`, `/v1/fine_tuning/jobs`, `/jobs` and `/tasks/{task}/evaluate`, in and out."""
+"""Request and response bodies of `/v1/files`, `/v1/fine_tuning/jobs`, `/jobs` and `/tasks/{task}/evaluate`."""
 
 from __future__ import annotations
 
@@ -29,16 +29,6 @@ class FileObject(Out):
     status: Literal["processed"]
 
 
-class FileList(Out):
-    """Newest first; `has_more` says whether older ones follow the last."""
-
-    object: Literal["list"]
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
 class FileDeleted(Out):
     id: str
     object: Literal["file"]
@@ -46,7 +36,7 @@ class FileDeleted(Out):
 
 
 class Hyperparameters(V1):
-    """OpenAI's three. "auto" is 3 epochs, 16 examples a step and a multiplier of 1, which is a rate of 5e-4."""
+    """OpenAI's hyperparameters. "auto" is 3 epochs, batch size 16 and multiplier 1, a learning rate of 5e-4."""
 
     n_epochs: Auto | Annotated[float, Field(gt=0, le=1000)] | None = None
     batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -58,19 +48,19 @@ class Supervised(V1):
 
 
 class Method(V1):
-    """Supervised is what there is; others are refused by name."""
+    """The method of training. Only `supervised` is supported."""
 
     type: Annotated[str, Field(max_length=64)]
     supervised: Supervised | None = None
 
 
 class LoraBody(V1):
-    """What is ours. `task` gives the template that inputs go through; absent, a task of the suffix's name.
+    """Settings of the adapter, beyond OpenAI's.
 
-    `prune_to` cuts the trained adapter to that rank, which is below its own; `auto_rank` spends the parameters of `r`
-    where they count; `init_from` is an adapter to go on from, with its ranks and modules. `publish: if_better` compares
-    with the adapter that has the name, on the validation file or on a tenth of the training file that is held out for
-    it.
+    `task` names the prompt template; by default it is the task of the suffix's name. `auto_rank` distributes the
+    parameters of rank `r` over the modules. `prune_to` prunes the result to a lower rank. `init_from` continues an
+    adapter with its ranks and modules. With `publish: if_better`, the result is published if it is better than the
+    current version on the validation file, or on a tenth of the training file that is held out.
     """
 
     r: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -90,7 +80,7 @@ class LoraBody(V1):
 
 
 class FineTuningBody(V1):
-    """`POST /v1/fine_tuning/jobs`. `model` is the base; the result is called `suffix`, else `ft-` and the job's id."""
+    """`POST /v1/fine_tuning/jobs`. `model` is the base. The result is named `suffix`, or `ft-` and the job's id."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     training_file: FileId
@@ -110,7 +100,7 @@ class JobError(Out):
 
 
 class FineTuningJob(Out):
-    """A training job. Beyond OpenAI's: the status `paused`, and `lora`."""
+    """A training job. The status `paused` and the field `lora` are not OpenAI's."""
 
     id: str
     object: Literal["fine_tuning.job"]
@@ -136,16 +126,8 @@ class FineTuningJob(Out):
     lora: dict[str, Any]
 
 
-class FineTuningJobList(Out):
-    """Newest first."""
-
-    object: Literal["list"]
-    data: list[FineTuningJob]
-    has_more: bool
-
-
 class FineTuningEvent(Out):
-    """`data` of the type "metrics" has `step` and losses and accuracies under OpenAI's names."""
+    """An event. `data` of the type "metrics" has `step`, losses and accuracies."""
 
     id: str
     object: Literal["fine_tuning.job.event"]
@@ -156,16 +138,8 @@ class FineTuningEvent(Out):
     data: dict[str, Any]
 
 
-class FineTuningEventList(Out):
-    """Newest first."""
-
-    object: Literal["list"]
-    data: list[FineTuningEvent]
-    has_more: bool
-
-
 class FineTuningCheckpoint(Out):
-    """A point that the job was, or is, able to go on from. It is not served; `metrics` are the last ones before it."""
+    """A checkpoint of a job. It is not served. `metrics` are the last ones before it."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"]
@@ -176,19 +150,38 @@ class FineTuningCheckpoint(Out):
     metrics: dict[str, float]
 
 
-class FineTuningCheckpointList(Out):
-    """Newest first."""
+class Page(Out):
+    """A list, newest first. `has_more` says whether older entries follow."""
 
     object: Literal["list"]
-    data: list[FineTuningCheckpoint]
-    first_id: str | None
-    last_id: str | None
     has_more: bool
 
 
+class FineTuningJobList(Page):
+    data: list[FineTuningJob]
+
+
+class FineTuningEventList(Page):
+    data: list[FineTuningEvent]
+
+
+class FineTuningCheckpointList(Page):
+    data: list[FineTuningCheckpoint]
+    first_id: str | None
+    last_id: str | None
+
+
+class FileList(Page):
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+
+
 class JobSummary(Out):
-    """A job of either kind. `progress` is from 0 to 1; `seconds` are those of work, `loss` is the last in training; one
-    that is `pausing` runs until its step is over."""
+    """A job. `progress` is from 0 to 1, `seconds` is working time, `loss` is the last training loss.
+
+    A job that is `pausing` runs until its step ends.
+    """
 
     id: str
     kind: Literal["training", "evaluation"]
@@ -209,7 +202,7 @@ class JobSummary(Out):
 
 
 class JobAnswer(JobSummary):
-    """With what it was asked, and its curves: lists of `[step, value]` by name."""
+    """A job with its request and its curves: lists of `[step, value]` by metric."""
 
     asked: dict[str, Any]
     curves: dict[str, list[list[float]]]
@@ -217,7 +210,7 @@ class JobAnswer(JobSummary):
 
 
 class JobList(Out):
-    """Newest first, the last 200."""
+    """The last 200 jobs, newest first."""
 
     jobs: list[JobSummary]
 
@@ -228,9 +221,9 @@ class Example(Body):
 
 
 class EvaluateBody(Body):
-    """`POST /tasks/{task}/evaluate`: either `data` or `file`. Without `candidates`, those of the task's route.
+    """`POST /tasks/{task}/evaluate`, with either `data` or `file`.
 
-    A candidate is a mix, as in `adapters`; an empty one is the base alone.
+    A candidate is a mix as in `adapters`; an empty one is the base alone. By default they come from the task's route.
     """
 
     data: Annotated[list[Example], Field(fail_fast=True, min_length=1, max_length=100_000)] | None = None

@@ -120,9 +120,6 @@ def _send_validated(examples: Examples, steps: int, send: Send) -> None:
     if examples.left_out:
         text = f"{examples.left_out:,} validation examples are skipped when the result is evaluated: "
         text += "they or their answers are too long, or their prompt is empty."
-        if examples.validation is None:
-            text = f"All {examples.left_out:,} examples to hold out exceed the maximum sequence length, so nothing is "
-            text += "held out; give a validation_file to evaluate the result."
         send({"kind": NOTE, "message": text, "data": {"left_out": examples.left_out}})
     if examples.evaluation is not None and (known := examples.evaluation.among(examples.training)):
         text = f"{known:,} of {len(examples.evaluation.examples):,} evaluation examples are also training examples"

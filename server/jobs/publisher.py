@@ -49,13 +49,9 @@ from server.tasks.task_store import TaskStore
 
 log = logging.getLogger(__name__)
 
-TRIES = 3
-"""How often a result is evaluated if its name gets another version meanwhile."""
 RESULTS = "fine-tune-results"
 SOURCE = "job"
 """The publisher in the registry's records."""
-PUBLISHING = "publishing"
-"""Key in a job's result: the version that is about to be published."""
 
 
 @dataclass(frozen=True)
@@ -127,40 +123,33 @@ class Publisher:
     def publish(self, active: ActiveJob) -> None:
         """Do the rest of a trained job: evaluate, publish, and add the result files.
 
-        Raises:
-            InvalidAdapter, JobError, JobStopped: And whatever the registry raises when publishing.
+        Raises InvalidAdapter, JobError, JobStopped, and whatever the registry raises when publishing.
         """
-        job = active.job
+        job, rule = active.job, active.job.request["lora"]["publish"]
         if "files" in job.result:  # all done before the server ended
             return
+        active.check_stop()
         folder = active.folder / RESULT
         result = read_folder(folder, name=job.name, max_rank=self._max_rank, shapes=self._shapes).version
-        for _ in range(TRIES):
-            active.check_stop()
-            current = self._current(job.name)
-            published = (job.result.pop(PUBLISHING, None), job.result.get("version"))
-            if current is not None and current.label in published:
-                # The server ended, or the job failed, after the result was published.
-                job.result |= {"model": job.name, "version": current.label}
-                active.add_event(f"Already published as {current.label}.", data={"version": current.label})
-                break
-            if self._try_publish(active, result, current):
-                break
+        current = self._current(job.name)
+        if current == result and rule != "never":  # published before the server ended or the job failed
+            job.result |= {"model": job.name, "version": current.label}
+            active.add_event(f"Published as {current.label}.", data={"version": current.label})
         else:
-            raise JobError("conflict", f"{job.name} got another version during each of {TRIES} evaluations", "suffix")
+            try:
+                self._evaluate_and_publish(active, result, current)
+            except (UnknownAdapter, VersionMismatch, AdapterConflict) as error:
+                if self._current(job.name) == current:
+                    raise
+                message = f"{job.name} was replaced or deleted during the evaluation; resume the job to compare again"
+                raise JobError("conflict", message, "suffix") from error
         self._add_files(active)
 
-    def _try_publish(self, active: ActiveJob, result: Version, current: Version | None) -> bool:
-        """Evaluate the result, and publish it if the rule allows it. False if the name changed meanwhile."""
+    def _evaluate_and_publish(self, active: ActiveJob, result: Version, current: Version | None) -> None:
         job, rule = active.job, active.job.request["lora"]["publish"]
         comparison, failure = None, None
         try:
             comparison = self._compare(active, current)
-        except UnknownAdapter:
-            if self._current(job.name) == current:
-                raise
-            active.add_event(f"{job.name} was deleted or replaced meanwhile; the result is evaluated again.")
-            return False
         except (InvalidChoice, InvalidData, InvalidRequest, NoRoom) as error:
             if isinstance(error, NoRoom) and rule != "never":
                 raise  # there is no room to serve the result either; the job can be resumed
@@ -177,27 +166,16 @@ class Publisher:
         if reason is not None:
             job.result["model"] = None
             active.add_event(f"Not published: {reason}")
-            return True
-        return self._publish(active, result, current if rule == "if_better" else None, rule == "if_better")
-
-    def _publish(self, active: ActiveJob, result: Version, expected: Version | None, compared: bool) -> bool:
-        """Publish, if `compared` only if the name still has the expected version. False if it has another."""
-        job = active.job
-        job.result[PUBLISHING] = result.label
-        active.store.save(job)
-        try:
-            published = self._registry.publish_now(
-                job.name,
-                active.folder / RESULT,
-                source=SOURCE,
-                if_match=expected.label if expected is not None else None,
-                create_only=compared and expected is None,
-            )
-        except (VersionMismatch, AdapterConflict):
-            active.add_event(f"{job.name} got another version meanwhile; the result is evaluated again.")
-            return False
-        finally:
-            del job.result[PUBLISHING]
+            return
+        active.store.save(job)  # with its evaluation, in case the server ends before the job does
+        compared = rule == "if_better"
+        published = self._registry.publish_now(
+            job.name,
+            active.folder / RESULT,
+            source=SOURCE,
+            if_match=current.label if compared and current is not None else None,
+            create_only=compared and current is None,
+        )
         label = published.version.label
         job.result |= {"model": job.name, "version": label}
         active.add_event(f"Published as {label}.", data={"version": label})
@@ -208,7 +186,6 @@ class Publisher:
                 f"the model adapter:{job.name} is the adapter itself.",
                 level="warn",
             )
-        return True
 
     # -- evaluation
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.jobs.job_store import (
     ACTIVE,
     CANCELLED,
     FAILED,
+    FINISHED,
     PAUSED,
     QUEUED,
     RUNNING,
@@ -114,7 +116,7 @@ class JobRunner:
             if job.status in ACTIVE:
                 self._recover(job)
             elif job.finished:
-                self._delete_files(job)  # the last server may have ended before it did this
+                self._delete_files(job, job.resumable)  # the last server may have ended before it did this
         self._threads = [
             threading.Thread(target=self._run, args=(kind,), name=f"loramux-{kind}", daemon=True) for kind in works
         ]
@@ -164,10 +166,7 @@ class JobRunner:
     def cancel(self, id: str) -> Job:
         """End an unfinished job, or discard a failed one that could be resumed.
 
-        Raises:
-            UnknownName: There is no such job.
-            Conflict: The job has finished.
-            StoreFailed: The database refused; nothing changed.
+        Raises UnknownName, Conflict for a finished job, and StoreFailed.
         """
         with self._condition:
             job = self.get(id)
@@ -175,7 +174,7 @@ class JobRunner:
                 raise Conflict(f"{id} has finished ({job.status}) and cannot be cancelled", "id")
             active = self._active.get(id)
             if active is None:
-                self._finish(job, CANCELLED, "Cancelled.", error=None)
+                self._set_status(job, CANCELLED, "Cancelled.")
             else:
                 self._update(job, cancelling=True)
                 active.request_stop(CANCELLED)
@@ -184,10 +183,7 @@ class JobRunner:
     def pause(self, id: str) -> Job:
         """Stop a training job at a checkpoint until it is resumed.
 
-        Raises:
-            UnknownName: There is no such job.
-            Conflict: The job has finished, is an evaluation, or is trained already.
-            StoreFailed: The database refused; nothing changed.
+        Raises UnknownName, Conflict for a job without training to do, and StoreFailed.
         """
         with self._condition:
             job = self.get(id)
@@ -202,18 +198,14 @@ class JobRunner:
                     self.store.add_event(job, "Pause requested; the job stops after the current step.")
                 active.request_stop(PAUSED)
             elif job.status != PAUSED:
-                self._change(job, PAUSED, "Paused.")
+                self._set_status(job, PAUSED, "Paused.")
         return job
 
     def resume(self, id: str) -> Job:
         """Queue a paused or failed training job again. It continues from its checkpoint.
 
-        If a requested pause has not taken effect yet, it is withdrawn: the work still stops, and continues at once.
-
-        Raises:
-            UnknownName: There is no such job.
-            Conflict: The job is neither paused nor failed.
-            StoreFailed: The database refused; nothing changed.
+        A requested pause that has not taken effect yet is withdrawn: the work still stops, and continues at once.
+        Raises UnknownName, Conflict for a job that is neither paused nor failed, and StoreFailed.
         """
         with self._condition:
             job = self.get(id)
@@ -223,8 +215,7 @@ class JobRunner:
                 return job
             if job.kind != TRAINING or job.status not in (PAUSED, FAILED):
                 raise Conflict(f"{id} is {job.status}; only paused or failed training jobs can be resumed", "id")
-            message = "Resumed; the job continues from its last checkpoint."
-            self._change(job, QUEUED, message, error=None, finished_at=None, interrupted=0)
+            self._set_status(job, QUEUED, "Resumed; the job continues from its last checkpoint.", interrupted=0)
             self._condition.notify_all()
         return job
 
@@ -272,70 +263,68 @@ class JobRunner:
         with self._condition:
             del self._active[job.id]
             try:
-                self._end(active, stopped, error)
+                self._end(job, stopped, error)
             except StoreFailed as failure:
-                log.error("the end of job %s is not recorded; it runs again after a restart: %s", job.id, failure)
+                log.error("the end of job %s is not stored; it runs again after a restart: %s", job.id, failure.message)
+                job.status, job.error = FAILED, _error_fields(job.id, failure)
 
-    def _end(self, active: ActiveJob, stopped: bool, error: dict[str, Any] | None) -> None:
-        """Record how a piece of work ended. A requested cancel or pause counts, unless the job has succeeded."""
-        job = active.job
+    def _end(self, job: Job, stopped: bool, error: dict[str, Any] | None) -> None:
+        """Store how a piece of work ended. A requested cancel or pause counts, unless the job has succeeded."""
         if not stopped and error is None:
-            self._finish(job, SUCCEEDED, "The job has succeeded.", keep=True)
+            self._set_status(job, SUCCEEDED, "The job has succeeded.")
         elif job.cancelling:
-            self._finish(job, CANCELLED, "Cancelled.", keep=True, error=None)
+            self._set_status(job, CANCELLED, "Cancelled.")
         elif error is not None:
-            self._finish(job, FAILED, str(error["message"]), keep=True, error=error)
+            self._set_status(job, FAILED, str(error["message"]), error=error)
         elif job.pausing:
-            self._change(job, PAUSED, f"Paused at step {job.progress.step}.", keep=True)
+            self._set_status(job, PAUSED, f"Paused at step {job.progress.step}.")
         elif self._closing:
-            self._change(job, QUEUED, "The server stops; the job continues when it starts again.", keep=True)
+            self._set_status(job, QUEUED, "The server stops; the job continues when it starts again.")
         else:
-            reason = "" if active.stop_reason == PAUSED else "The training process was stopped; "
-            message = f"{reason}the job continues from step {job.progress.step}."
-            self._change(job, QUEUED, message[0].upper() + message[1:], keep=True)
+            self._set_status(job, QUEUED, f"The job continues from step {job.progress.step}.")
 
     def _recover(self, job: Job) -> None:
         """Queue a job again that ran when the last server ended, or carry out what a client requested before."""
+        count = job.interrupted + 1
         try:
             if job.cancelling:
-                self._finish(job, CANCELLED, "Cancelled before the server ended.", keep=True)
+                self._set_status(job, CANCELLED, "Cancelled before the server ended.")
             elif job.pausing:
-                self._change(job, PAUSED, "Paused before the server ended.", keep=True)
-            elif job.interrupted + 1 >= MAX_INTERRUPTED:
-                message = _interrupted_message(job)
-                error = {"code": "server_ended", "message": message, "param": None}
-                self._finish(job, FAILED, message, keep=True, error=error, interrupted=job.interrupted + 1)
-            else:
+                self._set_status(job, PAUSED, "Paused before the server ended.")
+            elif count < MAX_INTERRUPTED:
                 message = "The server has restarted; the job continues from its last checkpoint."
-                self._change(job, QUEUED, message, keep=True, interrupted=job.interrupted + 1)
+                self._set_status(job, QUEUED, message, interrupted=count)
+            else:
+                message = (
+                    f"the server ended {count} times while this job ran; it may have run out of memory or exceeded "
+                    f"--step-limit, see its log; {'resume' if job.kind == TRAINING else 'submit'} it to try again"
+                )
+                error = {"code": "server_ended", "message": message, "param": None}
+                self._set_status(job, FAILED, message, error=error, interrupted=count)
         except StoreFailed as error:
-            log.error("the state of job %s after the restart is not recorded: %s", job.id, error.message)
+            log.error("the state of job %s after the restart is not stored: %s", job.id, error.message)
+            job.status = QUEUED
 
-    def _finish(self, job: Job, status: str, message: str, keep: bool = False, **changes: Any) -> None:
+    def _set_status(
+        self, job: Job, status: str, message: str, *, error: dict[str, Any] | None = None, **changes: Any
+    ) -> None:
+        """Change and store a status. The event comes first, so that a client that sees the status finds the event."""
         if status == CANCELLED:
-            self._delete_files(job, all=True)  # first, because a cancel is how users make room on a full disk
-        self._change(job, status, message, keep=keep, finished_at=time.time(), **changes)
-        self._delete_files(job)
-
-    def _change(self, job: Job, status: str, message: str, keep: bool = False, **changes: Any) -> None:
-        """Change a job's status. The event comes first, so that a client that sees the status finds the event."""
+            self._delete_files(job, resumable=False)  # first, because users cancel jobs to make room on a full disk
         self.store.add_event(job, message, level="error" if status == FAILED else "info")
-        self._update(job, keep=keep, status=status, pausing=False, cancelling=False, **changes)
+        changes |= {"status": status, "error": error, "pausing": False, "cancelling": False}
+        self._update(job, finished_at=time.time() if status in FINISHED else None, **changes)
+        if job.finished:
+            self._delete_files(job, resumable=job.resumable)
 
-    def _update(self, job: Job, keep: bool = False, **changes: Any) -> None:
-        """Set and save fields of a job. If the database refuses, they are set back, unless `keep` is given."""
-        before = {name: getattr(job, name) for name in changes}
+    def _update(self, job: Job, **changes: Any) -> None:
+        """Store and set fields of a job. If the database refuses, they stay as they are. Raises StoreFailed."""
+        self.store.save(replace(job, **changes))
         vars(job).update(changes)
-        try:
-            self.store.save(job)
-        except StoreFailed:
-            if not keep:
-                vars(job).update(before)
-            raise
 
-    def _delete_files(self, job: Job, all: bool = False) -> None:
-        """Delete what a finished job no longer needs. A job that can be resumed keeps its checkpoint."""
-        for name in TEMPORARY_FILES if job.resumable and not all else (*TEMPORARY_FILES, *RESUME_FILES):
+    def _delete_files(self, job: Job, resumable: bool) -> None:
+        """Delete the files that a finished job no longer needs. A job that can be resumed keeps its checkpoint."""
+        for name in TEMPORARY_FILES if resumable else (*TEMPORARY_FILES, *RESUME_FILES):
             path = self.store.folder(job.id) / name
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -358,11 +347,3 @@ def _error_fields(id: str, failure: BaseException) -> dict[str, Any]:
     if isinstance(failure, OSError):
         return {"code": "failed", "message": os_error_message(failure), "param": None}
     return {"code": "internal", "message": "internal error; the server's log has details", "param": None}
-
-
-def _interrupted_message(job: Job) -> str:
-    checkpoint, again = (" without a new checkpoint", "resume it") if job.kind == TRAINING else ("", "submit it again")
-    return (
-        f"the server ended {job.interrupted + 1} times while this job ran{checkpoint}; it may have run out of memory "
-        f"or exceeded --step-limit, see its log; {again} to try again"
-    )

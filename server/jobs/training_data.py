@@ -70,16 +70,13 @@ def prepare(spec: WorkerSpec, base: Base, stop: Callable[[], bool] = lambda: Fal
     if spec.validation is not None:
         validation = _File(spec.validation_name, "validation_file", encode, max_length)
         held = validation.read(spec.validation)
-        tokens = training.tokens(records)
-        # If the first examples are all too long, look at as many as the result is evaluated on.
-        first = MAX_EVALUATED if validation.all_too_long(held[:MAX_VALIDATION]) else MAX_VALIDATION
-        seen = validation.tokens(held[:first])
+        tokens, seen = training.tokens(records), validation.tokens(held[:MAX_VALIDATION])
         return Examples(tokens, seen, **validation.evaluation(held[:MAX_EVALUATED], seen, context_length))
     positions = set(held_out(records, spec.held_out))
-    held = [records[i] for i in sorted(positions)]
-    if training.all_too_long(held):  # as if there were too few to hold any out
-        return Examples(training.tokens(records), left_out=len(held))
     tokens = training.tokens([r for i, r in enumerate(records) if i not in positions])
+    if not positions:
+        return Examples(tokens)
+    held = [records[i] for i in sorted(positions)]
     seen = training.tokens(held, f"{spec.data_name}, held out for validation")
     return Examples(tokens, seen, held_out=len(held), **training.evaluation(held, seen, context_length))
 
@@ -105,10 +102,6 @@ class _File:
     def tokens(self, records: Sequence[Record], name: str | None = None) -> Tokens:
         with self._job_errors(name or self.name):
             return data.tokenize(records, self.encode, self.max_length, name or self.name)
-
-    def all_too_long(self, records: Sequence[Record]) -> bool:
-        with self._job_errors(self.name):
-            return all(len(self.encode(record)[0]) > self.max_length for record in records)
 
     def evaluation(self, records: Sequence[Record], seen: Tokens, context_length: int) -> dict[str, Any]:
         """Fields of `Examples`. Records that are not all pairs are evaluated by loss, in the training process."""

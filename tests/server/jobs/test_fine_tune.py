@@ -24,7 +24,7 @@ from server.jobs.errors import JobError
 from server.jobs.fine_tune import StepEvents, fine_tune
 from server.jobs.train_recipe import _evaluated, as_written
 from server.jobs.trainable_model import TrainableModel, loss_of
-from server.jobs.training_data import held_out, prepare
+from server.jobs.training_data import prepare
 from server.jobs.worker_messages import WorkerSpec
 from server.model.loader import Base
 from tests.server.jobs.conftest import CONFIG
@@ -156,31 +156,6 @@ def test_skipped_evaluation_examples_are_noted(spec: WorkerSpec, tmp_path: Path,
     assert note["message"].startswith("1 validation examples are skipped") and note["data"] == {"left_out": 1}
 
 
-def long_last(wanted: tuple[int, ...]) -> list[dict[str, str]]:
-    """Ten examples of which the last two are long and these positions are held out."""
-    for i in range(10_000):
-        lines = [{"input": f"{i} {k} " + "the " * 80 * (k >= 8), "output": "good"} for k in range(10)]
-        if held_out(data.parse(json.dumps(lines).encode()), 0.2) == wanted:
-            return lines
-    raise AssertionError("no such file")
-
-
-def test_nothing_is_held_out_if_all_of_it_is_too_long(
-    spec: WorkerSpec, tiny_base: Base, tmp_path: Path, train: Train
-) -> None:
-    held = replace(spec, held_out=0.2, config=replace(CONFIG, max_length=60))
-    write(spec.data, long_last((8, 9)))
-    messages = train(held)
-    valid, note = messages[:2]
-    assert [valid[k] for k in ("examples", "validation_examples", "held_out", "too_long")] == [8, 0, 0, 2]
-    assert note["message"].startswith("All 2 examples to hold out exceed") and note["data"] == {"left_out": 2}
-    assert "losses" not in messages[-1] and not (tmp_path / "job" / "judged.jsonl").exists()
-    write(spec.data, long_last((7, 8)))
-    found = prepare(held, tiny_base)
-    assert (found.held_out, found.left_out, len(found.records)) == (2, 1, 1), "one that fits is enough"
-    assert (len(found.training.examples), found.training.too_long) == (7, 1)
-
-
 def test_the_result_is_in_bf16_and_its_loss_is_that_of_the_files(
     spec: WorkerSpec, tiny_base: Base, tmp_path: Path, train: Train
 ) -> None:
@@ -287,8 +262,8 @@ def test_limits_of_an_adapter_to_start_from(spec: WorkerSpec, tmp_path: Path, tr
     [
         (torch.OutOfMemoryError("no block"), "lower --gpu-memory"),
         (RuntimeError("CUDA error: out of memory"), "lower --gpu-memory"),
-        (lambda: torch.empty(10**14), "too little memory: .*; use shorter examples or a smaller rank"),
-        (lambda: bytearray(10**16), "too little memory: .*; use shorter examples or a smaller rank"),
+        (lambda: torch.empty(10**14), "out of memory: .*; use shorter examples or a smaller rank"),
+        (lambda: bytearray(10**16), "out of memory: .*; use shorter examples or a smaller rank"),
         (RuntimeError("something else"), None),
     ],
 )

@@ -174,41 +174,38 @@ def test_a_job_that_failed_after_publishing_is_not_compared_with_itself(
 
 def test_scores_are_recorded_before_the_result_is_published(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = make("always", task="mood")
+    publish_now = scene.registry.publish_now
     with monkeypatch.context() as patch:
-        patch.setattr(scene.publisher, "_publish", kill)
+        patch.setattr(
+            scene.registry, "publish_now", lambda name, *_, **__: kill() if name == "m" else publish_now(name, *_, **__)
+        )
         with pytest.raises(Killed):
             scene.publish()
     assert len(scene.recorded) == 1 and scene.reviewed == ["mood"]
 
 
-@pytest.mark.parametrize(("rule", "evaluations"), [("if_better", 3), ("always", 1)])
-def test_a_version_that_is_published_meanwhile_is_compared_with(make: Make, rule: str, evaluations: int) -> None:
-    """Unless the rule does not compare."""
-    scene = make(rule)
-    scene.before = lambda number: scene.add_version() if number == 1 else None
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_a_comparison_during_which_the_name_changes_is_a_conflict(make: Make, old: bool, change: str) -> None:
+    """The job can be resumed and compares again."""
+    scene = make("if_better")
+    if old:
+        scene.add_version()
+    scene.before = lambda number: (
+        None if number > 1 else scene.add_version(3) if change == "replaced" else old and scene.registry.retire_now("m")
+    )
+    if old or change == "replaced":
+        with pytest.raises(JobError, match="m was replaced or deleted during the evaluation") as error:
+            scene.publish()
+        assert error.value.code == "conflict"
+    assert scene.publish()["model"] == "m"
+
+
+def test_a_result_that_is_always_published_is_not_compared_again(make: Make) -> None:
+    scene = make("always")
+    scene.before = lambda number: scene.add_version()
     result = scene.publish()
-    assert result["model"] == "m" and scene.registry.current("m").label == result["version"]
-    assert len(scene.targets) == evaluations
-
-
-@pytest.mark.parametrize("times", [2, 3])
-def test_a_name_that_keeps_changing_is_tried_three_times(make: Make, times: int) -> None:
-    scene, changes = make("if_better"), list[Version]()
-
-    def change(number: int) -> None:
-        if scene.targets[-1].choice[0][0] == scene.job.id and len(changes) < times:
-            changes.append(scene.add_version(2 + len(changes)))
-
-    scene.before = change
-    active = scene.active()
-    if times == 2:
-        scene.publisher.publish(active)
-        assert active.job.result["model"] == "m"
-        return
-    with pytest.raises(JobError, match="during each of 3 evaluations") as error:
-        scene.publisher.publish(active)
-    assert error.value.code == "conflict" and set(active.job.result) == {"evaluation"}
-    assert scene.registry.current("m") == changes[-1]
+    assert scene.registry.current("m").label == result["version"] and len(scene.targets) == 1
 
 
 def losses(**fields: Any) -> dict[str, Any]:
@@ -230,7 +227,7 @@ def test_losses_are_compared_with_the_version_that_they_are_of(make: Make) -> No
     assert scene.publish()["model"] == "m"
 
 
-def test_a_version_that_is_published_at_the_last_moment_is_not_replaced_by_loss(
+def test_a_version_that_is_published_at_the_last_moment_is_not_replaced(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = make("if_better")
@@ -238,12 +235,13 @@ def test_a_version_that_is_published_at_the_last_moment_is_not_replaced_by_loss(
     publish_now, late = scene.registry.publish_now, list[Version]()
 
     def publish(*args: Any, **more: Any) -> Any:
-        if not late:
-            late.append(publish_now("m", write(scene.root / "late", 3)).version)
+        late.append(publish_now("m", write(scene.root / "late", 3)).version)
         return publish_now(*args, **more)
 
     monkeypatch.setattr(scene.registry, "publish_now", publish)
-    assert scene.publish()["model"] is None and scene.registry.current("m") == late[0]
+    with pytest.raises(JobError, match="was replaced or deleted"):
+        scene.publish()
+    assert scene.registry.current("m") == late[0]
 
 
 @pytest.mark.parametrize(
@@ -332,16 +330,6 @@ def test_any_score_is_better_than_a_version_that_cannot_be_evaluated(make: Make)
     assert result["model"] == "m" and scene.registry.current("m") != broken
     assert result["evaluation"]["replaced"] is None
     assert f"{broken.label} could not be evaluated: the numbers overflow" in scene.messages()
-
-
-@pytest.mark.parametrize("rule", ["always", "if_better"])
-def test_the_current_version_may_be_deleted_meanwhile(make: Make, rule: str) -> None:
-    scene = make(rule)
-    scene.add_version()
-    scene.before = lambda number: scene.registry.retire_now("m") if number == 2 else None
-    result = scene.publish()
-    assert result["model"] == "m" and result["evaluation"]["replaced"] is None
-    assert len(scene.targets) == 3 and "was deleted or replaced meanwhile" in scene.messages()
 
 
 def test_an_adapter_that_is_missing_fails_the_job_at_once(make: Make) -> None:

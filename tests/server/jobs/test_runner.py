@@ -172,7 +172,7 @@ def test_a_process_that_something_else_stopped_is_started_again(start: Callable[
     job = running(runner)
     work.finish.set()
     until(lambda: len(work.started) == 2)
-    assert messages(runner, job)[-1] == "The training process was stopped; the job continues from step 0."
+    assert messages(runner, job)[-1] == "The job continues from step 0."
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "paused", "cancelled"])
@@ -232,8 +232,9 @@ def test_a_job_whose_end_cannot_be_stored_runs_again_after_a_restart(
     runner = JobRunner(open_store(), {EVALUATION: lambda active: monkeypatch.setattr(JobStore, "save", full)})
     job = runner.submit(EVALUATION, "x", {}, "eval", lambda folder: (folder / DATA).write_bytes(b"x"))
     runner.start()
-    until(lambda: job.status == "succeeded")
+    until(lambda: job.finished)
     runner.close(1.0)
+    assert job.status == "failed" and job.error is not None and "no space left" in job.error["message"]
     monkeypatch.undo()
     assert JobRunner(open_store(), {}).get(job.id).status == "queued"
     assert (runner.store.folder(job.id) / DATA).exists()
@@ -265,7 +266,7 @@ def test_the_state_of_a_job_after_a_restart(
     assert open_store().jobs[job.id] == job
 
 
-@pytest.mark.parametrize(("kind", "advice"), [(TRAINING, "resume it"), (EVALUATION, "submit it again")])
+@pytest.mark.parametrize(("kind", "advice"), [(TRAINING, "resume it"), (EVALUATION, "submit it")])
 def test_a_job_during_which_the_server_ends_three_times_fails(store: JobStore, kind: str, advice: str) -> None:
     job = store.create(kind, "", {}, "ftjob", lambda folder: (folder / DATA).write_bytes(b"x"))
     assert [recovered(store, job).status for _ in range(3)] == ["queued", "queued", "failed"]
