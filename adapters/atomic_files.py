@@ -1,7 +1,4 @@
-"""Files that are whole on the disk whenever the process or the machine stops, and what of a record is to be read.
-
-Each function that goes to the disk raises OSError; `refused` makes of it what is told.
-"""
+"""Durable file writes: files are synced before they are renamed into place."""
 
 from __future__ import annotations
 
@@ -14,19 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import StoreFailed, reason
+from adapters.errors import StoreFailed, error_text
 
 log = logging.getLogger(__name__)
 
-MOST_ASIDE = 100
-"""Files of one name that are kept when they cannot be read; the first gives way to more."""
-
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
-"""What is answered where folders cannot be synced at all; a disk that fails answers otherwise."""
+_SYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
+"""Raised by file systems that cannot sync folders."""
 
 
 def write_file(path: Path, *content: bytes | memoryview) -> None:
-    """Write a file, of one part or more, and sync it."""
+    """Write a file and sync it. Raises OSError."""
     with open(path, "wb") as out:
         out.writelines(content)
         out.flush()
@@ -34,38 +28,52 @@ def write_file(path: Path, *content: bytes | memoryview) -> None:
 
 
 def replace_file(path: Path, *content: bytes | memoryview) -> None:
-    """Give a file its content in one step: until then it is what it was, and stays so if the disk refuses."""
+    """Replace a file atomically; on failure the old content stays. Raises OSError."""
     part = path.with_name(f".{path.name}.part")
     try:
         write_file(part, *content)
         os.replace(part, path)
     except OSError:
-        part.unlink(missing_ok=True)  # a disk that is full has use for the room
+        part.unlink(missing_ok=True)
         raise
     try:
         sync_folder(path.parent)
-    except OSError as error:  # it stands, and only a power cut now could undo it
-        log.warning("%s is written but its name is not synced: %s", path.name, reason(error))
+    except OSError as error:  # only a power cut could undo the rename now
+        log.warning("%s is written, but its folder could not be synced: %s", path.name, error_text(error))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, if its file system supports it. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _SYNC_UNSUPPORTED:
+            raise
+    finally:
+        os.close(fd)
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Raises StoreFailed where the disk refuses `what`."""
+def store_errors(what: str) -> Iterator[None]:
+    """Convert an OSError to StoreFailed: "could not write `what`: ..."."""
     try:
         yield
     except OSError as error:
-        raise StoreFailed(f"the disk refuses {what}: {reason(error)}") from None
+        raise StoreFailed(f"could not write {what}: {error_text(error)}") from None
 
 
 def set_aside(path: Path, copy: bool = False) -> Path:
-    """Move a file that cannot be read, or copy it, to a name beside it that no other was set aside under. A copy that
-    there is already is no other."""
-    names = [path.with_suffix(f".broken{number}{path.suffix}") for number in ("", *range(2, MOST_ASIDE + 1))]
+    """Rename an unreadable file to the first free of `name.broken.ext`, `name.broken2.ext`, ..., or copy it there.
+
+    Returns the new path. An identical copy that exists is returned instead of a new one.
+    """
+    names = [path.with_suffix(f".broken{number}{path.suffix}") for number in ("", *range(2, 101))]
     if copy:
-        whole = path.read_bytes()
-        same = (name for name in names if name.exists() and name.read_bytes() == whole)
-        if (there := next(same, None)) is not None:
-            return there
+        content = path.read_bytes()
+        same = (name for name in names if name.exists() and name.read_bytes() == content)
+        if (existing := next(same, None)) is not None:
+            return existing
     aside = next((name for name in names if not name.exists()), names[0])
     if copy:
         shutil.copyfile(path, aside)
@@ -75,19 +83,8 @@ def set_aside(path: Path, copy: bool = False) -> Path:
 
 
 def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a record that are fields of the dataclass `kind`: what a later version has told besides is let be,
-    so that going back to this one loses nothing."""
+    """Return the entries of `record` that are fields of the dataclass `kind`; newer versions may write more."""
     return {name: value for name, value in record.items() if name in kind.__dataclass_fields__}
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where its file system has a way to: folders that a virtual machine or the
-    network shares may have none, and keep what is written all the same."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(fd)
+refused = store_errors  # old name

@@ -12,7 +12,7 @@ import safetensors
 import torch
 
 from adapters.atomic_files import replace_file
-from adapters.errors import AdapterError, StoreFailed, reason
+from adapters.errors import AdapterError, StoreFailed, error_text
 from adapters.weights import LoraWeights, LowRank, with_digest
 
 FILE = "checkpoint.safetensors"
@@ -35,7 +35,7 @@ def write_checkpoint(folder: Path, state: Checkpoint) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / FILE, *_parts(state))
     except OSError as error:
-        raise StoreFailed(f"the checkpoint could not be written: {reason(error)}") from error
+        raise StoreFailed(f"the checkpoint could not be written: {error_text(error)}") from error
 
 
 def _parts(state: Checkpoint) -> Iterator[bytes | memoryview]:
@@ -75,7 +75,7 @@ def read_checkpoint(folder: Path, key: str, run_folder: Path | None = None) -> C
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         progress = json.loads(header["progress"])
     except OSError as error:
-        raise StoreFailed(f"the checkpoint in {shown} cannot be read: {reason(error)}") from error
+        raise StoreFailed(f"the checkpoint in {shown} cannot be read: {error_text(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise StoreFailed(f"the checkpoint in {shown} is damaged ({error}); remove it to start again") from error
     if header.get("key") != key:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import InvalidData, reason
-from adapters.strict_json import once
+from adapters.errors import InvalidData, error_text
+from adapters.strict_json import unique_keys
 
 MAX_LINE = 4 << 20
 INSTRUCTIONS = ("instruction", "instructions", "system", "history")
@@ -110,7 +110,7 @@ def read(path: Path) -> list[Record]:
     try:
         return parse(path.read_bytes(), str(path))
     except OSError as error:
-        raise InvalidData(f"{path} cannot be read: {reason(error)}") from error
+        raise InvalidData(f"{path} cannot be read: {error_text(error)}") from error
 
 
 def parse(data: bytes, name: str = "data") -> list[Record]:
@@ -139,7 +139,7 @@ def _wide_encoding(data: bytes) -> str | None:
 
 def _from_list(text: str, name: str) -> Iterator[Record]:
     try:
-        entries = json.loads(text, object_pairs_hook=once)
+        entries = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise InvalidData(f"{name} is not valid JSON: {error}") from error
     for number, entry in enumerate(entries, 1):
@@ -155,7 +155,7 @@ def _from_lines(text: str, name: str) -> Iterator[Record]:
         if len(line) > MAX_LINE:
             raise InvalidData(f"{where}: {len(line):,} characters are over the limit of {MAX_LINE:,}")
         try:
-            entry = json.loads(line, object_pairs_hook=once)
+            entry = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             if first and name.lower().endswith(TABLES):
                 raise InvalidData(

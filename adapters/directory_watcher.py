@@ -1,14 +1,9 @@
-"""`DirectoryWatcher`: the user's directory of adapters becomes what is served; `scan_library`: so do the
-adapters that ship.
+"""`DirectoryWatcher`: serves the adapters in the user's directory. `scan_library`: serves the bundled adapters.
 
-Owns when a folder is read, when it is not read again, and what is told of the ones that are refused. Writes nothing
-there. Does not read adapters itself: the registry does, from its own copy.
-
-A folder is taken in when both files are there and they, and what is copied to be one, have not changed for a second,
-and again only when its content changes; so an adapter that was deleted or replaced through the API stays so. Where the
-config alone is another than before, that takes longer: the tensors may be on their way. A folder that is removed while
-it is watched takes its adapter with it, unless the name has got other content since, or was published with the same;
-what it was put over, the library's or what was published, is served again.
+A folder is imported when it has been unchanged for a second, and again only when its content changes; so an adapter
+that was deleted or replaced through the API stays so. If only the config has changed, the wait is longer, since the
+tensors may still be copied. Removing a folder retires its adapter, unless the name has other content meanwhile; the
+version that the folder replaced is served again. Nothing is written to the directory.
 """
 
 from __future__ import annotations
@@ -19,67 +14,68 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
+from watchfiles import watch
+
 from adapters.catalog_state import LIBRARY, WATCH, FolderSignature, ImportedFolder
-from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed, reason, unreadable
+from adapters.errors import AdapterError, InvalidAdapter, NoRoom, StoreFailed, unreadable
 from adapters.format_hints import (
-    MAX_ENTRIES,
-    MODEL_FILE,
+    MODEL_CONFIG,
     WHOLE_MODEL,
     folders_with,
-    leads_out,
-    lying_loose,
-    shown,
-    told_below,
+    nested_folder_hint,
+    outside_error,
+    printable,
+    stray_file_hint,
 )
 from adapters.peft_format import CONFIG_FILE, OPTIONAL, REQUIRED, TENSOR_FILE
 from adapters.registry import Registry
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.02
-"""Of one processor, what looking takes at most, reading not counted: of thousands of folders it looks less often."""
-RETRY_SECONDS = 30.0
-"""After how long a folder is tried again that failed for want of room, which its content says nothing about."""
+STILL_SECONDS = 1.0
+"""How long a folder must be unchanged before it is imported."""
 CONFIG_SECONDS = 5.0
-"""How long a folder must not have changed whose config alone is new: copies go by name, and tensors may be coming."""
-MAX_LINES = 10
-"""How many adapters are named in the log whose folders are gone."""
-_STEMS = tuple(name.split(".")[0] for name in REQUIRED)
+"""The same if only its config has changed."""
+REMOVED_SECONDS = 3.0
+"""How long a folder must be gone before its adapter is retired."""
+SCAN_SECONDS = 30.0
+"""Interval of full scans, for file systems without change events, and for retries after a lack of room."""
+EVENT_MILLISECONDS = 250
+"""How long the thread waits for change events before it looks at pending folders."""
+MAX_LOGGED = 10
+HERE = "."
+"""The key of the adapter directory itself among the rejections."""
+IGNORED = "lost+found"
 MODEL_WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """The state of what is in a folder, and since when on the monotonic clock it is so."""
+    """The state of a folder's files, and since when it is unchanged (monotonic seconds)."""
 
     signature: FolderSignature
     since: float
 
 
 @dataclass(frozen=True)
-class _Refused:
+class _Rejected:
     signature: FolderSignature
     retry_at: float | None
 
 
-HERE = "."
-"""The adapter directory itself, among what is refused."""
-
-LOST = "lost+found"
-"""What a file system keeps where it is mounted, for nobody else to read."""
-
-GONE_SECONDS = 3.0
-"""How long a folder must have been away before its adapter is retired."""
-
-
 class DirectoryWatcher:
-    """Looks at `directory` every `interval` seconds, or less often if there is that much to look at. `still` are the
-    seconds that a folder must not have changed before it is read. `library` is where those are looked at again that a
-    folder was put over. `clock` is monotonic.
+    """Imports, updates and retires the adapters of a directory.
+
+    Args:
+        registry: where adapters are published.
+        directory: the watched directory; it need not exist.
+        library: the bundled adapters, restored when a folder that replaced one is removed.
+        force_polling: poll instead of using the operating system's change events.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -88,382 +84,362 @@ class DirectoryWatcher:
         directory: Path,
         *,
         library: Path | None = None,
-        interval: float = 1.0,
-        still: float = 1.0,
+        force_polling: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._directory = directory
         self._library = library
-        self._interval = interval
-        self._still = still
+        self._force_polling = force_polling
         self._clock = clock
-        self._seen: dict[str, _Seen] = {}
-        self._refused: dict[str, _Refused] = {}
-        self._away: dict[str, float] = {}
-        """Folders that were there and are not now, since when."""
-        self._known: set[str] = set()
-        """Folders that this process has seen and that adapters came from."""
-        self._gone: set[str] = set()
-        """Folders that adapters which are served came from, and that were not there at the first look."""
-        self._unreadable = False
-        self._first = True
-        self._device: int | None = None
-        """The file system that the directory was last seen on."""
-        self._read = 0.0
-        """Processor seconds of the last look that went into reading what had changed."""
+        self._pending: dict[str, _Seen] = {}
+        """Folders that have changed and are not handled yet."""
+        self._event_at: dict[str, float] = {}
+        """The last change event of each pending folder."""
+        self._rejected: dict[str, _Rejected] = {}
+        self._imported: set[str] = set()
+        """Folders that exist, or existed during this process, and that adapters came from."""
+        self._identity: tuple[int, int] | None = None
+        """Device and inode of the directory."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Look now and then, on a thread. Call `poll` before, to have what is there served from the start."""
+        """Start the thread. Call `scan` before, so that existing adapters are served from the start."""
         self._thread = threading.Thread(target=self._run, name="loramux-watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, after the folder that it may be at."""
+        """Stop the thread; an import that is running is finished."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
 
-    def poll(self) -> None:
-        """Look once. Raises nothing that a folder is at fault for."""
-        self._read = 0.0
+    def scan(self) -> None:
+        """Look at every folder of the directory once."""
         try:
-            device = _device(self._directory)
+            identity = _identity(self._directory)
             with os.scandir(self._directory) as entries:
-                states = {entry.name: _state(entry) for entry in entries if entry.name[0] != "." and entry.name != LOST}
-        except FileNotFoundError:  # nobody has to have one, and a mount that is away is no deletion
-            if not (self._unreadable or self._first):
-                log.info("the adapter directory is not there any more; its adapters are served on")
-            self._unreadable = True
+                names = {entry.name: _is_folder(entry) for entry in entries if not _is_ignored(entry.name)}
+        except FileNotFoundError:
             return
         except OSError as error:
-            if not self._unreadable:  # its adapters are served on: a mount that is away is no deletion
-                log.warning("the adapter directory %s cannot be read: %s", self._directory, error.strerror)
-            self._unreadable = True
+            log.warning("the adapter directory %s cannot be read: %s", self._directory, error.strerror)
             return
-        self._unreadable = False
-        if self._device not in (None, device):
-            log.info("the adapter directory is on another file system now; what is not there is served on")
-            self._known.clear()
-            self._first = True
-        self._device = device
-        there = sorted(name for name, state in states.items() if state is not False)
-        if self._first:
-            self._first = False
-            gone = sorted(self._taken_before() - set(there))
-            self._gone = set(gone)
-            for folder in gone[:MAX_LINES]:
-                log.info("%s is served from the store; its folder is gone", folder)
-            if gone[MAX_LINES:]:
-                log.info("%d more are served from the store; their folders are gone", len(gone) - MAX_LINES)
-        for folder in there:
-            if self._stop.is_set():  # there may be hundreds to take in, and the process has seconds
+        first = self._identity is None
+        if self._identity not in (None, identity):  # something was mounted or unmounted: no folder was removed
+            self._imported.clear()
+        self._identity = identity
+        folders = {name for name, is_folder in names.items() if is_folder}
+        if first:
+            self._log_missing(folders)
+        for folder in sorted(folders):
+            if self._stop.is_set():
                 return
-            if isinstance(why := states[folder], str):  # what cannot be read is not gone
-                self._away.pop(folder, None)
-                self._refuse(folder, (), f"cannot be read: {why}")
-            else:
-                self._look(folder)
-        if there:  # else the mount of all of them may be away
-            self._forget_deleted(states)
-        there += self._refuse_loose(states.keys() - set(there), set(there))
-        if CONFIG_FILE in states:
-            self._refuse(
-                HERE,
-                (),
-                f"{CONFIG_FILE} lies in the adapter directory itself: move the adapter's files into a folder of their "
-                "own, whose name is the adapter's",
-            )
-            there.append(HERE)
-        for folder in (self._known | set(self._refused) | set(self._seen)) - set(there):
-            self._miss(folder)
-
-    def _forget_deleted(self, there: Iterable[str]) -> None:
-        """Of what was served on without its folder and has been deleted since, nothing need be remembered: the folder
-        counts as one that was seen, and has been removed.
-        """
-        self._gone.difference_update(there)
-        if self._gone and (deleted := self._gone.difference(self._registry.names())):
-            self._gone -= deleted
-            self._known |= deleted
-
-    def _refuse_loose(self, files: Collection[str], folders: Collection[str]) -> list[str]:
-        """Tell of adapters that lie beside the folders in a single file. Answers their names."""
-        loose = {name: told for name in sorted(files) if (told := lying_loose(name, folders, CONFIG_FILE)) is not None}
-        if CONFIG_FILE in files:  # they are told of together
-            loose.pop(TENSOR_FILE, None)
-        for name, told in loose.items():
-            self._refuse(name, (), told)
-        return list(loose)
+            self._check(folder)
+        if folders:
+            self._forget_deleted(folders)
+        stray = self._reject_stray_files(names.keys() - folders, folders)
+        for name in (self._imported | self._rejected.keys() | self._pending.keys()) - folders - stray:
+            self._check_removed(name)
 
     def _run(self) -> None:
-        took = 0.0
-        while not self._stop.wait(max(self._interval, took / SHARE)):
-            before = time.thread_time()
+        """Thread: handle change events, and scan everything now and then."""
+        while not self._stop.is_set():
+            next_scan = self._clock()
             try:
-                self.poll()
-            except BaseException:  # one look that fails must not be the last, and a library's panic is no Exception
-                log.exception("looking at the adapter directory failed")
-            took = time.thread_time() - before - self._read
+                for changes in watch(
+                    self._directory,
+                    watch_filter=None,
+                    debounce=EVENT_MILLISECONDS,
+                    rust_timeout=EVENT_MILLISECONDS,
+                    yield_on_timeout=True,
+                    stop_event=self._stop,
+                    force_polling=self._force_polling or None,
+                    raise_interrupt=False,
+                ):
+                    changed = self._note_events(path for _, path in changes)
+                    if changed or self._clock() >= next_scan:
+                        self.scan()
+                        next_scan = self._clock() + SCAN_SECONDS
+                    for folder in sorted(self._pending.keys() | self._event_at.keys()):
+                        self._check(folder)
+                    if _identity(self._directory) != self._identity:  # removed or replaced: watch the new one
+                        break
+            except FileNotFoundError:  # there is no directory yet
+                pass
+            except BaseException:  # the watch must go on; a panic of a Rust library is not an Exception
+                log.exception("watching the adapter directory failed")
+            self._stop.wait(STILL_SECONDS)
 
-    def _look(self, folder: str) -> None:
+    def _note_events(self, paths: Iterable[str]) -> bool:
+        """Record change events per folder. Returns whether something other than a known folder has changed."""
+        other = False
+        for path in paths:
+            name = os.path.relpath(path, self._directory).split(os.sep)[0]
+            if _is_ignored(name):
+                continue
+            if name in self._imported or (self._directory / name).is_dir():
+                self._event_at[name] = self._clock()
+            else:
+                other = True
+        return other
+
+    def _check(self, folder: str) -> None:
+        """Import, reject or retire one folder, if its state has been unchanged long enough."""
         try:
             signature = signature_of(self._directory / folder, self._directory)
         except AdapterError as error:
-            self._away.pop(folder, None)
-            self._refuse(folder, (), error.message)
+            self._reject(folder, (), error.message)
             return
-        now = self._clock()
-        if not signature:  # no adapter, or none any more
-            instead, state = _instead_of_an_adapter(self._directory / folder)
-            if instead and folder not in self._known:
-                self._refuse_other(folder, f"{CONFIG_FILE} is missing{instead}", state, now)
-            else:
-                self._miss(folder)
+        if not signature:
+            self._check_removed(folder)
             return
-        self._away.pop(folder, None)
-        taken = self._registry.imported_folder(origin(WATCH, folder))
-        if taken is not None and taken.signature == signature:
-            self._known.add(folder)
+        imported = self._registry.imported_folder(folder_key(WATCH, folder))
+        if imported is not None and imported.signature == signature:
+            self._imported.add(folder)
             self._settle(folder)
             return
-        refused = self._refused.get(folder)
-        if refused is not None and refused.signature == signature and not _due(refused.retry_at, now):
+        rejected = self._rejected.get(folder)
+        if rejected and rejected.signature == signature and not self._is_due(rejected):
+            self._forget_change(folder)
             return
-        early = taken is not None and _is_config_alone(taken, signature)
-        seconds = max(self._still, CONFIG_SECONDS) if early else self._still
-        copies = _copies(self._directory / folder)
-        if copies is not None and self._is_still(folder, signature + copies, now, seconds):
-            before = time.thread_time()
-            self._take_in(folder, signature, now)
-            self._read += time.thread_time() - before
+        only_config = imported is not None and _only_config_changed(imported, signature)
+        if self._is_still(folder, signature, CONFIG_SECONDS if only_config else STILL_SECONDS):
+            self._import(folder, signature)
 
-    def _refuse_other(self, folder: str, reason: str, signature: FolderSignature, now: float) -> None:
-        """`folder` is no adapter, unless it is being copied and its own files come last."""
-        self._away.pop(folder, None)
-        refused = self._refused.get(folder)
-        if (refused is None or refused.signature != signature) and self._is_still(folder, signature, now, self._still):
-            self._seen.pop(folder, None)
-            self._refuse(folder, signature, reason)
+    def _check_removed(self, folder: str) -> None:
+        """Handle a folder that is gone or holds no adapter."""
+        hint = "" if folder in self._imported or folder == HERE else _other_content(self._directory / folder)
+        if hint:
+            if self._is_still(folder, (), STILL_SECONDS):
+                self._reject(folder, (), f"{CONFIG_FILE} is missing{hint}")
+            return
+        if folder in self._imported:
+            if not self._is_still(folder, (), REMOVED_SECONDS):
+                return
+            if not self._remove(folder):
+                return
+        self._settle(folder)
 
-    def _is_still(self, folder: str, signature: FolderSignature, now: float, seconds: float) -> bool:
-        """Whether nothing of what is in the folder has changed for so long."""
-        seen = self._seen.get(folder)
+    def _is_still(self, folder: str, signature: FolderSignature, seconds: float) -> bool:
+        """Return whether the folder has been unchanged for so long."""
+        now = self._clock()
+        seen = self._pending.get(folder)
         if seen is None or seen.signature != signature:
-            seen = self._seen[folder] = _Seen(signature, now)
-        return now - seen.since >= seconds or _old(signature, seconds)
+            seen = self._pending[folder] = _Seen(signature, now)
+        if folder not in self._event_at and _older_than(signature, seconds):
+            return True
+        return now - max(seen.since, self._event_at.get(folder, seen.since)) >= seconds
 
-    def _taken_before(self) -> set[str]:
-        """The folders whose content is served, as far as the store remembers."""
-        served = {name: self._registry.imported_folder(origin(WATCH, name)) for name in self._registry.names()}
-        return {name for name, taken in served.items() if taken and self._registry.is_current(name, taken.digest)}
-
-    def _take_in(self, folder: str, signature: FolderSignature, now: float) -> None:
+    def _import(self, folder: str, signature: FolderSignature) -> None:
         try:
             published = self._registry.publish_now(
                 folder,
                 self._directory / folder,
                 source=WATCH,
                 within=self._directory,
-                imported=(origin(WATCH, folder), signature),
+                imported=(folder_key(WATCH, folder), signature),
             )
         except AdapterError as error:
-            retry_at = now + RETRY_SECONDS if isinstance(error, (StoreFailed, NoRoom)) else None
-            self._refuse(folder, signature, error.message, retry_at)
-            return
-        except BaseException:  # a fault of ours, which must not keep the other folders from being served
-            log.exception("%s cannot be taken in", shown(folder))
-            self._refuse(folder, signature, "the server failed on it; its log says how", now + RETRY_SECONDS)
-            return
-        self._known.add(folder)
-        self._settle(folder)
-        if published.created:
-            log.info("%s is served from its folder", published.version.label)
+            retry = isinstance(error, (StoreFailed, NoRoom))
+            self._reject(folder, signature, error.message, retry)
+        except BaseException:  # must not keep the other folders from being served
+            log.exception("%s cannot be imported", printable(folder))
+            self._reject(folder, signature, "the server failed to read it; see its log", retry=True)
+        else:
+            self._imported.add(folder)
+            self._settle(folder)
+            if published.created:
+                log.info("%s is served from its folder", published.version.label)
 
-    def _refuse(self, folder: str, signature: FolderSignature, reason: str, retry_at: float | None = None) -> None:
-        """`folder` is not served as it is; it is looked at again once it has changed, or at `retry_at`."""
-        self._refused[folder] = _Refused(signature, retry_at)
-        self._registry.rejections.add(shown(folder), reason)
+    def _remove(self, folder: str) -> bool:
+        """Undo what a removed folder published. Returns false if that failed and must be tried again."""
+        try:
+            changed = self._registry.remove_folder(folder, folder_key(WATCH, folder))
+        except AdapterError as error:
+            log.warning("the folder %s was removed, but its adapter is not retired: %s", folder, error.message)
+            return False
+        self._imported.discard(folder)
+        if changed and folder in self._registry.names(LIBRARY):
+            log.info("%s: the folder was removed; the library's adapter is served again", folder)
+            if self._library is not None:
+                _import_from_library(self._registry, self._library / folder)
+        elif changed and folder in self._registry.names():
+            log.info("%s: the folder was removed; the version that it replaced is served again", folder)
+        elif changed:
+            log.info("%s is retired: its folder was removed", folder)
+        return True
+
+    def _forget_deleted(self, folders: Collection[str]) -> None:
+        """Forget folders that are gone and whose adapters were deleted: put back, they are imported again."""
+        served = set(self._registry.names())
+        for name in self._registry.imported_folders(WATCH):
+            if name not in folders and name not in served and name not in self._imported:
+                with suppress(StoreFailed):
+                    self._registry.remove_folder(name, folder_key(WATCH, name))
+
+    def _log_missing(self, folders: Collection[str]) -> None:
+        """Log the adapters that are served although their folders are gone."""
+        served = set(self._registry.names(WATCH))
+        missing = [n for n in self._registry.imported_folders(WATCH) if n not in folders and n in served]
+        if missing:
+            more = f" and {len(missing) - MAX_LOGGED} more" if len(missing) > MAX_LOGGED else ""
+            log.info("served from the store, without a folder: %s%s", ", ".join(missing[:MAX_LOGGED]), more)
+
+    def _reject_stray_files(self, files: Collection[str], folders: Collection[str]) -> set[str]:
+        """Reject adapters that are not in a folder of their own. Returns the keys of the rejections."""
+        hints = {name: hint for name in files if (hint := stray_file_hint(name, folders, CONFIG_FILE)) is not None}
+        if CONFIG_FILE in files:
+            hints.pop(TENSOR_FILE, None)
+            hints[HERE] = (
+                f"{CONFIG_FILE} is in the adapter directory itself: move the adapter's files into a folder of their "
+                "own, named after the adapter"
+            )
+        for name, hint in sorted(hints.items()):
+            self._reject(name, (), hint)
+        return set(hints)
+
+    def _reject(self, folder: str, signature: FolderSignature, reason: str, retry: bool = False) -> None:
+        """Record that a folder is not served. It is read again when it changes, or later with `retry`."""
+        self._rejected[folder] = _Rejected(signature, self._clock() + SCAN_SECONDS if retry else None)
+        self._forget_change(folder)
+        self._registry.rejections.add(printable(folder), reason)
 
     def _settle(self, folder: str) -> None:
-        """Nothing is to be done about `folder` until it changes."""
-        self._seen.pop(folder, None)
-        self._refused.pop(folder, None)
-        self._registry.rejections.drop(shown(folder))
+        """Nothing is to be done about a folder until it changes."""
+        self._forget_change(folder)
+        self._rejected.pop(folder, None)
+        self._registry.rejections.remove(printable(folder))
 
-    def _miss(self, folder: str) -> None:
-        """`folder` is not there, or holds nothing: the adapter that came from it goes too, if it stays so."""
-        since = self._away.setdefault(folder, self._clock())
-        if folder in self._known and self._clock() - since < GONE_SECONDS:
-            return
-        self._settle(folder)
-        self._away.pop(folder, None)
-        if folder not in self._known:
-            return
-        try:
-            lost = self._registry.remove_folder(folder, origin(WATCH, folder))
-        except AdapterError as error:  # it is tried again at the next look
-            log.warning("%s was removed, but is not retired: %s", folder, error.message)
-            return
-        self._known.discard(folder)
-        if lost and folder in self._registry.names(LIBRARY):
-            log.info("%s is the library's again: the folder that was put over it was removed", folder)
-            if self._library is not None:
-                _scan(self._registry, self._library / folder)
-        elif lost and folder in self._registry.names():
-            log.info("%s is again what was published before: the folder that was put over it was removed", folder)
-        elif lost:
-            log.info("%s is retired: its folder was removed", folder)
+    def _forget_change(self, folder: str) -> None:
+        self._pending.pop(folder, None)
+        self._event_at.pop(folder, None)
+
+    def _is_due(self, rejected: _Rejected) -> bool:
+        return rejected.retry_at is not None and self._clock() >= rejected.retry_at
 
 
 def scan_library(registry: Registry, library: Path) -> list[str]:
-    """Register the adapters that ship in `library` and fit the base; one log line for each that is skipped.
+    """Publish the bundled adapters that fit the base, and return the names that are served from the library.
 
-    A newer content replaces what the library put there before, never what somebody else gave that name, and what was
-    deleted stays deleted until its content changes. Answers the names that are served from it.
+    New content replaces what the library published before, never what others published under the name. An adapter that
+    was deleted stays deleted until its content changes.
     """
     try:
         folders = sorted(path for path in library.iterdir() if path.is_dir() and path.name[0] not in "._")
     except OSError as error:
-        log.warning("the library of adapters, %s, cannot be read: %s", library, error.strerror)
+        log.warning("the adapter library %s cannot be read: %s", library, error.strerror)
         return []
-    return [folder.name for folder in folders if _scan(registry, folder)]
+    return [folder.name for folder in folders if _import_from_library(registry, folder)]
 
 
-def _scan(registry: Registry, folder: Path) -> bool:
-    """Register one adapter of the library. Answers whether it is served from there."""
-    name, key = folder.name, origin(LIBRARY, folder.name)
+def _import_from_library(registry: Registry, folder: Path) -> bool:
+    """Publish one bundled adapter. Returns whether it is served."""
+    name, key = folder.name, folder_key(LIBRARY, folder.name)
     try:
         signature = signature_of(folder, None)
         if not signature:
             return False
-        taken = registry.imported_folder(key)
-        ours = taken is not None and registry.is_current(name, taken.digest)
-        if name in registry.names() and not ours:
+        imported = registry.imported_folder(key)
+        if name in registry.names() and not (imported and registry.is_current(name, imported.digest)):
             log.info("the library's %s is skipped: the name has another adapter", name)
             return False
-        if taken is None or taken.signature != signature:
+        if imported is None or imported.signature != signature:
             registry.publish_now(name, folder, source=LIBRARY, imported=(key, signature))
         if name in registry.names():
             return True
-        log.info("the library's %s is skipped: it was deleted, or was made for another base", name)
+        log.info("the library's %s is skipped: it was deleted, or it was made for another base", name)
     except AdapterError as error:
         log.info("the library's %s is skipped: %s", name, error.message)
-    except Exception:  # a fault of ours, which must not keep the server from starting
+    except Exception:  # must not keep the server from starting
         log.exception("the library's %s is skipped", name)
     return False
 
 
 def signature_of(folder: Path, within: Path | None) -> FolderSignature:
-    """The state of the folder's files; empty if neither of the two that make an adapter is there.
+    """Return the state of an adapter folder's files; empty if it has neither config nor tensors.
 
-    Raises InvalidAdapter for a link that leads out of `within`, which `folder` is an entry of, and that or StoreFailed
-    where it cannot be told whether a file is there.
+    Args:
+        folder: the folder.
+        within: if given, links may not lead out of this folder.
+
+    Raises:
+        InvalidAdapter: a link leads out, or a file cannot be accessed.
+        StoreFailed: a system error.
     """
     entries = []
-    root = os.fspath(folder)
-    linked = os.path.islink(root)
+    linked = folder.is_symlink()
     for name in (*REQUIRED, *OPTIONAL):
-        path = f"{root}/{name}"
+        path = folder / name
         try:
-            state = os.lstat(path)
-            if linked or stat.S_ISLNK(state.st_mode):  # else there is nothing to follow: a thousand are looked at
-                if within is not None and not Path(path).resolve().is_relative_to(within.resolve()):
-                    raise InvalidAdapter(leads_out(name))
-                state = os.stat(path)
+            state = path.lstat()
+            if linked or stat.S_ISLNK(state.st_mode):
+                if within is not None and not path.resolve().is_relative_to(within.resolve()):
+                    raise InvalidAdapter(outside_error(name))
+                state = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, RuntimeError) as error:  # a folder that may not be entered is no folder that was emptied
+        except (OSError, RuntimeError) as error:
             raise unreadable(name, error) from None
         entries.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
     return tuple(entries) if any(entry[0] in REQUIRED for entry in entries) else ()
 
 
 def watched_folder_state(name: str, folder: Path, directory: Path) -> tuple[str, FolderSignature] | None:
-    """What the registry is to remember of a `folder` that somebody publishes as `name`, if `directory` is watched and
-    would give it that name too: a watch that has not seen it yet does not bring back what is deleted before it does.
+    """Return what the registry must remember when `folder` is published as `name`, if it is in a watched directory.
 
-    `folder` has no links in it. Raises InvalidAdapter and StoreFailed as `signature_of`.
+    The watcher then treats it as imported: if the adapter is deleted, the folder does not bring it back. `folder` must
+    not contain links. Raises as `signature_of`.
     """
     if folder != directory.resolve() / name:
         return None
-    return origin(WATCH, name), signature_of(folder, directory)
+    return folder_key(WATCH, name), signature_of(folder, directory)
 
 
-def _instead_of_an_adapter(folder: Path) -> tuple[str, FolderSignature]:
-    """What a folder without an adapter's config holds that its owner may take for one, and the state of all files
-    there: of all, since a folder that is being copied may get its own config last. Empty if it holds nothing such.
-    """
+def folder_key(source: str, folder: str) -> str:
+    """Return the catalog key of an imported folder."""
+    return f"{source}/{printable(folder)}"
+
+
+def _other_content(folder: Path) -> str:
+    """Return what a folder without an adapter holds instead, as the end of an error message; empty if unknown."""
     try:
         if below := folders_with(folder, CONFIG_FILE):
-            told = told_below(below, "register", folder, "under a name")
-            return told, sum((_files(folder, name) for name in ("", *below)), ())
-        if (folder / MODEL_FILE).is_file():
-            files = _files(folder, "")
-            if any(name.endswith(MODEL_WEIGHTS) for name, *_ in files):
-                return f": {WHOLE_MODEL}", files
-    except OSError:  # it goes as we look, or is not to be read
-        return "", ()
-    return "", ()
-
-
-def _copies(folder: Path) -> FolderSignature | None:
-    """The state of what may become one of the two files, as far as the folder may be listed; None if something goes as
-    we look. What copies a file writes it under another name first, mostly a hidden one, which has the file's within.
-    """
-    try:
-        return tuple(state for state in _files(folder, "", every=True) if any(part in state[0] for part in _STEMS))
-    except PermissionError:
-        return ()
+            return nested_folder_hint(below, "register", folder, "under a name")
+        if (folder / MODEL_CONFIG).is_file() and any(file.suffix in MODEL_WEIGHTS for file in folder.iterdir()):
+            return f": {WHOLE_MODEL}"
     except OSError:
-        return None
+        pass
+    return ""
 
 
-def _is_config_alone(taken: ImportedFolder, signature: FolderSignature) -> bool:
-    """Whether the config has been replaced since the folder was `taken` in, and the tensors have not."""
-    before, now = ({file[0]: file for file in files} for files in (taken.signature, signature))
+def _only_config_changed(imported: ImportedFolder, signature: FolderSignature) -> bool:
+    before, now = ({file[0]: file for file in files} for files in (imported.signature, signature))
     return before.get(CONFIG_FILE) != now.get(CONFIG_FILE) and before.get(TENSOR_FILE) == now.get(TENSOR_FILE)
 
 
-def _files(folder: Path, below: str, every: bool = False) -> FolderSignature:
-    """The states of the files in a folder below `folder`, sorted, without what is hidden; links are taken for files.
-    With `every` those of folders, and of what is hidden, too.
-    """
-    files = []
-    with os.scandir(folder / below) as entries:
-        for entry in islice(entries, MAX_ENTRIES):
-            if every or (entry.name[0] != "." and not entry.is_dir(follow_symlinks=False)):
-                state = entry.stat(follow_symlinks=False)
-                name = f"{below}/{entry.name}" if below else entry.name
-                files.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
-    return tuple(sorted(files))
+def _older_than(signature: FolderSignature, seconds: float) -> bool:
+    """Return whether all files were last changed more than `seconds` ago; false without files."""
+    newest = max((max(mtime, ctime) for _, _, mtime, ctime, _ in signature), default=None)
+    return newest is not None and newest < time.time_ns() - int(seconds * 1e9)
 
 
-def origin(kind: str, folder: str) -> str:
-    """The key under which it is remembered what a folder held."""
-    return f"{kind}/{shown(folder)}"
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Return device and inode of a directory; None if it does not exist."""
+    try:
+        state = directory.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
 
 
-def _device(directory: Path) -> int:
-    """Another one where something was mounted or unmounted there, which is no deletion."""
-    return directory.stat().st_dev
+def _is_ignored(name: str) -> bool:
+    return name[0] == "." or name == IGNORED
 
 
-def _state(entry: os.DirEntry[str]) -> bool | str:
-    """Whether it is a folder, or why that cannot be told."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError as error:
-        return reason(error)
-
-
-def _old(signature: FolderSignature, seconds: float) -> bool:
-    """Whether all files were left alone for `seconds`, by the wall clock; if that jumped, we wait and see."""
-    newest = max(max(mtime, ctime) for _, _, mtime, ctime, _ in signature)
-    return newest < time.time_ns() - int(seconds * 1e9)
-
-
-def _due(retry_at: float | None, now: float) -> bool:
-    return retry_at is not None and now >= retry_at
+    except OSError:  # a broken link: `signature_of` raises the error
+        return True

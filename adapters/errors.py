@@ -1,42 +1,46 @@
 """The exceptions of this package. Each message says what is wrong and what to do.
 
 AdapterError
-├── InvalidAdapter        the folder or file cannot be read as a LoRA (truncated, missing, not finite, ...)
-│   └── UnsupportedAdapter   it is a LoRA, but asks for something that is no sum of B A x; named in the message
-├── BaseMismatch          its modules or shapes are not those of the base that is served
-├── InvalidChoice         a choice names one adapter twice, has a weight that is not finite, or is too long
-├── UnknownAdapter        no adapter, or no version, of that name
-├── AdapterConflict       the name is in use: by other content, or by a task
-├── VersionMismatch       compare-and-set: the name is not at the version that the caller expected
-├── NoRoom                it does not fit the budget, and never could
-├── StoreFailed           the disk or the machine refused (full, read-only, out of files); nothing was changed
-├── InvalidData           a training or evaluation line is not usable; names the line
-└── TrainingStopped       somebody asked for it; the checkpoint is written
+├── InvalidAdapter           the folder or file is not a readable LoRA (truncated, missing, not finite, ...)
+│   └── UnsupportedAdapter   it needs a feature that is not served (DoRA, a trained bias, ...)
+├── BaseMismatch             its modules or shapes differ from the served base
+├── InvalidChoice            a choice repeats an adapter, is too long, or has an invalid weight
+├── UnknownAdapter           no adapter or version has that name
+├── AdapterConflict          the name is in use by other content or by a task
+├── VersionMismatch          compare-and-set: the name is at another version
+├── NoRoom                   it exceeds the memory budget
+├── StoreFailed              a disk or system error; nothing was changed
+├── InvalidData              a line of training or evaluation data is not usable
+├── Diverged                 training produced values that are not finite
+└── TrainingStopped          training was stopped; its checkpoint is written
 """
 
 import errno
 
-MACHINE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-"""Errors that tell of this machine at this moment, and nothing of the file that was asked for."""
+RESOURCE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors of the system (too many open files, no memory), as opposed to errors of the file."""
+
+MAX_MESSAGE = 1000
+"""Characters of a message. Names in adapter files can have any length."""
 
 
-MOST_TOLD = 1000
-"""Characters of a message or a name: files name things at any length, and what is said of one is listed and logged."""
-
-
-def encodable(text: str) -> str:
-    """A text as it can be sent: halves of surrogate pairs, which JSON's escapes can name, as escapes again."""
+def valid_unicode(text: str) -> str:
+    """Escape surrogates, which JSON escapes can produce and UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+encodable = valid_unicode  # old name
+MACHINE = RESOURCE_ERRORS  # old name
+
+
 def shortened(text: str) -> str:
-    """A text as it is told: such that it can be sent, and of one that is too long the beginning and the end."""
-    text = encodable(text)
-    return text if len(text) <= MOST_TOLD else f"{text[: MOST_TOLD // 2]} ... {text[-MOST_TOLD // 2 :]}"
+    """Return `text` as valid Unicode of at most about `MAX_MESSAGE` characters, cut in the middle."""
+    text = valid_unicode(text)
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
 
 
 class AdapterError(Exception):
-    """Base of all errors about adapters. `param` names the input that is at fault, where there is one."""
+    """Base class of adapter errors. `param` names the input at fault, if there is one."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         self.message = shortened(message)
@@ -45,66 +49,66 @@ class AdapterError(Exception):
 
 
 class InvalidAdapter(AdapterError):
-    """The folder or file cannot be read as a LoRA adapter."""
+    """The folder or file is not a readable LoRA adapter."""
 
 
 class UnsupportedAdapter(InvalidAdapter):
-    """The adapter needs something that this round does not serve; the message names it."""
+    """The adapter needs a feature that is not served; the message names it."""
 
 
 class BaseMismatch(AdapterError):
-    """The adapter's modules or shapes are not those of the resident base."""
+    """The adapter's modules or shapes differ from the served base."""
 
 
 class InvalidChoice(AdapterError):
-    """A choice cannot be made into a mix."""
+    """A choice of adapters cannot be made into a mix."""
 
 
 class UnknownAdapter(AdapterError):
-    """No adapter or version is known by that name."""
+    """No adapter or version has that name."""
 
 
 class AdapterConflict(AdapterError):
-    """The name is taken, or routed to by a task."""
+    """The name is in use by other content or by a task."""
 
 
 class VersionMismatch(AdapterError):
-    """Compare-and-set failed: the name points to another version than expected."""
+    """Compare-and-set failed: the name is at another version."""
 
 
 class NoRoom(AdapterError):
-    """The adapter, or the mix, could never fit into its budget."""
+    """The adapter or mix exceeds its memory budget."""
 
 
 class StoreFailed(AdapterError):
-    """The disk refused a write or a read; the state is what it was before."""
+    """A disk or system error; the state is unchanged."""
 
 
 class InvalidData(AdapterError):
-    """A line of a data file is not usable; the message gives its number and what is wrong."""
+    """A line of a data file is not usable; the message gives its number."""
 
 
 class Diverged(AdapterError):
-    """A training run came to numbers that are not finite; by a lower learning rate it may not."""
+    """Training produced values that are not finite; a lower learning rate may help."""
 
 
 class TrainingStopped(AdapterError):
-    """A training run was asked to stop, and did after writing its checkpoint; it can be resumed from there."""
+    """Training was stopped after its checkpoint was written; it can be resumed."""
 
 
 def unreadable(file: str, error: Exception) -> AdapterError:
-    """What to raise for a file of an adapter that cannot be read, without a path of this machine.
+    """Return the error for a file that cannot be read: StoreFailed for a system error, else InvalidAdapter.
 
-    InvalidAdapter, or StoreFailed where it is the machine that has no more of something: the file may be good.
+    The message has no path of this machine.
     """
-    told = f"{file} cannot be read: {reason(error)}"
-    lacking = isinstance(error, OSError) and error.errno in MACHINE
-    return StoreFailed(told, file) if lacking else InvalidAdapter(told, file)
+    message = f"{file} cannot be read: {error_text(error)}"
+    of_system = isinstance(error, OSError) and error.errno in RESOURCE_ERRORS
+    return StoreFailed(message, file) if of_system else InvalidAdapter(message, file)
 
 
-def reason(error: Exception) -> str:
-    """What an error says, without the path that one about a file carries."""
+def error_text(error: Exception) -> str:
+    """Return the text of an error without the path that an OSError carries."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    # What pathlib says of a link to itself, with its path.
+    # pathlib raises RuntimeError, with the path, for a link to itself.
     return "it is a link to itself" if isinstance(error, RuntimeError) else str(error)

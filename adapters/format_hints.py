@@ -1,8 +1,4 @@
-"""What people take for an adapter's folder or its files, and what they should do instead.
-
-Owns the advice, and the names that others give their files. Does not know what an adapter's own are called, nor what is
-in a right one.
-"""
+"""Advice for files and folders that are not PEFT adapters: what they are, and what to do instead."""
 
 from __future__ import annotations
 
@@ -13,135 +9,131 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-MODEL_FILE = "config.json"
-"""In a folder that has no adapter's config, the config of a model."""
-WHOLE_MODEL = "this is a whole model, as merge_and_unload leaves one, and --model serves it"
-COPY_FILES = ": copy the files themselves, as `cp -rL` does"
-"""What to do about a link, such as a hub's cache consists of."""
+MODEL_CONFIG = "config.json"
+WHOLE_MODEL = "this is a whole model, as merge_and_unload writes it; serve it with --model"
+COPY_FILES = ": copy the files themselves, for example with `cp -rL`"
+"""Advice for links, such as those of a Hugging Face cache."""
 MAX_ENTRIES = 1000
-"""Of a folder that is no adapter, how many entries are looked at for one, on each of the levels below it."""
+"""Entries of a folder that are searched for an adapter, per level."""
 LEVELS = 2
 
-BEGINNINGS = {
-    b"version https://git-lfs": "it is Git LFS's pointer to the file; fetch the file itself with `git lfs pull`",
+FILE_STARTS = {
+    b"version https://git-lfs": "it is a Git LFS pointer; fetch the file with `git lfs pull`",
     b"PK": "it is a pickle, which is refused; save_pretrained writes safetensors by default",
     b"<": "it is a web page; download the file itself",
 }
-"""What files begin with that are taken for a safetensors file."""
+"""First bytes of files that are mistaken for safetensors."""
 
-
-FOREIGN = {
-    r"\.lora_[AB]\.(?!weight$)([^.]+)\.weight": "the adapter's own name {} is in it: save_pretrained leaves that out",
-    r"\.lora_[AB]": "PEFT ends such names in .weight",
-    r"[._]lora_[ab]": "mlx-lm writes such names, and its factors transposed: convert it to PEFT's format",
-    r"[._](lora_down|lora_up)\.weight|\.alpha": "kohya's scripts write such names: convert it to PEFT's format",
+# Names come from untrusted files and have any length: no pattern starts with a repetition, so a search is linear.
+TENSOR_NAMES = {
+    r"\.lora_[AB]\.(?!weight$)([^.]+)\.weight": "it contains the adapter's name {}; save_pretrained leaves that out",
+    r"\.lora_[AB]": "PEFT's names end in .weight",
+    r"[._]lora_[ab]": "this is mlx-lm's format, with transposed factors: convert it to PEFT's format",
+    r"[._](lora_down|lora_up)\.weight|\.alpha": "this is the format of kohya's scripts: convert it to PEFT's format",
     r"\.trainable_tokens_delta": "it replaces rows of the embedding: retrain without trainable_token_indices",
-    r"\.lora_diag": "KaSA truncates the base's weights, which is no sum of B A x: retrain without kasa_config",
+    r"\.lora_diag": "KaSA truncates the base's weights, which is not a sum of B A x: retrain without kasa_config",
 }
-"""How the names end of tensors that are no half of a pair, where that says what they are. Strangers write the names,
-of any length: no pattern begins with a repetition, which a search would try from each of their characters on."""
+"""Suffixes of tensor names that are not PEFT LoRA tensors, and what they are."""
+
+_STRAY_FILE = re.compile(
+    r"(?P<stem>.+?)\.(?:(?P<tensors>safetensors)|zip|7z|rar|tgz|tar|tar\.[a-z0-9]+)", re.IGNORECASE
+)
+_OTHER_TENSOR_FILE = re.compile(r"(adapter|model|pytorch_model).*\.(safetensors|pt|pth|bin)")
+_CHECKPOINT = re.compile(r"(^|/)checkpoint-\d+\Z")
 
 
-def lying_loose(name: str, folders: Collection[str], config: str) -> str | None:
-    """What is said of a file among the folders of adapters that holds one, or the tensors of one; None for any other,
-    and where there is a folder of its name that it is in, or was unpacked into, already.
+def stray_file_hint(name: str, folders: Collection[str], config: str) -> str | None:
+    """Return advice for a tensor file or archive in the adapter directory itself; None for other files.
+
+    None also if one of `folders` has its name: the file was unpacked or moved there.
     """
-    if (found := _LOOSE.fullmatch(name)) is None or found["stem"] in folders:
+    own_folder = "a folder of its own, named after the adapter"
+    if (found := _STRAY_FILE.fullmatch(name)) is None or found["stem"] in folders:
         return None
     if found["tensors"]:
-        return f"the tensors lie in the adapter directory itself: move them, with {config}, into {_OWN_FOLDER}"
-    return f"it is an archive: unpack it into {_OWN_FOLDER}"
+        return f"the tensors are in the adapter directory itself: move them, with {config}, into {own_folder}"
+    return f"it is an archive: unpack it into {own_folder}"
 
 
-_LOOSE = re.compile(r"(?P<stem>.+?)\.(?:(?P<tensors>safetensors)|zip|7z|rar|tgz|tar|tar\.[a-z0-9]+)", re.IGNORECASE)
-_OWN_FOLDER = "a folder of its own, whose name is the adapter's"
-
-
-def leads_out(name: str, where: str = "the adapter directory") -> str:
-    """What is said of a file or folder that is not where it seems to be."""
+def outside_error(name: str, where: str = "the adapter directory") -> str:
+    """Return the message for a link that leads out of a folder."""
     return f"{name} leads out of {where}{COPY_FILES}"
 
 
-def foreign(name: str) -> str | None:
-    """What a tensor of that name is, though it belongs to no pair, and what to do; None if that is not known."""
-    found = ((told, re.search(f"(?:{end})$", name)) for end, told in FOREIGN.items())
-    return next((told.format(*map(repr, match.groups()[:1])) for told, match in found if match), None)
+def tensor_name_hint(name: str) -> str | None:
+    """Return what a tensor that is not a lora_A or lora_B weight is; None if unknown."""
+    found = ((hint, re.search(f"(?:{suffix})$", name)) for suffix, hint in TENSOR_NAMES.items())
+    return next((hint.format(*map(repr, match.groups()[:1])) for hint, match in found if match), None)
 
 
-def not_safetensors(data: bytes) -> str | None:
-    """What a file is that is no safetensors file, and what to do; None if that is not known."""
-    return next((told for start, told in BEGINNINGS.items() if data.startswith(start)), None)
+def file_content_hint(data: bytes) -> str | None:
+    """Return what a file that is not safetensors is; None if unknown."""
+    return next((hint for start, hint in FILE_STARTS.items() if data.startswith(start)), None)
 
 
-def no_config(folder: Path, config: str) -> str:
-    """What follows "`config` is missing": what `folder` holds in its place, and what to do; empty for nothing."""
+def missing_config_hint(folder: Path, config: str) -> str:
+    """Return what follows "`config` is missing": what the folder holds instead, or an empty string."""
     if below := folders_with(folder, config):
-        return told_below(below, "give", folder, "in its place")
-    return f": {WHOLE_MODEL}" if os.path.lexists(folder / MODEL_FILE) else ""
+        return nested_folder_hint(below, "give", folder, "in its place")
+    return f": {WHOLE_MODEL}" if os.path.lexists(folder / MODEL_CONFIG) else ""
 
 
-def no_tensors(folder: Path) -> str:
-    """What follows "the file of the tensors is missing": what `folder` may have them in, and what to do; or nothing."""
+def missing_tensors_hint(folder: Path) -> str:
+    """Return what follows "the tensor file is missing": a file that may hold the tensors, or an empty string."""
     with suppress(OSError), os.scandir(folder) as entries:
-        if found := sorted(entry.name for entry in islice(entries, MAX_ENTRIES) if _TENSORS.fullmatch(entry.name)):
+        names = sorted(e.name for e in islice(entries, MAX_ENTRIES) if _OTHER_TENSOR_FILE.fullmatch(e.name))
+        if names:
             return (
-                f", but {shown(found[0])!r} is there: save the adapter with save_pretrained and safe_serialization, "
-                "which writes it in one file"
+                f", but {printable(names[0])!r} is there: save the adapter with save_pretrained and "
+                "safe_serialization, which writes one file"
             )
     return ""
 
 
-_TENSORS = re.compile(r"(adapter|model|pytorch_model).*\.(safetensors|pt|pth|bin)")
-
-
 def folders_with(folder: Path, file: str) -> list[str]:
-    """The paths from `folder` on of the folders in it that have a file of that name, or else of those in these.
+    """Return the subfolders that contain `file`, relative to `folder`: those of the first level that has any.
 
-    What is not to be looked into has none. Long paths come last, and so does a training's last checkpoint.
+    Sorted by length, then by name, so that a training's last checkpoint comes last.
     """
     below = [""]
     for _ in range(LEVELS):
-        below = _folders(folder, below)
+        below = _subfolders(folder, below)
         if found := [path for path in below if os.path.isfile(folder / path / file)]:
             return sorted(sorted(found), key=len)
     return []
 
 
-def _folders(folder: Path, within: Sequence[str]) -> list[str]:
-    """The folders in those of `folder` that are named, as far as MAX_ENTRIES of all entries tell."""
-    # Anything may lie there, and it may be looked at every second: names first.
+def _subfolders(folder: Path, parents: Sequence[str]) -> list[str]:
+    """Return the subfolders of `parents`, looking at `MAX_ENTRIES` entries in total."""
     left = MAX_ENTRIES
     found = []
-    for path in within:
+    for parent in parents:
         if not left:
             break
-        with suppress(OSError), os.scandir(folder / path) as entries:
+        with suppress(OSError), os.scandir(folder / parent) as entries:
             for entry in islice(entries, left):
                 left -= 1
                 if entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
-                    found.append(os.path.join(path, entry.name))
+                    found.append(os.path.join(parent, entry.name))
     return found
 
 
-def told_below(below: Sequence[str], do: str, folder: Path, how: str) -> str:
-    """What to do about a folder that has no adapter's config and holds those adapters `below`, sorted as
-    `folders_with` does: move the files of the one there is, or of the last checkpoint, up, or `do` with it what `how`
-    says.
+def nested_folder_hint(below: Sequence[str], verb: str, folder: Path, how: str) -> str:
+    """Return advice for a folder whose adapters are in subfolders `below`, sorted as `folders_with` does.
+
+    The advice is to move the files of the only adapter, or of the last checkpoint, up; or to `verb` that folder `how`.
     """
     several = len({_CHECKPOINT.sub("", path) for path in below}) > 1
-    one = shown(below[0] if several else below[-1])
-    otherwise = f"{do} {shown(folder.name)}/{one} {how}"
+    one = printable(below[0] if several else below[-1])
+    alternative = f"{verb} {printable(folder.name)}/{one} {how}"
     if several:
-        return f", but {len(below)} folders in it have one, {one!r} among them: {otherwise}, or whichever it is to be"
+        return f", but {len(below)} subfolders have one, for example {one!r}: {alternative}, or choose another"
     return (
         f", but {one!r} in it has one, as PEFT saves named adapters and trainers save checkpoints: move the files of "
-        f"{one!r} up into the folder, or {otherwise}"
+        f"{one!r} up into the folder, or {alternative}"
     )
 
 
-_CHECKPOINT = re.compile(r"(^|/)checkpoint-\d+\Z")
-
-
-def shown(name: str) -> str:
-    """The name of a file or folder as text, whatever bytes it has."""
+def printable(name: str) -> str:
+    """Return a file name as valid text, whatever its bytes."""
     return os.fsencode(name).decode("utf-8", "replace")

@@ -1,8 +1,4 @@
-"""`Lease`, a request's hold on versions, and `Leases`, the count of them.
-
-A lease fixes identity and takes no memory. Does not know names' current versions, nor what happens to a version when
-nobody holds it any more.
-"""
+"""`Lease`: a request's hold on adapter versions. `Leases`: the count of leases per version."""
 
 from __future__ import annotations
 
@@ -15,9 +11,11 @@ from adapters.weights import Mix, Version
 
 
 class Lease:
-    """Versions stay readable until `release`, whatever happens to their names.
+    """Keeps versions on disk until `release`, even if their names change. Takes no memory.
 
-    `versions` are in the order that was asked, with the weights that were asked; `mix` is the canonical form.
+    Attributes:
+        mix: the canonical mix.
+        versions: the versions with their weights, in the order of the request.
     """
 
     def __init__(self, mix: Mix, versions: list[tuple[Version, float]], release: Callable[[Lease], None]) -> None:
@@ -26,30 +24,30 @@ class Lease:
         self._release = release
         self._lock = threading.Lock()
         self._released = False
-        self._holds = 1
+        self._holders = 1
 
     def clone(self) -> Lease:
-        """Another lease of the same versions, though they may have no name any more; they go back with the last one.
+        """Return another lease of the same versions. They are released with the last clone.
 
-        Raises UnknownAdapter if they have.
+        Raises UnknownAdapter if they are released already.
         """
         with self._lock:
-            if not self._holds:
-                raise UnknownAdapter("the versions of this lease have been given back", "adapters")
-            self._holds += 1
-        return Lease(self.mix, self.versions, lambda again: self._give_back())
+            if not self._holders:
+                raise UnknownAdapter("this lease is released", "adapters")
+            self._holders += 1
+        return Lease(self.mix, self.versions, lambda clone: self._drop())
 
     def release(self) -> None:
-        """Give the versions back. Idempotent, from any thread."""
+        """Release the versions. Idempotent, from any thread."""
         with self._lock:
             released, self._released = self._released, True
         if not released:
-            self._give_back()
+            self._drop()
 
-    def _give_back(self) -> None:
+    def _drop(self) -> None:
         with self._lock:
-            self._holds -= 1
-            last = not self._holds
+            self._holders -= 1
+            last = not self._holders
         if last:
             self._release(self)
 
@@ -61,49 +59,48 @@ class Lease:
 
 
 class Leases:
-    """How often each version is leased. Not thread-safe; `digest in leases`, and how many there are, may be asked
-    without the owner's lock."""
+    """Counts leases per version. Not thread-safe; `len` and `in` may be used without the owner's lock."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Counter[str]] = {}
-        """How often each version of a name is, by digest."""
         self._by_digest: Counter[str] = Counter()
-        self._count = 0
+        self._total = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self._total
 
     def __contains__(self, digest: object) -> bool:
-        """Whether any name's lease holds this content."""
+        """Return whether any lease holds this content."""
         return digest in self._by_digest
 
-    def hold(self, versions: Iterable[Version]) -> None:
+    def add(self, versions: Iterable[Version]) -> None:
+        """Count one lease of each version."""
         for version in versions:
             self._by_name.setdefault(version.name, Counter())[version.digest] += 1
             self._by_digest[version.digest] += 1
-            self._count += 1
+            self._total += 1
 
-    def give_back(self, versions: Iterable[Version]) -> set[str]:
-        """Answers the digests that nobody holds now."""
-        left: set[str] = set()
+    def remove(self, versions: Iterable[Version]) -> set[str]:
+        """Remove one lease of each version. Returns the digests that have no lease left."""
+        free: set[str] = set()
         for version in versions:
-            own = self._by_name.get(version.name, Counter())
-            if _subtract(own, version.digest) and not own:
+            of_name = self._by_name.get(version.name, Counter())
+            if _decrement(of_name, version.digest) and not of_name:
                 del self._by_name[version.name]
-            if _subtract(self._by_digest, version.digest):
-                left.add(version.digest)
-            self._count -= 1
-        return left
+            if _decrement(self._by_digest, version.digest):
+                free.add(version.digest)
+            self._total -= 1
+        return free
 
     def of(self, name: str) -> Counter[str]:
-        """The leases of each version of `name`, by digest."""
+        """Return the lease count of each version of `name`, by digest."""
         return Counter(self._by_name.get(name))
 
 
-def _subtract(counts: Counter[str], key: str) -> bool:
-    """Count one less; true if that was the last."""
+def _decrement(counts: Counter[str], key: str) -> bool:
+    """Subtract one; return whether the count is zero now."""
     counts[key] -= 1
-    assert counts[key] >= 0, f"{key!r} is given back more often than it was held"
+    assert counts[key] >= 0, f"{key!r} is released more often than it was leased"
     if counts[key]:
         return False
     del counts[key]

@@ -1,13 +1,9 @@
-"""`LRU`: who holds a bounded resource, and who goes first when room is needed.
-
-Owns costs, pins and the order of use. Does not know what the resource is (bytes of RAM, slots on a device) and holds
-no values: `on_evict` tells the owner to let go. Not thread-safe; the owner has a lock or one thread.
-"""
+"""`LRU`: bookkeeping of a bounded resource (bytes of RAM, device slots) with pins and least-recently-used eviction."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,15 +13,15 @@ K = TypeVar("K", bound=Hashable)
 @dataclass
 class _Held:
     cost: int
-    pins: int
+    pins: int = 0
 
 
 class LRU(Generic[K]):
-    """Keys with a cost each, at most `capacity` in all. A pinned key is never evicted.
+    """Keys with an integer cost each, at most `capacity` in total. Not thread-safe.
 
-    `reserve` takes and pins all keys of a set or none, `free` unpins them; what is unpinned stays until its room is
-    needed. `on_evict(key)` is called for each key that is evicted to make room, after it has left; it must not call
-    back into this object. Costs are integers >= 0 in the owner's unit.
+    `reserve` adds and pins keys, `free` unpins them. An unpinned key stays until its room is needed; a pinned key is
+    never evicted. The values are the owner's: `on_evict(key)` is called after a key was evicted, and must not call back
+    into this object.
     """
 
     def __init__(self, capacity: int, on_evict: Callable[[K], None] | None = None) -> None:
@@ -38,106 +34,102 @@ class LRU(Generic[K]):
         return key in self._held
 
     def __iter__(self) -> Iterator[K]:
-        """Least recently used first."""
+        """Iterate over the keys, least recently used first."""
         return iter(self._held)
 
     def cost(self, key: K) -> int:
+        """Return the cost of a held key."""
         return self._held[key].cost
 
     def pins(self, key: K) -> int:
-        """How many pins `key` has; 0 too if it is not held."""
+        """Return the number of pins; 0 if the key is not held."""
         held = self._held.get(key)
         return held.pins if held else 0
 
     @property
     def pinned(self) -> int:
-        """The summed cost of the keys that are pinned."""
+        """The total cost of the pinned keys."""
         return sum(held.cost for held in self._held.values() if held.pins)
 
-    def reserve(self, costs: Mapping[K, int], evict_last: Callable[[K], bool] | None = None) -> bool:
-        """Hold and pin every key of `costs`, or change nothing and answer False.
+    def reserve(
+        self, costs: Mapping[K, int], evict_last: Callable[[K], bool] | None = None, keep: Container[K] = ()
+    ) -> bool:
+        """Add and pin all keys, or change nothing and return False.
 
-        A key that is held already keeps its cost and needs no room. Room is made by evicting unpinned keys, least
-        recently used first, those for which `evict_last` is true after all the others.
+        Args:
+            costs: the cost of each key. A key that is held keeps its cost.
+            evict_last: keys for which this is true are evicted after all others.
+            keep: keys that are not evicted.
         """
         missing = {key: cost for key, cost in costs.items() if key not in self._held}
-        need = self.used + sum(missing.values()) - self.capacity
-        victims = self._victims(need, spared=costs, evict_last=evict_last)
-        if victims is None:
+        if not self._make_room(sum(missing.values()), costs, evict_last, keep):
             return False
-        self._evict(victims)
         for key, cost in costs.items():
             if key in missing:
-                self._held[key] = _Held(cost, 0)
+                self._held[key] = _Held(cost)
                 self.used += cost
             self._held[key].pins += 1
             self._held.move_to_end(key)
         return True
 
     def free(self, keys: Iterable[K]) -> None:
-        """Take one pin from each key and make it the most recently used. It stays held."""
+        """Remove one pin from each key and make it the most recently used."""
         for key in keys:
             held = self._held[key]
             assert held.pins > 0, f"{key!r} is freed more often than it was reserved"
             held.pins -= 1
             self._held.move_to_end(key)
 
-    def make_room(self, cost: int, spared: Collection[K]) -> bool:
-        """Evict unpinned keys that are not `spared`, least recently used first, until `cost` more has room.
-
-        False and no change if that cannot be.
-        """
-        victims = self._victims(self.used + cost - self.capacity, spared)
-        if victims is None:
-            return False
-        self._evict(victims)
-        return True
+    def make_room(self, cost: int, keep: Container[K]) -> bool:
+        """Evict unpinned keys that are not in `keep` until `cost` more fits; if impossible, return False."""
+        return self._make_room(cost, keep)
 
     def add(self, key: K, cost: int) -> bool:
-        """Hold `key` without a pin if there is room without evicting anything; False if there is none."""
+        """Add a key without a pin if it fits without an eviction. Returns whether the key is held."""
         if key in self._held:
             return True
         if self.used + cost > self.capacity:
             return False
-        self._held[key] = _Held(cost, 0)
+        self._held[key] = _Held(cost)
         self.used += cost
         return True
 
-    def resize(self, key: K, cost: int, evict_last: Callable[[K], bool] | None = None) -> bool:
-        """Correct the cost of a held key, evicting others for it if it grew; False and unchanged if that cannot be."""
-        need = self.used + cost - self._held[key].cost - self.capacity
-        victims = self._victims(need, spared={key: 0}, evict_last=evict_last)
-        if victims is None:
+    def resize(self, key: K, cost: int, evict_last: Callable[[K], bool] | None = None, keep: Container[K] = ()) -> bool:
+        """Change the cost of a held key, evicting others if needed; if impossible, return False."""
+        grows = cost - self._held[key].cost
+        if not self._make_room(grows, (key,), evict_last, keep):
             return False
-        self._evict(victims)
-        self.used += cost - self._held[key].cost
+        self.used += grows
         self._held[key].cost = cost
         return True
 
     def remove(self, key: K) -> None:
-        """Let go of an unpinned key without calling `on_evict`."""
+        """Remove an unpinned key without calling `on_evict`."""
         assert not self._held[key].pins, f"{key!r} is removed while it is pinned"
         self.used -= self._held.pop(key).cost
 
-    def _victims(
-        self, need: int, spared: Collection[K], evict_last: Callable[[K], bool] | None = None
-    ) -> list[K] | None:
-        """The keys to evict so that `need` is given back, in order; None if that cannot be."""
-        if need <= 0:
-            return []
-        candidates = [k for k, held in self._held.items() if not held.pins and k not in spared]
-        if evict_last is not None:
-            candidates.sort(key=evict_last)  # stable: the order of use remains within each half
+    def _make_room(
+        self,
+        cost: int,
+        spared: Container[K],
+        evict_last: Callable[[K], bool] | None = None,
+        keep: Container[K] = (),
+    ) -> bool:
+        need = self.used + cost - self.capacity
         victims: list[K] = []
-        for key in candidates:
-            victims.append(key)
-            need -= self._held[key].cost
-            if need <= 0:
-                return victims
-        return None
-
-    def _evict(self, keys: Iterable[K]) -> None:
-        for key in keys:
+        if need > 0:
+            candidates = [k for k, held in self._held.items() if not held.pins and k not in spared and k not in keep]
+            if evict_last is not None:
+                candidates.sort(key=evict_last)  # stable: the order of use stays within each group
+            for key in candidates:
+                if need <= 0:
+                    break
+                victims.append(key)
+                need -= self._held[key].cost
+            if need > 0:
+                return False
+        for key in victims:
             self.used -= self._held.pop(key).cost
             if self._on_evict is not None:
                 self._on_evict(key)
+        return True

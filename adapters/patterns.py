@@ -1,9 +1,7 @@
-"""Regular expressions that strangers wrote, matched against module names in bounded time.
+"""Matches untrusted regular expressions against module names in bounded time.
 
-Owns the bound. Python's `re` backtracks and holds the interpreter lock while it does: one hostile pattern in an
-adapter's config would stop every request. So a pattern that is cheap by its form is matched here, any other in a
-short-lived child process that is killed when its time is over; both give exactly what `re` gives. Where this machine
-has no child to give, StoreFailed says so: that tells nothing of the pattern.
+`re` backtracks while it holds the GIL, so a hostile pattern in an adapter's config would stop every request. A pattern
+with a low step bound is matched in this process; any other in a child process with a time limit. Results equal `re`'s.
 """
 
 from __future__ import annotations
@@ -16,19 +14,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapters.errors import InvalidAdapter, StoreFailed, reason
+from adapters.errors import InvalidAdapter, StoreFailed, error_text
 
 MAX_PATTERN = 4096
 MAX_NAME = 256
 MAX_GROUPS = 64
-"""Groups of a pattern that is matched here: what `re` copies at a branch grows with them."""
+"""Most groups of a pattern that is matched in this process: `re` copies them at each branch."""
 CHEAP_MATCH = 1e6
-"""Steps of one match, through which the lock is held: some 20 ms."""
+"""Steps of one match, during which the GIL is held: about 20 ms."""
 CHEAP_STEPS = 1e8
-"""Steps of all matches of one call; other threads get their turns between them."""
+"""Steps of all matches of one call; other threads can run between matches."""
 CHILD_SECONDS = 5.0
 BRANCH_STEPS = 8.0
-"""What `re` takes for entering a branch of a group, in steps over one character."""
+"""Cost of entering a branch, in steps."""
 
 _TOKEN = re.compile(
     r"""
@@ -42,8 +40,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-"""All that a pattern may consist of if its steps are to be counted; a flag, which can change what the rest means, a
-reference, a comment, a condition and a repeated group are none of it."""
+"""The constructs whose steps can be counted. Flags, references, comments, conditions and repeated groups are not."""
 
 _CHILD = """
 import json, re, sys
@@ -63,22 +60,27 @@ json.dump({"rows": rows}, sys.stdout)
 
 
 def full_matches(pattern: str, names: Sequence[str], key: str) -> list[bool]:
-    """Whether `pattern` matches the whole of each name. Raises InvalidAdapter, naming the config `key`."""
+    """Return whether `pattern` matches each whole name.
+
+    Raises InvalidAdapter for an invalid or slow pattern, naming the config `key`; StoreFailed if no process can start.
+    """
     return [found is not None for found in _matches([pattern], names, key, whole=True)[0]]
 
 
 def first_suffix_match(patterns: Sequence[str], names: Sequence[str], key: str) -> list[int | None]:
-    """For each name the index of the first pattern that matches it, or what follows one of its dots; else None.
+    """Return for each name the index of the first pattern that matches it or a suffix after a dot; else None.
 
-    This is PEFT's rule for the keys of rank_pattern and alpha_pattern. Raises InvalidAdapter, naming the config `key`.
+    This is PEFT's rule for the keys of rank_pattern and alpha_pattern. Raises as `full_matches`.
     """
     rows = _matches([rf"(.*\.)?({pattern})$" for pattern in patterns], names, key, whole=False, inner=patterns)
     return [next((i for i, row in enumerate(rows) if row[n] is not None), None) for n in range(len(names))]
 
 
 def layer_numbers(patterns: Sequence[str], names: Sequence[str], key: str) -> list[int | None]:
-    """For each name the first number that follows a part which one of PEFT's layers_pattern fits; else None. Raises
-    InvalidAdapter as the other functions do."""
+    """Return for each name the first number after a part that one of PEFT's layers_pattern matches; else None.
+
+    Raises as `full_matches`.
+    """
     formed = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
     rows = _matches(formed, names, key, whole=False, inner=patterns)
     first = [next((row[n] for row in rows if row[n] is not None), None) for n in range(len(names))]
@@ -87,9 +89,9 @@ def layer_numbers(patterns: Sequence[str], names: Sequence[str], key: str) -> li
 
 @dataclass
 class _Count:
-    """Bounds for a part of a pattern from one place in a name: `ways` in which it can match, `steps` to try them all.
+    """Upper bounds for a group at one position: the ways it can match, and the steps to try them all.
 
-    The first two are of the branch that is being read, the others of the branches before it.
+    `ways` and `steps` are for the current branch, the others for the branches before it.
     """
 
     ways: float = 1.0
@@ -98,7 +100,7 @@ class _Count:
     other_steps: float = 0.0
 
     def then(self, ways: float, steps: float) -> None:
-        """What follows is tried once for each way in which what is before it matches."""
+        """Append a part, which is tried once for each way in which the parts before it match."""
         self.steps += self.ways * steps
         self.ways *= ways
 
@@ -109,9 +111,9 @@ class _Count:
 
 
 def steps(pattern: str, length: int) -> float:
-    """An upper bound on the steps of matching `pattern` at the start of a name of `length`; infinite if there is none.
+    """Return an upper bound on the steps to match `pattern` at the start of a name of `length`.
 
-    A pattern is bounded if it consists of known constructs alone and repeats single characters only, never a group.
+    Infinite for unknown constructs and repeated groups.
     """
     if pattern.count("(") > MAX_GROUPS:
         return math.inf
@@ -143,7 +145,7 @@ def steps(pattern: str, length: int) -> float:
 
 
 def _repetitions(token: re.Match[str], length: int) -> float:
-    """How many counts of its repetitions one character of a pattern may have in a name of `length`."""
+    """Return how many different repetition counts a character can have in a name of `length`."""
     if token["times"] is None:
         return 1.0
     if token["times"] in "*+":
@@ -163,9 +165,9 @@ def _check_length(pattern: str, key: str) -> None:
 def _matches(
     patterns: Sequence[str], names: Sequence[str], key: str, *, whole: bool, inner: Sequence[str] | None = None
 ) -> list[list[str | None]]:
-    """One row per pattern: None where it does not match, else what its group `idx` has found ("" if nothing).
+    """Return one row per pattern: the text of its group `idx` per name ("" if none), or None for no match.
 
-    `inner` are the parts that strangers wrote, for messages.
+    `inner` are the untrusted parts of the patterns, for messages.
     """
     shown = inner or patterns
     for part in shown:
@@ -176,26 +178,26 @@ def _matches(
     length = max(map(len, names), default=0)
     costs = [steps(pattern, length) for pattern in patterns]
     if max(costs, default=0.0) > CHEAP_MATCH or len(names) * sum(costs) > CHEAP_STEPS:
-        return _in_a_child(patterns, names, key, whole, shown)
+        return _in_child_process(patterns, names, key, whole, shown)
     rows = []
     for pattern, part in zip(patterns, shown, strict=True):
         try:
             compiled = re.compile(pattern)
         except (ValueError, re.error, RecursionError, OverflowError) as error:
-            raise _no_pattern(part, str(error), key) from error
+            raise _invalid_pattern(part, str(error), key) from error
         found = map(compiled.fullmatch if whole else compiled.match, names)
         rows.append([None if m is None else m.groupdict().get("idx") or "" for m in found])
     return rows
 
 
-def _no_pattern(pattern: str, reason: str, key: str) -> InvalidAdapter:
-    return InvalidAdapter(f"{key}: {pattern[:80]!r} is no valid pattern ({reason})", key)
+def _invalid_pattern(pattern: str, reason: str, key: str) -> InvalidAdapter:
+    return InvalidAdapter(f"{key}: {pattern[:80]!r} is not a valid pattern ({reason})", key)
 
 
-def _in_a_child(
+def _in_child_process(
     patterns: Sequence[str], names: Sequence[str], key: str, whole: bool, shown: Sequence[str]
 ) -> list[list[str | None]]:
-    """The same in a process that is killed when its time is over. Compiling a pattern can take long as well."""
+    """Match in a child process with a time limit. Compiling a pattern can be slow, too."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
@@ -207,15 +209,15 @@ def _in_a_child(
         )
     except subprocess.TimeoutExpired as error:
         raise InvalidAdapter(
-            f"{key}: its patterns did not finish on {len(names)} module names in {CHILD_SECONDS:g} s; "
-            "write them without nested repetition",
+            f"{key}: matching {len(names)} module names took longer than {CHILD_SECONDS:g} s; "
+            "write the patterns without nested repetition",
             key,
         ) from error
     except (OSError, subprocess.CalledProcessError) as error:
-        why = reason(error) if isinstance(error, OSError) else f"the process for it ended with {error.returncode}"
-        raise StoreFailed(f"{key}: its patterns cannot be matched now: {why}", key) from error
+        why = error_text(error) if isinstance(error, OSError) else f"the process exited with {error.returncode}"
+        raise StoreFailed(f"{key}: the patterns cannot be matched now: {why}", key) from error
     answer = json.loads(done.stdout)
     if "bad" in answer:
-        raise _no_pattern(shown[answer["bad"]], answer["why"], key)
+        raise _invalid_pattern(shown[answer["bad"]], answer["why"], key)
     rows: list[list[str | None]] = answer["rows"]
     return rows

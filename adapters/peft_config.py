@@ -1,7 +1,6 @@
-"""PEFT's `adapter_config.json`: one table of its keys, and what the honoured ones say about a base's modules.
+"""Interprets PEFT's `adapter_config.json` (PEFT 0.21): which modules it adapts, with which ranks and scales.
 
-Every key is honoured, harmless, or refused by name. Owns the rules by which PEFT (0.21) picks modules, ranks and
-scales; knows neither files nor tensors. PEFT is the oracle in the tests and is never imported here.
+Every key is honoured, harmless, or refused by name. The tests compare with PEFT, which is not imported here.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from adapters import patterns
 from adapters.errors import BaseMismatch, InvalidAdapter, UnsupportedAdapter, shortened
 
 MAX_LIST = 16_384
-"""Entries of a list or a pattern table: over any real model's count of linear layers."""
+"""Most entries of a list or pattern table; more than any model has linear layers."""
 MAX_RANK = 1 << 20
-"""Above it, a number is no rank of any matrix; what is served has a limit of its own, `--max-rank`."""
+"""Highest rank that is parsed. `--max-rank` is the limit for serving."""
 ALL_LINEAR = "all-linear"
 
 HONOURED = frozenset(
@@ -30,36 +29,36 @@ HONOURED = frozenset(
 HARMLESS: Mapping[str, str] = {
     "lora_dropout": "acts in training only",
     "inference_mode": "acts in training only",
-    "peft_version": "says who wrote the file",
+    "peft_version": "names the writer of the file",
     "revision": "names the base's revision",
     "task_type": "picks a class in PEFT",
     "auto_mapping": "picks a class in PEFT",
-    "base_model_name_or_path": "names the base; its shapes are what is checked",
-    "fan_in_fan_out": "acts on Conv1D layers only, of which no base served here has any",
+    "base_model_name_or_path": "names the base; its shapes are checked",
+    "fan_in_fan_out": "acts on Conv1D layers only, and no served base has any",
     "init_lora_weights": "sets the first values of A and B, which training has replaced",
-    "eva_config": "is read by init_lora_weights 'eva' alone",
-    "loftq_config": "is read by init_lora_weights 'loftq' alone",
-    "corda_config": "is read by init_lora_weights 'corda' alone",
-    "lora_ga_config": "is read by init_lora_weights 'lora_ga' alone",
-    "velora_config": "changes the backward pass alone",
-    "monteclora_config": "samples in training only; what is learned is the mean, B A",
-    "qalora_group_size": "is read with use_qalora alone",
-    "megatron_core": "is read with megatron_config alone",
+    "eva_config": "is used by init_lora_weights 'eva' only",
+    "loftq_config": "is used by init_lora_weights 'loftq' only",
+    "corda_config": "is used by init_lora_weights 'corda' only",
+    "lora_ga_config": "is used by init_lora_weights 'lora_ga' only",
+    "velora_config": "changes the backward pass only",
+    "monteclora_config": "samples in training only; the learned mean is B A",
+    "qalora_group_size": "is used with use_qalora only",
+    "megatron_core": "is used with megatron_config only",
     "ensure_weight_tying": "acts on heads and embeddings, whose tensors are refused",
 }
 
 REFUSED: Mapping[str, str] = {
-    "bias": 'a trained bias is no low-rank update; where none was trained, say "none"',
-    "use_dora": "DoRA rescales the base's columns, which is no sum of B A x; retrain without it",
-    "lora_bias": "a bias on B is no low-rank update; retrain without it",
+    "bias": 'a trained bias is not a low-rank update; if none was trained, set "none"',
+    "use_dora": "DoRA rescales the base's columns, which is not a sum of B A x; retrain without it",
+    "lora_bias": "a bias on B is not a low-rank update; retrain without it",
     "modules_to_save": "it replaces whole modules of the base; retrain without it",
     "trainable_token_indices": "it replaces rows of the embedding; retrain without it",
-    "alora_invocation_tokens": "an activated LoRA switches itself on inside a sequence; retrain without it",
-    "target_parameters": "it adapts parameters that are not linear layers; retrain with target_modules alone",
-    "layer_replication": "it makes another model of the base; retrain without it, on the base that is served",
+    "alora_invocation_tokens": "an activated LoRA starts in the middle of a sequence; retrain without it",
+    "target_parameters": "it adapts parameters that are not linear layers; retrain with target_modules only",
+    "layer_replication": "it changes the base's layers; retrain without it, on the served base",
     "use_qalora": "QA-LoRA pools its inputs before A; retrain without it",
     "use_bdlora": "block-diagonal factors are not served; retrain without it",
-    "arrow_config": "Arrow picks adapters per token; retrain without it",
+    "arrow_config": "Arrow selects adapters per token; retrain without it",
     "kasa_config": "KaSA truncates the base's weights; retrain without it",
     "megatron_config": "Megatron's parallel layers are not served; retrain without it",
 }
@@ -68,33 +67,39 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "runtime_config": ({"ephemeral_gpu_offload": False},),
 }
-"""Values that are neither null nor false nor empty and mean nothing, of keys that are not honoured and not harmless."""
+"""Values of otherwise refused keys that have no effect, besides null, false and empty values."""
 
 ON_WHEN_EMPTY = frozenset({"arrow_config", "kasa_config", "use_bdlora"})
-"""Keys of which PEFT takes an empty object for one with the defaults."""
+"""Keys for which PEFT reads an empty object as the defaults."""
 
 STORED: Mapping[str, tuple[Any, ...]] = {
     **NEUTRAL,
     **dict.fromkeys(ON_WHEN_EMPTY, ({},)),
     "bias": ("none", "all", "lora_only", None, False, "", [], {}),
 }
-"""The same, as they once were: tensors tell that nothing of it was trained in what was taken."""
+"""The same for stored adapters, which were accepted by older rules; their tensors show that nothing was trained."""
 
 SAFE_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "true", "false"})
 BASE_CHANGING_INITS = re.compile(r"(pissa(_niter_\d+)?|olora|loftq|corda|lora_ga)")
 
 HEADS = re.compile(r"(.*\.)?(lm_head|embed_tokens|wte|word_embeddings|embed_out)")
-"""Output heads and embeddings: they may be named as targets by some adapters and are refused by name."""
-HEADS_OF_BASES = ("model.embed_tokens", "lm_head")
-"""Those that the bases served here have."""
+"""Output heads and embeddings. LoRA on them is refused."""
+BASE_HEADS = ("model.embed_tokens", "lm_head")
+"""The heads of the served bases."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What the honoured keys say. `target_modules` is a set of names, or a pattern, or "all-linear".
+    """The parsed config.
 
-    `partial` says that modules it adapts may have no tensors, where nothing was trained. `honoured` and `harmless` are
-    the keys that were present, for people; `base` is the name of the base it was made on.
+    Attributes:
+        r, alpha, rslora, rank_pattern, alpha_pattern: as in PEFT; patterns are in file order.
+        target_modules, exclude_modules: a set of names, a pattern, or "all-linear".
+        layers, layers_pattern: layers_to_transform (None is all) and layers_pattern.
+        partial: whether adapted modules may have no tensors (EVA).
+        base: the name of the base that it was trained on.
+        honoured, harmless: the keys that were present.
+        notes: remarks for users.
     """
 
     r: int
@@ -114,16 +119,17 @@ class LoraConfig:
 
 
 def parse(raw: object, stored: bool = False) -> LoraConfig:
-    """Reads a config that `json.loads` has read. One that is `stored` was taken once, and is read by the rules of then.
-    Raises UnsupportedAdapter or InvalidAdapter, naming the key.
+    """Parse a decoded adapter_config.json. Raises UnsupportedAdapter or InvalidAdapter, naming the key.
+
+    `stored` configs were accepted by an older version and are parsed by its rules.
     """
     if not isinstance(raw, dict):
-        raise InvalidAdapter("adapter_config.json must hold an object, of PEFT's LoraConfig", "adapter_config.json")
+        raise InvalidAdapter("adapter_config.json must hold an object: PEFT's LoraConfig", "adapter_config.json")
     config: dict[str, Any] = raw
     kind = config.get("peft_type")
     if kind is None:
-        mlx = ", but of mlx-lm: convert the adapter to PEFT's format" if "lora_parameters" in config else ""
-        raise InvalidAdapter(f"peft_type is missing: this is no adapter_config.json of PEFT{mlx}", "peft_type")
+        mlx = ", but one of mlx-lm: convert the adapter to PEFT's format" if "lora_parameters" in config else ""
+        raise InvalidAdapter(f"peft_type is missing: this is not an adapter_config.json of PEFT{mlx}", "peft_type")
     if kind != "LORA":
         raise UnsupportedAdapter(f"peft_type {kind!r} is not served; only LORA is", "peft_type")
     honoured, harmless = _sort_keys(config, STORED if stored else NEUTRAL)
@@ -139,7 +145,7 @@ def parse(raw: object, stored: bool = False) -> LoraConfig:
     if layers_pattern and config.get("layers_to_transform") is None:
         raise InvalidAdapter("layers_pattern needs layers_to_transform (PEFT refuses it too)", "layers_pattern")
     if not targets:
-        raise InvalidAdapter("target_modules is missing or empty; name the modules that are adapted", "target_modules")
+        raise InvalidAdapter("target_modules is missing or empty; name the adapted modules", "target_modules")
     excluded = config.get("exclude_modules")
     base = config.get("base_model_name_or_path")
     return LoraConfig(
@@ -152,8 +158,7 @@ def parse(raw: object, stored: bool = False) -> LoraConfig:
         exclude_modules=_targets(excluded, "exclude_modules") if excluded else frozenset(),
         layers=layers,
         layers_pattern=layers_pattern,
-        # EVA takes the modules out that it gives the rank 0, and PEFT, which shortens target_modules then, names them
-        # again: when it reads such a folder, their B is 0.
+        # EVA gives some modules rank 0 and saves no tensors for them; PEFT may still name them in target_modules.
         partial=config.get("init_lora_weights") == "eva",
         base=shortened(base) if isinstance(base, str) and base else None,
         honoured=tuple(honoured),
@@ -163,7 +168,7 @@ def parse(raw: object, stored: bool = False) -> LoraConfig:
 
 
 def _sort_keys(config: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> tuple[list[str], list[str]]:
-    """The keys that are honoured and those that are harmless, sorted; refuses all others."""
+    """Return the honoured and the harmless keys, sorted; refuse all others."""
     honoured: list[str] = []
     harmless: list[str] = []
     for key in sorted(config):
@@ -180,7 +185,7 @@ def _sort_keys(config: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]
         else:
             shown = repr(value)
             shown = shown if len(shown) <= 80 else shown[:77] + "..."
-            reason = REFUSED.get(key, "this key is not known here; take it out if the adapter is the same without it")
+            reason = REFUSED.get(key, "the key is unknown; remove it if the adapter does not need it")
             raise UnsupportedAdapter(f"{key} = {shown} is not served: {reason}", key)
     return honoured, harmless
 
@@ -199,12 +204,12 @@ def _check_init(value: object) -> None:
         return
     if BASE_CHANGING_INITS.fullmatch(name):
         raise UnsupportedAdapter(
-            f"init_lora_weights = {value!r} is not served: it changes the base's weights, and the adapter is only "
-            "right on the changed ones; convert it with save_pretrained(..., path_initial_model_for_weight_conversion)",
+            f"init_lora_weights = {value!r} is not served: it changes the base's weights, and the adapter only works "
+            "on the changed ones; convert it with save_pretrained(..., path_initial_model_for_weight_conversion)",
             "init_lora_weights",
         )
     raise UnsupportedAdapter(
-        f"init_lora_weights = {str(value)[:80]!r} is not known; it may change the base", "init_lora_weights"
+        f"init_lora_weights = {str(value)[:80]!r} is unknown; it may change the base's weights", "init_lora_weights"
     )
 
 
@@ -229,7 +234,7 @@ def _flag(value: object, key: str) -> bool:
 
 
 def _table(value: object, key: str, read: Callable[[object, str], Any]) -> tuple[tuple[str, Any], ...]:
-    """The entries in the file's order: the first that matches a module is the one that counts."""
+    """Parse a pattern table. The first entry that matches a module counts."""
     if value is None:
         return ()
     if not isinstance(value, dict) or len(value) > MAX_LIST:
@@ -248,7 +253,7 @@ def _targets(value: object, key: str) -> str | frozenset[str]:
 
 
 def _layers(value: object) -> frozenset[int] | None:
-    """The layers that are adapted; None is all of them, and so is an empty list."""
+    """Return the adapted layers; None (also for an empty list) is all of them."""
     key = "layers_to_transform"
     if value is None:
         return None
@@ -269,26 +274,28 @@ def _layers_pattern(value: object) -> tuple[str, ...]:
 
 
 def select(config: LoraConfig, names: Sequence[str]) -> list[str]:
-    """Those of `names` that the config adapts, in their order: PEFT's rules on full module names.
+    """Return the module names that the config adapts, in order, by PEFT's rules.
 
-    A name in a target list that is a whole module path is taken whatever layers_to_transform says, as PEFT does.
-    Raises InvalidAdapter for patterns that are not valid or take too long, UnsupportedAdapter for a list that adapts a
-    head of the base.
+    As in PEFT, a target that is a whole module path is adapted whatever layers_to_transform is.
+
+    Raises:
+        InvalidAdapter: a pattern is invalid or too slow.
+        UnsupportedAdapter: a target list includes a head of the base.
     """
-    if isinstance(config.target_modules, frozenset) and (heads := _chosen(config, HEADS_OF_BASES)):
-        raise on_a_head(heads[0], "target_modules")
-    return _chosen(config, names)
+    if isinstance(config.target_modules, frozenset) and (heads := _adapted(config, BASE_HEADS)):
+        raise head_error(heads[0], "target_modules")
+    return _adapted(config, names)
 
 
-def on_a_head(module: str, key: str) -> UnsupportedAdapter:
-    """The error for an adapter of an output head or an embedding, found at the config's key or the tensor `key`."""
-    named = ", or take it out of there if there are no tensors of it" if key == "target_modules" else ""
+def head_error(module: str, key: str) -> UnsupportedAdapter:
+    """Return the error for LoRA on an output head or embedding, found at the config key or tensor `key`."""
+    named = ", or remove it from there if it has no tensors" if key == "target_modules" else ""
     return UnsupportedAdapter(
-        f"LoRA on {module!r} is not served, as on any output head or embedding: retrain without that target{named}", key
+        f"LoRA on an output head or embedding ({module!r}) is not served: retrain without that target{named}", key
     )
 
 
-def _chosen(config: LoraConfig, names: Sequence[str]) -> list[str]:
+def _adapted(config: LoraConfig, names: Sequence[str]) -> list[str]:
     hits = _hits(config.target_modules, names, "target_modules")
     targeted = [name for name, hit in zip(names, hits, strict=True) if hit]
     if not targeted:
@@ -306,31 +313,31 @@ def _hits(wanted: str | frozenset[str], names: Sequence[str], key: str) -> list[
         if key == "target_modules" and wanted == ALL_LINEAR:
             return [HEADS.fullmatch(name) is None for name in names]
         return patterns.full_matches(wanted, names, key)
-    return [any(tail in wanted for tail in _tails(name)) for name in names]
+    return [any(suffix in wanted for suffix in _suffixes(name)) for name in names]
 
 
 @lru_cache(maxsize=8192)
-def _tails(name: str) -> tuple[str, ...]:
-    """The name and all that follows one of its dots: a.b.c, b.c, c. All adapters of a base have the same names."""
+def _suffixes(name: str) -> tuple[str, ...]:
+    """Return the name and its suffixes after each dot: a.b.c, b.c, c."""
     parts = name.split(".")
     return tuple(".".join(parts[i:]) for i in range(len(parts)))
 
 
 def _layer_numbers(layers_pattern: tuple[str, ...], names: Sequence[str]) -> dict[str, int | None]:
-    """Each name's layer: the first number after a name that fits (any name, if no pattern is given), or None."""
+    """Return each name's layer number: the first one after a part that matches layers_pattern (default any)."""
     if layers_pattern:
         return dict(zip(names, patterns.layer_numbers(layers_pattern, names, "layers_pattern"), strict=True))
-    # PEFT's own pattern wants something before the name of the list of layers, so the number is a third part or later.
+    # PEFT's default pattern requires a prefix before the layer list, so the number is at least the third part.
     return {n: next((int(p) for p in n.split(".")[2:-1] if p.isdecimal()), None) for n in names}
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """What an update is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023)."""
+    """Return the scale of an update: alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def ranks_and_scales(config: LoraConfig, names: Sequence[str]) -> dict[str, tuple[int, float]]:
-    """Each module's rank and scale."""
+    """Return each module's (rank, scale)."""
     rank_at = patterns.first_suffix_match([p for p, _ in config.rank_pattern], names, "rank_pattern")
     alpha_at = patterns.first_suffix_match([p for p, _ in config.alpha_pattern], names, "alpha_pattern")
     result = {}
@@ -342,11 +349,12 @@ def ranks_and_scales(config: LoraConfig, names: Sequence[str]) -> dict[str, tupl
 
 
 def check_names(config: LoraConfig, names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises BaseMismatch if a module in `names` is none of the base's (`known`)."""
+    """Raise BaseMismatch if a module in `names` is not in the base (`known`)."""
     have = set(known)
     missing = [name for name in names if name not in have]
     if missing:
-        made_on = f" It was made on {config.base!r}." if config.base else ""
+        trained_on = f" It was trained on {config.base!r}." if config.base else ""
         raise BaseMismatch(
-            f"the adapter has {len(missing)} modules that this base does not have, {missing[0]!r} among them.{made_on}"
+            f"the adapter has {len(missing)} modules that this base does not have, for example {missing[0]!r}."
+            f"{trained_on}"
         )

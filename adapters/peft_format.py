@@ -1,7 +1,7 @@
-"""Reads and writes LoRA adapters as PEFT does: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+"""Reads and writes PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`.
 
-Owns which files are opened and how, tensor names and the checks on tensors. Nothing is unpickled, no file is read
-before its size is known, and no link is followed out of the folder. What the config means is in `peft_config`.
+Safe for untrusted folders: nothing is unpickled, file sizes are limited, and links may not lead out of the folder.
+`peft_config` interprets the config.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ import torch
 
 from adapters import peft_config
 from adapters.atomic_files import replace_file
-from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, reason, unreadable
-from adapters.format_hints import COPY_FILES, foreign, leads_out, no_config, no_tensors, not_safetensors
+from adapters.errors import BaseMismatch, InvalidAdapter, StoreFailed, UnsupportedAdapter, error_text, unreadable
+from adapters.format_hints import (
+    COPY_FILES,
+    file_content_hint,
+    missing_config_hint,
+    missing_tensors_hint,
+    outside_error,
+    tensor_name_hint,
+)
 from adapters.peft_config import LoraConfig
-from adapters.strict_json import once
+from adapters.strict_json import unique_keys
 from adapters.weights import LoraWeights, LowRank, all_finite, all_finite_in, not_finite, with_digest
 
 CONFIG_FILE = "adapter_config.json"
@@ -33,34 +40,35 @@ PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 TASK_FILE = "task.json"
 REQUIRED, OPTIONAL = (CONFIG_FILE, TENSOR_FILE), (TASK_FILE, CARD_FILE)
-"""The files of an adapter's folder."""
+"""The files of an adapter folder."""
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 8 << 30
 MAX_SIDE_BYTES = 1 << 20
 MAX_DEPTH = 64
-"""Levels of JSON. What tells of an adapter is walked by several readers that call themselves."""
+"""Most levels of nested JSON: several recursive readers process it."""
 HEADER_SLACK = 16 << 20
-"""What a safetensors header and alignment may take over the tensors themselves."""
+"""Bytes for the safetensors header and alignment."""
 METADATA_KEY = "loramux"
-"""The entry of a safetensors header that holds what we know of how the adapter was made, as JSON."""
-MADE = ("quantization", "training", "composition", "pruning", "auto_lora")
-"""The metadata in it."""
+"""The safetensors header entry with our metadata, as JSON."""
+SAVED_METADATA = ("quantization", "training", "composition", "pruning", "auto_lora")
+"""The metadata keys in it."""
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 RENAMES = (("base_model.model.", ""), (".base_layer.", "."), (".default.", "."))
-"""What other writers put into tensor names: a leading prefix, and segments anywhere."""
+"""Parts of tensor names that are removed: a prefix, then segments anywhere."""
 TRAINING_ONLY = (".lora_velora_embed", ".lora_monteclora_sampler.")
-"""Parts of the names of tensors that PEFT saves and reads in training alone."""
+"""Tensors that PEFT saves for training only."""
 WRAPPERS = {
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FSDP",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
+"""Name parts that training wrappers insert."""
 FIRST_WRAPPER = "module"
-"""What DataParallel, DDP and DeepSpeed put before all other parts of a name."""
+"""The first name part under DataParallel, DDP and DeepSpeed."""
 OTHER_HEADS = {"v_head", "score", "classifier"}
-"""Parts of the names of heads that are put onto a language model or in the place of its own."""
+"""Name parts of value and classification heads."""
 
 
 def read_folder(
@@ -71,20 +79,30 @@ def read_folder(
     shapes: Mapping[str, tuple[int, int]] | None = None,
     stored: bool = False,
 ) -> LoraWeights:
-    """The adapter in a PEFT folder. `shapes` maps the base's linear layers to (out, in); without it none is checked.
-    One that is `stored` was taken once, and is read by the rules of then.
+    """Read and check a PEFT folder.
 
-    Metadata: `honoured` and `harmless` config keys, `notes`, `base` (the name it gives), `card` (README.md), `task`
-    (task.json), and those of `MADE` (if this package wrote it). Raises InvalidAdapter (UnsupportedAdapter for what is a
-    LoRA and not served) or BaseMismatch; the message names the key or the tensor. StoreFailed where it is the machine.
+    Args:
+        path: the folder.
+        name: the adapter's name.
+        max_rank: the highest rank that is accepted.
+        shapes: the base's linear layers, path -> (out, in); without it, shapes are not checked.
+        stored: whether the adapter was accepted before; it is then read by older rules.
+
+    Returns:
+        The weights. Metadata: `honoured` and `harmless` config keys, `notes`, `base`, `card` (README.md), `task`
+        (task.json), and `SAVED_METADATA`.
+
+    Raises:
+        InvalidAdapter, UnsupportedAdapter, BaseMismatch: the message names the key or tensor.
+        StoreFailed: a system error.
     """
     if not path.is_dir():
-        raise InvalidAdapter(f"{path.name!r} is no folder")
+        raise InvalidAdapter(f"{path.name!r} is not a folder")
     config = _read_file(path, CONFIG_FILE, MAX_CONFIG_BYTES)
     if config is None:
-        raise InvalidAdapter(f"{CONFIG_FILE} is missing{no_config(path, CONFIG_FILE)}", CONFIG_FILE)
+        raise InvalidAdapter(f"{CONFIG_FILE} is missing{missing_config_hint(path, CONFIG_FILE)}", CONFIG_FILE)
     parsed = peft_config.parse(_json_object(config, CONFIG_FILE), stored)
-    hint = f", which no adapter of rank {max_rank} (--max-rank) reaches" if shapes is not None else ""
+    hint = f", which no adapter of rank {max_rank} (--max-rank) needs" if shapes is not None else ""
     limit = _tensor_limit(shapes, max_rank)
     tensors = _read_file(path, TENSOR_FILE, limit, hint, lambda stream: _check_declared(stream, parsed, shapes))
     if tensors is None:
@@ -94,7 +112,7 @@ def read_folder(
                 f"save the adapter as {TENSOR_FILE} (save_pretrained does so by default)",
                 PICKLE_FILE,
             )
-        raise InvalidAdapter(f"{TENSOR_FILE} is missing{no_tensors(path)}", TENSOR_FILE)
+        raise InvalidAdapter(f"{TENSOR_FILE} is missing{missing_tensors_hint(path)}", TENSOR_FILE)
     weights = _weights(parsed, tensors, name, max_rank, shapes)
     card = _read_file(path, CARD_FILE, MAX_SIDE_BYTES)
     task = _read_file(path, TASK_FILE, MAX_SIDE_BYTES)
@@ -108,7 +126,7 @@ def read_folder(
 def _weights(
     parsed: LoraConfig, data: bytes, name: str, max_rank: int, shapes: Mapping[str, tuple[int, int]] | None
 ) -> LoraWeights:
-    """The adapter in the contents of a tensor file that is not too large."""
+    """Build the adapter from the bytes of its tensor file."""
     found, header = _load(data)
     pairs = _pairs(found, parsed, shapes)
     modules = list(pairs)
@@ -121,7 +139,7 @@ def _weights(
         if not abs(scale) < 1e30:
             raise InvalidAdapter(f"lora_alpha gives {module} a scale of {scale:g}, which is out of range", "lora_alpha")
         result[module] = LowRank(a, b, scale)
-    if not _finite_as_it_lies(data, found) and (bad := not_finite(result)) is not None:
+    if not _all_finite(data, found) and (bad := not_finite(result)) is not None:
         raise InvalidAdapter(f"{bad[0]}.lora_{bad[1]} has values that are not finite (NaN or infinity)", bad[0])
     made = _json_object(header[METADATA_KEY].encode(), TENSOR_FILE) if METADATA_KEY in header else {}
     metadata = {
@@ -131,13 +149,13 @@ def _weights(
         "base": parsed.base,
         "card": None,
         "task": None,
-        **{key: made.get(key) for key in MADE},
+        **{key: made.get(key) for key in SAVED_METADATA},
     }
     return with_digest(name, result, metadata)
 
 
 def _tensor_limit(shapes: Mapping[str, tuple[int, int]] | None, max_rank: int) -> int:
-    """Bytes that the tensors of the largest adapter that could be served may take."""
+    """Return the bytes of the largest tensor file that can be served."""
     if shapes is None:
         return MAX_TENSOR_BYTES
     return sum(4 * max_rank * (out + into) for out, into in shapes.values()) + HEADER_SLACK
@@ -146,10 +164,9 @@ def _tensor_limit(shapes: Mapping[str, tuple[int, int]] | None, max_rank: int) -
 def _read_file(
     folder: Path, file: str, limit: int, hint: str = "", too_large: Callable[[BinaryIO], None] = lambda stream: None
 ) -> bytes | None:
-    """The bytes of a file of the folder, or None if there is none. Raises InvalidAdapter for anything odd about it,
-    StoreFailed where it is the machine that cannot open it now.
+    """Read a file of the folder; None if it does not exist. Raises InvalidAdapter, StoreFailed.
 
-    `hint` says where the limit comes from; `too_large` may look at a file over it and raise for a better reason.
+    `hint` explains the limit; `too_large` may inspect a file over the limit and raise a better error.
     """
     descriptor = open_inside(folder / file, folder, "its folder")
     if descriptor is None:
@@ -160,7 +177,7 @@ def _read_file(
             if size > limit:
                 too_large(stream)
                 raise InvalidAdapter(f"{file} has {size:,} bytes, over the limit of {limit:,}{hint}", file)
-            data = stream.read(size + 1)  # no more room than is needed, and notice what grows
+            data = stream.read(size + 1)  # one more, to notice a file that grows
     except OSError as error:
         raise unreadable(file, error) from error
     if len(data) > size:
@@ -169,16 +186,16 @@ def _read_file(
 
 
 def open_inside(path: Path, within: Path | None, where: str = "the adapter directory") -> int | None:
-    """A descriptor on the regular file `path`, for reading; None if there is no such file.
+    """Open a regular file for reading and return its descriptor; None if it does not exist.
 
-    With `within`, which people know as `where`, links are followed only as far as they stay in that folder. Raises
-    InvalidAdapter, StoreFailed.
+    With `within`, links may not lead out of that folder, which the message calls `where`. Raises InvalidAdapter,
+    StoreFailed.
     """
     try:
         real = path.resolve(strict=True)
         if within is not None and not real.is_relative_to(within.resolve()):
-            raise InvalidAdapter(leads_out(path.name, where), path.name)
-        # Not blocking, so that a pipe by that name cannot hold a thread; not following, should the path have changed.
+            raise InvalidAdapter(outside_error(path.name, where), path.name)
+        # O_NONBLOCK: a pipe must not block the thread. O_NOFOLLOW: the path may have changed meanwhile.
         fd = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         if path.is_symlink():
@@ -193,25 +210,23 @@ def open_inside(path: Path, within: Path | None, where: str = "the adapter direc
 
 
 def _json_object(data: bytes, file: str) -> dict[str, Any]:
-    """An object of JSON, in which no key is twice and every text is one: an escape can name half of a surrogate pair,
-    which no answer that tells of the adapter could hold. Raises InvalidAdapter.
-    """
+    """Parse a JSON object without duplicate keys, lone surrogates or deep nesting. Raises InvalidAdapter."""
     try:
-        value = json.loads(data, object_pairs_hook=once)
+        value = json.loads(data, object_pairs_hook=unique_keys)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise InvalidAdapter(f"{file} holds half of a surrogate pair, which is no text", file) from error
+        raise InvalidAdapter(f"{file} holds half of a surrogate pair, which is not valid text", file) from error
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapter(f"{file} is no valid JSON: {error}", file) from error
+        raise InvalidAdapter(f"{file} is not valid JSON: {error}", file) from error
     if not isinstance(value, dict):
         raise InvalidAdapter(f"{file} must hold an object", file)
-    if _deeper(value, MAX_DEPTH):
+    if _is_deeper(value, MAX_DEPTH):
         raise InvalidAdapter(f"{file} is nested more than {MAX_DEPTH} levels deep", file)
     return value
 
 
-def _deeper(value: Any, levels: int) -> bool:
-    """Whether an object of JSON is nested deeper than that."""
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return whether a JSON value is nested deeper than `levels`."""
     inside = [value]
     for _ in range(levels):
         inside = [x for v in inside for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
@@ -219,21 +234,21 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _load(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, and the free entries of its header. Raises InvalidAdapter."""
+    """Return the tensors of a safetensors file and its metadata. Raises InvalidAdapter."""
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
-        why = not_safetensors(data) or str(error)
-        raise InvalidAdapter(f"{TENSOR_FILE} is damaged or no safetensors file: {why}", TENSOR_FILE) from error
+        why = file_content_hint(data) or str(error)
+        raise InvalidAdapter(f"{TENSOR_FILE} is damaged or not a safetensors file: {why}", TENSOR_FILE) from error
     return tensors, header
 
 
-def _finite_as_it_lies(data: bytes, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether all values of a safetensors file are finite, which hundreds of small tensors take long to tell.
+def _all_finite(data: bytes, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Check the whole buffer at once, which is faster than hundreds of small tensors.
 
-    False also where it cannot be told from the whole.
+    False if a value is not finite, or if the tensors have several dtypes.
     """
     dtypes = {tensor.dtype for tensor in tensors.values()}
     start = 8 + int.from_bytes(data[:8], "little")
@@ -241,7 +256,7 @@ def _finite_as_it_lies(data: bytes, tensors: Mapping[str, torch.Tensor]) -> bool
 
 
 def _check_declared(stream: BinaryIO, parsed: LoraConfig, shapes: Mapping[str, tuple[int, int]] | None) -> None:
-    """Raises what the header alone of a safetensors file gives reason for; silent about a header that is damaged."""
+    """Raise errors that the header of a safetensors file shows. A damaged header is ignored."""
     length = int.from_bytes(stream.read(8), "little")
     if length > HEADER_SLACK:
         return
@@ -256,7 +271,7 @@ def _check_declared(stream: BinaryIO, parsed: LoraConfig, shapes: Mapping[str, t
 
 
 def normalised(key: str) -> str:
-    """A tensor's name without what other writers put into it (`RENAMES`)."""
+    """Return a tensor's name without the parts in `RENAMES`."""
     prefix, replacement = RENAMES[0]
     if key.startswith(prefix):
         key = replacement + key.removeprefix(prefix)
@@ -268,7 +283,7 @@ def normalised(key: str) -> str:
 def _pairs(
     tensors: Mapping[str, torch.Tensor], parsed: LoraConfig, shapes: Mapping[str, tuple[int, int]] | None
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Module path -> (A, B), sorted. Raises for tensors that belong to no pair, and for pairs of another base."""
+    """Return module path -> (A, B), sorted. Raises for other tensors, and for modules that the base does not have."""
     halves = _halves(tensors)
     pairs = {module: (tensors[half["lora_A"]], tensors[half["lora_B"]]) for module, half in sorted(halves.items())}
     if shapes is not None:
@@ -278,11 +293,11 @@ def _pairs(
 
 
 def _halves(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Module path -> lora_A and lora_B -> the tensor's key, by the names alone. Raises for what is no pair."""
+    """Return module path -> "lora_A" / "lora_B" -> tensor key. Raises for tensors that are not such pairs."""
     names = {key: normalised(key) for key in sorted(keys)}
-    for key, name in names.items():  # first, for the tables that are saved beside them are no fault of their own
+    for key, name in names.items():  # first: PEFT saves the embedding beside a LoRA on it
         if (head := _head_of(key, name)) is not None:
-            raise peft_config.on_a_head(head, key)
+            raise peft_config.head_error(head, key)
     halves: dict[str, dict[str, str]] = {}
     for key, name in names.items():
         _check_unwrapped(key, name)
@@ -306,7 +321,7 @@ def _halves(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _head_of(key: str, name: str) -> str | None:
-    """The output head or embedding that a tensor is a LoRA of, or that it is the adapted base's copy of; else None."""
+    """Return the head or embedding that a tensor adapts or copies, or None."""
     module, found, _ = name.partition(".lora_")
     if not found and ".base_layer." in key:
         module, found, _ = name.rpartition(".")
@@ -314,7 +329,7 @@ def _head_of(key: str, name: str) -> str | None:
 
 
 def _check_unwrapped(key: str, name: str) -> None:
-    """Raises InvalidAdapter for a name that holds a part which something around the model has put there."""
+    """Raise InvalidAdapter for a name with a part that a training wrapper inserted."""
     if name.startswith(RENAMES[0][0]):
         raise InvalidAdapter(
             f"{TENSOR_FILE}: {key} is wrapped by PEFT twice: merge_and_unload the first adapter, or unwrap the model, "
@@ -327,15 +342,15 @@ def _check_unwrapped(key: str, name: str) -> None:
         found = (FIRST_WRAPPER, "DataParallel, DDP or DeepSpeed")
     if found is not None:
         raise InvalidAdapter(
-            f"{TENSOR_FILE}: {key} has {found[0]!r} in its name, from {found[1]}: unwrap the model before it is saved",
+            f"{TENSOR_FILE}: {key} has {found[0]!r} in its name, from {found[1]}: unwrap the model before saving",
             key,
         )
 
 
 def _refuse_tensor(key: str, name: str) -> None:
-    """Raises for a tensor that is no half of a low-rank pair, by what its name says."""
+    """Raise for a tensor that is not a lora_A or lora_B weight, with a reason from its name."""
     reasons = {
-        "lora_magnitude_vector": "DoRA rescales the base's columns, which is no sum of B A x; retrain without use_dora",
+        "lora_magnitude_vector": "DoRA rescales the base's columns: it is not a sum of B A x; retrain without it",
         "lora_embedding_": "LoRA on embeddings is not served; retrain without that target",
         "lora_B.bias": "lora_bias is not served; retrain without it",
     }
@@ -344,8 +359,8 @@ def _refuse_tensor(key: str, name: str) -> None:
             raise UnsupportedAdapter(f"{TENSOR_FILE}: {key} is not served: {why}", key)
     if not OTHER_HEADS.isdisjoint(name.split(".")):
         raise UnsupportedAdapter(
-            f"{TENSOR_FILE}: {key} is not served: it is a classifier's or value head, no language model's; leave it "
-            "out if training alone had use of it, and retrain with task_type CAUSAL_LM if not",
+            f"{TENSOR_FILE}: {key} is not served: it is a classification or value head; leave it out if only "
+            "training used it, else retrain with task_type CAUSAL_LM",
             key,
         )
     module, _, last = name.rpartition(".")
@@ -357,29 +372,28 @@ def _refuse_tensor(key: str, name: str) -> None:
         )
     if last == "bias":
         raise UnsupportedAdapter(
-            f"{TENSOR_FILE}: {key} is not served: a trained bias is no low-rank update; retrain with bias='none'", key
+            f"{TENSOR_FILE}: {key} is not served: a trained bias is not a low-rank update; retrain with bias='none'",
+            key,
         )
-    why = told if (told := foreign(name)) is not None else "keep to what save_pretrained writes"
-    raise InvalidAdapter(f"{TENSOR_FILE}: {key} belongs to no pair of lora_A and lora_B; {why}", key)
+    why = tensor_name_hint(name) or "save the adapter with save_pretrained"
+    raise InvalidAdapter(f"{TENSOR_FILE}: {key} is not a lora_A or lora_B weight; {why}", key)
 
 
 def _check_complete(pairs: Mapping[str, object], expected: list[str], partial: bool) -> None:
-    """Raises InvalidAdapter if the tensors are not those of exactly the modules that the config adapts, or of some of
-    them if it is `partial`.
-    """
+    """Raise InvalidAdapter unless the tensors match the modules that the config adapts (some, if `partial`)."""
     wanted = set(expected)
     surplus = [module for module in pairs if module not in wanted]
     if surplus:
         raise InvalidAdapter(
             f"{TENSOR_FILE} has tensors for {len(surplus)} modules that the config does not adapt, "
-            f"{surplus[0]!r} among them",
+            f"for example {surplus[0]!r}",
             surplus[0],
         )
     missing = [module for module in expected if module not in pairs]
     if missing and not partial:
         raise InvalidAdapter(
             f"{TENSOR_FILE} lacks the tensors of {len(missing)} modules that the config adapts, "
-            f"{missing[0]!r} among them; save the whole adapter again, or name them in exclude_modules if they were "
+            f"for example {missing[0]!r}; save the whole adapter again, or name them in exclude_modules if they were "
             "not trained",
             missing[0],
         )
@@ -388,18 +402,18 @@ def _check_complete(pairs: Mapping[str, object], expected: list[str], partial: b
 def _check_shapes(
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], shapes: Mapping[str, tuple[int, int]], base: str | None
 ) -> None:
-    """Raises BaseMismatch for matrices of other sizes than the base's: told first, for its other layers differ too."""
+    """Raise BaseMismatch for matrices whose sizes differ from the base's."""
     for module, (a, b) in pairs.items():
         if a.ndim == b.ndim == 2 and a.numel() and b.numel() and (b.shape[0], a.shape[1]) != tuple(shapes[module]):
-            made_on = f" It was made on {base!r}." if base else ""
+            trained_on = f" It was trained on {base!r}." if base else ""
             raise BaseMismatch(
-                f"the adapter was made for another base: {module} is {list(shapes[module])} here (out, in), "
-                f"{[b.shape[0], a.shape[1]]} there.{made_on}"
+                f"the adapter was made for another base: {module} is {list(shapes[module])} (out, in) in the base and "
+                f"{[b.shape[0], a.shape[1]]} in the adapter.{trained_on}"
             )
 
 
 def _check_pair(module: str, a: torch.Tensor, b: torch.Tensor, rank: int, max_rank: int) -> None:
-    """Raises for tensors of a wrong dtype, shape or rank, for a rank over the limit, and for empty ones."""
+    """Raise for a wrong dtype, shape or rank, a rank over the limit, and empty tensors."""
     for kind, tensor in (("lora_A", a), ("lora_B", b)):
         if tensor.dtype not in DTYPES:
             raise UnsupportedAdapter(
@@ -409,24 +423,24 @@ def _check_pair(module: str, a: torch.Tensor, b: torch.Tensor, rank: int, max_ra
             )
         if tensor.ndim != 2:
             raise InvalidAdapter(
-                f"{module}.{kind} has the shape {list(tensor.shape)}; it must be a matrix{_gather(tensor)}", module
+                f"{module}.{kind} has the shape {list(tensor.shape)}; it must be a matrix{_gather_hint(tensor)}", module
             )
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:
         raise InvalidAdapter(
             f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, but the config gives the rank {rank}"
-            f"{_gather(a, b)}",
+            f"{_gather_hint(a, b)}",
             module,
         )
     if rank > max_rank:
         raise InvalidAdapter(f"{module} has the rank {rank}, over the limit of {max_rank} (--max-rank)", module)
     if 0 in (b.shape[0], a.shape[1]):
         raise InvalidAdapter(
-            f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: empty{_gather(a, b)}", module
+            f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: empty{_gather_hint(a, b)}", module
         )
 
 
-def _gather(*tensors: torch.Tensor) -> str:
-    """Advice on tensors of which one is empty, as those are that other processes held when they were saved."""
+def _gather_hint(*tensors: torch.Tensor) -> str:
+    """Return advice if a tensor is empty, as shards of other processes are."""
     if all(tensor.numel() for tensor in tensors):
         return ""
     return "; an empty shard of ZeRO-3 or FSDP: gather the parameters before saving"
@@ -438,12 +452,17 @@ def to_bytes(
     dtype: torch.dtype | None = None,
     shapes: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[bytes, bytes]:
-    """The contents of the two files, which `peft` and `read_folder` read back to the same version (unless `dtype` is
-    given and another than the tensors').
+    """Return the contents of config and tensor file. `peft` and `read_folder` read them back as the same version.
 
-    The commonest rank and alpha are `r` and `lora_alpha`, others go into the patterns under whole module paths.
-    With `shapes`, target_modules are the short names if those mean the same modules on that base. Raises InvalidAdapter
-    for values that are not finite, or not any more in `dtype`: nobody could read them back.
+    The most common rank and alpha become `r` and `lora_alpha`; others go into the patterns.
+
+    Args:
+        weights: the adapter.
+        dtype: converts the tensors, which changes the version.
+        shapes: the base's linear layers; target_modules are then short names, if they mean the same modules.
+
+    Raises:
+        InvalidAdapter: a value is not finite (in `dtype`).
     """
     modules = weights.modules
     alphas = {path: _alpha(m.scale, m.rank) for path, m in modules.items()}
@@ -472,13 +491,13 @@ def to_bytes(
             tensors[key] = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
             if not all_finite(tensors[key]):
                 raise InvalidAdapter(f"{path}.{kind} would have values that are not finite (NaN or infinity)", path)
-    made = {k: weights.metadata[k] for k in MADE if weights.metadata.get(k) is not None}
+    made = {k: weights.metadata[k] for k in SAVED_METADATA if weights.metadata.get(k) is not None}
     header = {"format": "pt"} | ({METADATA_KEY: json.dumps(made, sort_keys=True)} if made else {})
     return json.dumps(config, indent=1).encode() + b"\n", safetensors.torch.save(tensors, metadata=header)
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """The alpha by which alpha / rank is `scale` again, to a double's last bit or so."""
+    """Return the alpha for which alpha / rank is `scale`, an integer if exact."""
     alpha = scale * rank
     return round(alpha) if round(alpha) / rank == scale else alpha
 
@@ -492,10 +511,9 @@ def save(
     card: str | None = None,
     task: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a PEFT folder (see `to_bytes`), with README.md and task.json if they are given or in the metadata.
+    """Write a PEFT folder (see `to_bytes`), with README.md and task.json if given or in the metadata.
 
-    Files are replaced one by one, the config last, each by a rename. Raises InvalidAdapter as `to_bytes`
-    does, before anything is written, and StoreFailed.
+    Each file is replaced atomically, the config last. Raises InvalidAdapter before anything is written, StoreFailed.
     """
     config, tensors = to_bytes(weights, dtype=dtype, shapes=shapes)
     card = card if card is not None else weights.metadata.get("card")
@@ -511,4 +529,4 @@ def save(
         for file, data in files.items():
             replace_file(path / file, data)
     except OSError as error:
-        raise StoreFailed(f"the adapter could not be written: {reason(error)}") from error
+        raise StoreFailed(f"the adapter could not be written: {error_text(error)}") from error

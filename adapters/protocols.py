@@ -1,24 +1,21 @@
-"""What the registry is given (a reader, slots, an observer) and what it answers.
-
-Owns no behaviour: the shapes of the registry's surroundings, so that each can be written without the other.
-"""
+"""The interfaces between the registry and its surroundings: reader, catalog backend, device slots, observer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from adapters.catalog_state import CatalogState, VersionRecord
 from adapters.weights import LoraWeights, Version
 
 Description = dict[str, Any]
-"""What is told about an adapter, as JSON."""
+"""An adapter as JSON, as the API returns it."""
 
 
 class Reader(Protocol):
-    """`peft_format.read_folder`: a folder becomes weights, or an error says by name what is wrong with it."""
+    """Reads a PEFT folder; `peft_format.read_folder` is the implementation."""
 
     def __call__(
         self,
@@ -31,34 +28,67 @@ class Reader(Protocol):
     ) -> LoraWeights: ...
 
 
+class CatalogBackend(Protocol):
+    """Persists the catalog."""
+
+    def load(self) -> tuple[CatalogState, Mapping[str, VersionRecord]]:
+        """Return the saved state and the records of its versions, by digest. Raises StoreFailed."""
+        ...
+
+    def save(self, state: CatalogState, records: Sequence[VersionRecord] = ()) -> None:
+        """Replace the saved state in one transaction.
+
+        `records` are added or updated. Records of versions that `state` does not name are deleted. Raises StoreFailed;
+        the saved state is then unchanged.
+        """
+        ...
+
+
+class MemoryCatalog:
+    """A `CatalogBackend` in memory, for tests and offline use."""
+
+    def __init__(self) -> None:
+        self._state = CatalogState()
+        self._records: dict[str, VersionRecord] = {}
+
+    def load(self) -> tuple[CatalogState, Mapping[str, VersionRecord]]:
+        return self._state, dict(self._records)
+
+    def save(self, state: CatalogState, records: Sequence[VersionRecord] = ()) -> None:
+        merged = self._records | {record.digest: record for record in records}
+        self._records = {digest: record for digest, record in merged.items() if digest in state.digests}
+        self._state = state
+
+
 class Observer:
-    """Hears what happens, for metrics. The methods are called on any thread, without a lock, and must be quick."""
+    """Receives events for metrics. Methods are called on any thread, without a lock, and must return quickly."""
 
     def on_load(self, name: str, outcome: str, seconds: float) -> None:
-        """A version of `name` was read into RAM: `outcome` is "ok" or "failed"."""
+        """A version of `name` was loaded into RAM: `outcome` is "ok" or "failed"."""
 
     def on_evict(self) -> None:
-        """A version left RAM because its room was needed."""
+        """A version was evicted from RAM."""
 
     def on_change(self, name: str, version: Version | None) -> None:
-        """`name` has another version now, or the same one with another card or task, or None: it is gone."""
+        """`name` has a new version or new metadata, or was removed (None)."""
 
 
 class Slots(Protocol):
-    """What the registry asks of whoever keeps adapters on the device. Called on any thread; none may block."""
+    """The adapter slots of the device. Methods are called on any thread and must not block."""
 
     def holds(self, digest: str) -> bool:
-        """Whether the version has a slot now."""
+        """Return whether the version has a slot."""
+        ...
 
     def unload(self, digest: str) -> None:
         """Clear the version's slot as soon as no running request uses it."""
 
     def release_idle(self, nbytes: int) -> None:
-        """Clear slots that no running request uses until about `nbytes` of their adapters are let go."""
+        """Clear slots that no running request uses, until about `nbytes` of RAM are released."""
 
 
 class NoSlots:
-    """The slots of a registry without an engine."""
+    """`Slots` of a registry without an engine."""
 
     def holds(self, digest: str) -> bool:
         return False
@@ -72,9 +102,14 @@ class NoSlots:
 
 @dataclass(frozen=True)
 class Published:
-    """`created` is false if the name had this very content already, `first` true if it had none. `metadata` is the
-    reader's account of it, and `description` what the adapter was at that moment: it may be gone by the time that
-    somebody is told.
+    """The result of a publish or rollback.
+
+    Attributes:
+        version: the current version.
+        created: false if the name had this content already.
+        first: true if the name had no version before.
+        metadata: metadata of the version (task, card, notes, ...).
+        description: the adapter as JSON, at that moment.
     """
 
     version: Version
@@ -82,11 +117,3 @@ class Published:
     first: bool
     metadata: Mapping[str, Any]
     description: Description
-
-
-@dataclass(frozen=True)
-class Retired:
-    """What an adapter was at its end. `drained` is done when its last lease is gone and its disk is freed."""
-
-    description: Description
-    drained: Future[None]

@@ -1,11 +1,8 @@
-"""`Registry`: which adapters there are, which version each name has, who uses them, and what is in memory.
+"""`Registry`: publish, roll back, retire, pin, prefetch, lease, fetch, list and describe adapters.
 
-Owns the life of a version, from publish to its last lease. Does not touch the device and reads no folder itself:
-`read` does, from the store's private copy, before anything gets a name. Requests hold leases, which fix identity and
-take no memory; the engine asks for the tensors of a mix with `fetch` when its turn has come.
-
-Writes happen one after another on one thread: first the disk, then the names. The lock guards a few dictionaries and
-is never held during a read, a write or a load.
+Requests hold leases, which fix versions and take no memory. The engine calls `fetch` for the weights of a mix when it
+is about to run. Writes run one after another on one thread: first the store, then the catalog snapshot. The lock
+guards a few dictionaries and is never held during I/O.
 """
 
 from __future__ import annotations
@@ -20,14 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adapters.catalog import Catalog, Rejections, check_name
-from adapters.catalog_state import LIBRARY, WATCH, CatalogState, FolderSignature, ImportedFolder
-from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed, UnknownAdapter
+from adapters.catalog_state import LIBRARY, WATCH, CatalogState, FolderSignature, ImportedFolder, VersionRecord
+from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed
 from adapters.leases import Lease, Leases
 from adapters.peft_format import read_folder
-from adapters.protocols import Description, NoSlots, Observer, Published, Reader, Retired, Slots
-from adapters.ram_cache import Fetched, RamCache, loaded
+from adapters.protocols import Description, NoSlots, Observer, Published, Reader, Slots
+from adapters.ram_cache import Fetched, RamCache, wait_loaded
 from adapters.schemas import AdapterInfo
-from adapters.store import AdapterStore, VersionRecord, carry_over
+from adapters.store import AdapterStore, inherit_metadata
 from adapters.validation import Validator
 from adapters.weights import RESERVED, SHORT_DIGEST, Choice, LoraWeights, Mix, Version, canonical_mix
 
@@ -35,21 +32,38 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Descriptions = list[Description]
-Folder = tuple[str, FolderSignature] | None
-"""A watched folder's key in the journal, and the state of its files."""
+Names = list[str]
+Versions = list[tuple[Version, float]]
+FolderState = tuple[str, FolderSignature] | None
+"""Catalog key of an imported folder, and the state of its files."""
 
 FOLDER_FACTOR = 4
-"""A folder on disk may be this much larger than the budget in RAM: fp32 there, 8 bits here."""
+"""A folder may be this many times larger than the RAM budget: float32 on disk, 8 bits in RAM."""
 
 
 class Registry:
-    """Catalog, versions and leases over a `AdapterStore` and a budget of RAM; thread-safe.
+    """Adapters by name over an `AdapterStore` and a RAM budget. Thread-safe.
 
-    `shapes` are the base's linears by path; stored versions that do not fit them are set aside and listed as rejected.
-    `prepare` turns weights into the layout of the kernels. `reserved` are names that nobody may take (the base's own).
-    `tasks(name)` tells which tasks use an adapter, for its description, `faults(name)` what is wrong with the task that
-    it brought, `referenced_versions(name)` the version prefixes that tasks name: those versions are kept. They,
-    `slots` and `bases`, the names that the base goes by, may be set later: an adapter that names another has a note.
+    Args:
+        store: the opened store; closed by `close`.
+        shapes: the base's linear layers, path -> (out, in). Stored versions that do not fit are not served.
+        ram_bytes: budget for adapters in RAM.
+        prepare: converts weights to the layout of the kernels.
+        read: reads a PEFT folder.
+        max_rank: the highest rank that is served.
+        max_mix: the most adapters in a mix.
+        reserved: names that no adapter may have.
+        tasks: returns the tasks that use an adapter.
+        observer: receives events for metrics.
+        workers: load threads.
+
+    Attributes:
+        slots: the device slots; set by the engine.
+        tasks: see above.
+        task_errors: returns what is wrong with an adapter's task.json.
+        referenced_versions: returns digest prefixes of an adapter's versions that tasks name; these versions are kept.
+        bases: names of the served base; an adapter that names another base gets a note.
+        rejections: folders that are not served.
     """
 
     def __init__(
@@ -74,176 +88,166 @@ class Registry:
         self.bases: Sequence[str] = ()
         self.rejections = Rejections()
         self._store = store
-        self.validator = Validator(
-            store, read, prepare, shapes, max_rank, limit=max(FOLDER_FACTOR * ram_bytes, 1 << 20)
-        )
+        limit = max(FOLDER_FACTOR * ram_bytes, 1 << 20)
+        self._validator = Validator(store, read, prepare, shapes, max_rank, limit)
         self._max_mix = max_mix
         self._reserved = RESERVED | set(reserved)
         self._observer = observer or Observer()
         self._lock = threading.Lock()
-        self._names = Catalog()
+        self._catalog = Catalog()
         self._leases = Leases()
         self._draining: set[str] = set()
-        """No name has them any more, and they leave memory with their last lease."""
-        self._drains: list[tuple[frozenset[str], Future[None]]] = []
-        """Of each retirement that waits, what it frees, and who hears of it."""
-        self._pins: dict[str, LoraWeights | None] = {}
-        """Of each pinned name, the view that keeps its version in RAM; None while it loads."""
-        self._failures: dict[str, str] = {}
-        """Why the last load of a version failed."""
-        self._misfits: dict[str, str | None] = {}
-        """Why a version cannot be served on this base, or None; of those that have a name."""
+        """Replaced or retired versions that are still leased; freed from RAM with their last lease."""
+        self._load_errors: dict[str, str] = {}
+        self._incompatible: dict[str, str | None] = {}
         self._ram = RamCache(
             ram_bytes,
             load=self._load,
             size=store.nbytes,
             evict_last=lambda digest: digest in self._leases,
-            on_load=self._loaded,
+            on_load=lambda digest, outcome, seconds: self._observer.on_load(
+                self._catalog.name_of(digest), outcome, seconds
+            ),
             on_evict=lambda digest: self._observer.on_evict(),
             pressure=lambda nbytes: self.slots.release_idle(nbytes),
             workers=workers,
         )
         self._publishers = ThreadPoolExecutor(2, thread_name_prefix="loramux-publish")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="loramux-store")
-        self._writer.submit(self._serve, store.journal).result()
+        self._writer.submit(self._apply, store.state).result()
 
     def start(self) -> None:
-        """Load what is pinned."""
-        for name, entry in self._store.journal.names.items():
-            if entry.pinned and name in self._names.histories:
-                with self._lock:
-                    self._pins[name] = None
-                self._hold_pin(name)
+        """Load the pinned adapters."""
+        for name in self._pinned_names():
+            self._load_pinned(name)
 
     def close(self) -> None:
-        """Finish the writes that run, stop the threads, close the store. Leases may still be released."""
+        """Finish running writes, stop the threads and close the store. Leases may be released later."""
         self._publishers.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
         self._ram.close()
-        with self._lock:
-            self._pins.clear()
         self._store.close()
 
-    # What requests and the engine need
+    # Requests and engine
 
     def resolve(self, choice: Choice) -> list[tuple[Version, float]]:
-        """The versions that `choice` means now, in its order. Raises UnknownAdapter, InvalidChoice."""
-        return [(self._names.find(text), weight) for text, weight in choice]
+        """Return the current versions of `choice`, in order. Raises UnknownAdapter, InvalidChoice."""
+        return [(self._catalog.find(text), weight) for text, weight in choice]
 
     def mix(self, choice: Choice) -> Mix:
-        """The mix that `choice` means now; nothing holds it. Raises UnknownAdapter, InvalidChoice, and NoRoom for what
-        could never be in RAM together.
+        """Return the canonical mix of `choice` without leasing it.
+
+        Raises UnknownAdapter, InvalidChoice, and NoRoom if it exceeds the RAM budget.
         """
         mix = canonical_mix(self.resolve(choice), self._max_mix)
         self.check_room(mix)
         return mix
 
-    def lease(self, choice: Choice, instead: str | None = None) -> Lease:
-        """Fix the versions of `choice` and hold them, in one step. Takes no memory and reads nothing. They need no room
-        beside the version that the name `instead` has.
-
-        Raises what `mix` does.
-        """
+    def lease(self, choice: Choice) -> Lease:
+        """Fix and hold the versions of `choice`. Reads nothing and takes no memory. Raises as `mix`."""
         with self._lock:
             versions = self.resolve(choice)
             mix = canonical_mix(versions, self._max_mix)
-            self._ram.check_room(mix.digests, self._pinned_digests(besides=instead))
-            self._leases.hold(version for version, _ in versions)
-            self._draining.difference_update(mix.digests)
-        return Lease(mix, versions, self._release)
+            self._ram.check_room(mix.digests)
+            return self._hold(mix, versions)
 
     def check_room(self, mix: Mix) -> None:
-        """Raises NoRoom if the mix cannot be in RAM together beside what is pinned by now."""
-        with self._lock:
-            self._ram.check_room(mix.digests, self._pinned_digests())
+        """Raise NoRoom if the mix does not fit in RAM beside the pinned adapters."""
+        self._ram.check_room(mix.digests)
 
     def fetch(self, mix: Mix) -> Fetched:
-        """The weights of a leased mix, in its order, all or none, when they are in RAM. Never blocks.
+        """Load the weights of a leased mix, in order, all or none. Never blocks.
 
-        Every result is a view: keep it (or its `modules`) for as long as its tensors are used, and drop it after.
-        Cancel the future if it is not wanted any more.
+        The results are views: keep them (or their `modules`) while the tensors are used. Cancel the future to give up.
         """
         return self._ram.fetch(mix.digests)
 
-    # What people ask
-
-    def names(self, source: str | None = None) -> list[str]:
-        """The adapters that are served, sorted; with `source` those alone that this source has put there."""
-        return self._names.served(source)
+    # Queries
 
     @property
     def catalog(self) -> Catalog:
         """An immutable snapshot of all names."""
-        return self._names
+        return self._catalog
 
-    def read_version(self, version: Version) -> LoraWeights:
-        """Read a stored version from disk. Raises StoreFailed, UnknownAdapter."""
-        return self.validator.stored(version.name, version.digest)
+    def names(self, source: str | None = None) -> list[str]:
+        """Return the served names, sorted; with `source`, only those that this source published."""
+        return self._catalog.names(source)
 
     def exists(self, name: str) -> bool:
-        """Whether the name has a version at all, though it may not be served here."""
-        return name in self._names.sources
+        """Return whether the name has a version, served or not."""
+        return name in self._catalog.sources
 
     def current(self, name: str) -> Version:
-        """The version that `name` has. Raises UnknownAdapter."""
-        return self._names.named(name)
+        """Return the current version of a name. Raises UnknownAdapter."""
+        return self._catalog.current_version(name)
 
     def is_current(self, name: str, digest: str) -> bool:
-        """Whether `name` is served and has this content now."""
-        return self._names.current.get(name) == digest
+        """Return whether `name` is served with this content."""
+        return self._catalog.current.get(name) == digest
 
     def load_failed(self, text: str) -> bool:
-        """Whether the version that "name" or "name@digest" means could not be read when it was last loaded; no such
-        version does not fail."""
+        """Return whether the last load of "name" or "name@digest" failed; false if there is no such version."""
         try:
-            return self._names.find(text).digest in self._failures
+            return self._catalog.find(text).digest in self._load_errors
         except AdapterError:
             return False
 
     def metadata(self, name: str) -> Mapping[str, Any]:
-        """What the reader told of the current version (`task`, `card`, `honoured`, ...). Raises UnknownAdapter."""
+        """Return the metadata of the current version (task, card, honoured, ...). Raises UnknownAdapter."""
         with self._lock:
-            return self._store.records[self._names.named(name).digest].metadata_of(name)
+            return self._store.records[self._catalog.current_version(name).digest].metadata_of(name)
+
+    def read_version(self, version: Version) -> LoraWeights:
+        """Read a stored version from disk. Raises StoreFailed, UnknownAdapter."""
+        return self._validator.read_stored(version.name, version.digest)
 
     def list(self) -> Descriptions:
-        """A short description of each adapter, by name."""
+        """Return a summary of each adapter, sorted by name."""
         with self._lock:
-            seen = [self._look(name) for name in self.names()]
-        return [self._summary(sight) for sight in seen]
+            infos = [self._info(name) for name in self.names()]
+        return [self._summary(info) for info in infos]
 
     def describe(self, name: str) -> Description:
-        """All that is told about one adapter, with its versions. Raises UnknownAdapter."""
+        """Return the full description of an adapter with its versions. Raises UnknownAdapter."""
         with self._lock:
-            self._names.named(name)
-            sight = self._look(name)
-        return {**self._summary(sight), **sight.details(self._ram.size, self.bases, self.task_errors(name))}
+            self._catalog.current_version(name)
+            info = self._info(name)
+        return {**self._summary(info), **info.details(self._ram.size, self.bases, self.task_errors(name))}
 
     def rejected(self, faults: bool = False) -> Descriptions:
-        """The folders and stored adapters that are not served, or the faulty ones alone: `{path, reason, since}`."""
-        entries = sorted([*self.rejections.entries(), *self._names.aside.values()], key=lambda r: r.path)
+        """Return folders and names that are not served as {path, reason, since}; with `faults`, only faulty ones."""
+        entries = sorted([*self.rejections.entries(), *self._catalog.rejected.values()], key=lambda r: r.path)
         return [{"path": r.path, "reason": r.reason, "since": r.since} for r in entries if r.fault or not faults]
 
     def memory(self) -> dict[str, int]:
-        """`bytes` in RAM and their `budget`; how many `versions` are there, how many `leases` are out."""
+        """Return `bytes` in RAM, their `budget`, the number of `versions` in RAM, and the number of `leases`."""
         used, versions = self._ram.used, len(self._ram.resident())
         return {"bytes": used, "budget": self._ram.capacity, "versions": versions, "leases": len(self._leases)}
 
     def sizes(self) -> dict[tuple[str, str], int]:
-        """Bytes of the adapters by (name, tier): "device" for those with a slot, "disk" for those not in memory."""
-        return {(name, self._tier(d)): self._ram.size(d) for name, d in self._names.current.items()}
+        """Return bytes by (name, tier), where tier is "device", "ram" or "disk"."""
+        return {(name, self._tier(d)): self._ram.size(d) for name, d in self._catalog.current.items()}
 
     def check_publish(self, name: str, if_match: str | None = None) -> None:
-        """Raises what `publish` would say of the name alone, before there is any content: InvalidAdapter,
-        VersionMismatch.
-        """
+        """Check a name before its content is available. Raises InvalidAdapter, VersionMismatch."""
         check_name(name, self._reserved)
-        self._names.expect(name, if_match)
+        self._catalog.check_match(name, if_match)
 
-    # What changes names
+    def imported_folder(self, key: str) -> ImportedFolder | None:
+        """Return what a folder held when it was last imported; None if its version is missing from the store."""
+        folder = self._store.state.folders.get(key)
+        return None if folder is None or folder.digest in self._store.missing else folder
+
+    def imported_folders(self, source: str) -> Names:
+        """Return the names of all folders that were imported from `source`."""
+        prefix = f"{source}/"
+        return [key.removeprefix(prefix) for key in sorted(self._store.state.folders) if key.startswith(prefix)]
+
+    # Changes
 
     async def publish(self, name: str, folder: Path, **options: Any) -> Published:
-        """`publish_now` off the event loop."""
-        return await self._off(self._publishers, lambda: self.publish_now(name, folder, **options))
+        """Run `publish_now` on a thread."""
+        return await self._on_thread(self._publishers, lambda: self.publish_now(name, folder, **options))
 
     def publish_now(
         self,
@@ -254,332 +258,312 @@ class Registry:
         if_match: str | None = None,
         source: str = "api",
         within: Path | None = None,
-        imported: Folder = None,
+        imported: FolderState = None,
     ) -> Published:
-        """Give `name` the content of a PEFT folder, after it was copied, read and found good.
+        """Copy, check and store a PEFT folder, and make it the current version of `name`.
 
-        `create_only`: other content under a name in use raises AdapterConflict. `if_match`: the version that the name
-        must have (a label, a digest, or "*" for any), or VersionMismatch. `within`: links may not lead out of it.
-        `imported`: the watched folder that it is and the state of its files, to be remembered in the same write; if its
-        content is what it was and nobody asks for it, the name is left as it has become since. Raises InvalidAdapter,
-        BaseMismatch, NoRoom, StoreFailed; nothing has changed then.
+        Args:
+            name: the adapter.
+            folder: a PEFT folder.
+            create_only: raise AdapterConflict if the name has other content.
+            if_match: the version that the name must have: a label, a digest, or "*" for any.
+            source: who publishes.
+            within: links may not lead out of this folder.
+            imported: the watched folder and the state of its files, saved in the same transaction. If the folder's
+                content is unchanged since its last import, the name is left as it is.
+
+        Raises:
+            InvalidAdapter, BaseMismatch, NoRoom, AdapterConflict, VersionMismatch, StoreFailed: nothing has changed.
         """
         self.check_publish(name, if_match)
-        with self.validator.stage(name, folder, within) as (staged, weights):
+        with self._validator.stage(name, folder, within) as (staged, weights):
             self._check_fit(name, weights.nbytes)
-            return self.run_exclusive(lambda: self._commit(staged, weights, create_only, if_match, source, imported))
+            return self.run_exclusive(lambda: self._publish(staged, weights, create_only, if_match, source, imported))
 
     async def roll_back(self, name: str, version: str, if_match: str | None = None) -> Published:
-        """Give `name` one of its kept versions again: "name@digest" or the digest, six digits of it or more.
+        """Make a kept version current again: "name@digest", or at least six digits of the digest.
 
-        It is read first. Raises UnknownAdapter, InvalidChoice for a digest that is too short or fits several versions,
-        VersionMismatch, NoRoom, StoreFailed.
+        The version is loaded first. Raises UnknownAdapter, InvalidChoice, AdapterConflict, VersionMismatch, NoRoom,
+        StoreFailed.
         """
-        return await self._off(self._publishers, lambda: self._roll_back(name, version, if_match))
+        return await self._on_thread(self._publishers, lambda: self._load_and_roll_back(name, version, if_match))
 
-    async def retire(self, name: str, if_match: str | None = None) -> Retired:
-        """`retire_now` off the event loop, if no task routes to it. Raises AdapterConflict, VersionMismatch."""
-        return await self._off(self._writer, lambda: self._retire_unused(name, if_match))
+    async def retire(self, name: str, if_match: str | None = None) -> Description:
+        """Run `retire_now` on a thread, if no task routes to the name. Raises AdapterConflict, VersionMismatch."""
+        return await self._on_thread(self._writer, lambda: self._retire_unused(name, if_match))
 
-    def retire_now(self, name: str) -> Retired:
-        """Take the name away at once; memory and disk are freed when the last lease is gone.
+    def retire_now(self, name: str) -> Description:
+        """Remove the name and return its last description. Memory and disk are freed with the last lease.
 
         Raises UnknownAdapter, StoreFailed.
         """
         return self.run_exclusive(lambda: self._retire(name))
 
+    def remove_folder(self, name: str, key: str) -> bool:
+        """Forget a watched folder that was removed, and undo what it published if that is still current.
+
+        The version that it replaced, if any, is served again. Returns whether the name has changed. Raises StoreFailed.
+        """
+        return self.run_exclusive(lambda: self._remove_folder(name, key))
+
     def run_exclusive(self, call: Callable[[], T]) -> T:
-        """What `call` answers, on the writer's thread: no name changes until it has returned. Raises StoreFailed."""
+        """Run `call` on the writer thread: no name changes meanwhile. Raises StoreFailed if the registry is closed."""
         return self._submit(self._writer, call).result()
 
     async def pin(self, name: str) -> None:
-        """Load the adapter and keep whichever version it has in RAM. Raises as `prefetch`, and NoRoom beside others."""
+        """Load the adapter and keep its current version in RAM. Raises as `prefetch`, and NoRoom beside other pins."""
         with self.lease([(self.current(name).name, 1.0)]) as lease:
-            (view,) = await loaded(self.fetch(lease.mix), lambda: self.check_room(lease.mix))
-            await self._off(self._writer, lambda: self._pin(name, view))
+            views = await wait_loaded(self.fetch(lease.mix), lambda: self.check_room(lease.mix))
+            await self._on_thread(self._writer, lambda: self._set_pinned(name, True))
+            del views  # held until then, so that the version was not evicted
 
     async def unpin(self, name: str) -> None:
         """Let the adapter be evicted again. Raises UnknownAdapter, StoreFailed."""
-        await self._off(self._writer, lambda: self._unpin(name))
+        await self._on_thread(self._writer, lambda: self._set_pinned(name, False))
 
     async def prefetch(self, name: str) -> None:
-        """Load the adapter into RAM. Raises UnknownAdapter, NoRoom, and why it could not be read."""
+        """Load the adapter into RAM. Raises UnknownAdapter, NoRoom, StoreFailed."""
         with self.lease([(self.current(name).name, 1.0)]) as lease:
-            await loaded(self.fetch(lease.mix), lambda: self.check_room(lease.mix))
+            await wait_loaded(self.fetch(lease.mix), lambda: self.check_room(lease.mix))
 
-    # What a watch needs
+    # On a publisher thread
 
-    def imported_folder(self, folder: str) -> ImportedFolder | None:
-        """What a folder held when it was last taken in, but for what the store has lost since."""
-        taken = self._store.journal.taken.get(folder)
-        return None if taken is None or taken.digest in self._store.lost else taken
-
-    def remove_folder(self, name: str, folder: str) -> bool:
-        """Forget a watched folder that is gone, and take from `name` what it brought, if that is its content still.
-
-        The version that it was put over, if there is one, is served again. Answers whether anything was taken. Raises
-        StoreFailed.
-        """
-        return self.run_exclusive(lambda: self._withdraw(name, folder))
-
-    # On a thread that publishes
-
-    def _roll_back(self, name: str, version: str, if_match: str | None) -> Published:
-        text = version if "@" in version else f"{name}@{version}"
-        with self.lease([(text, 1.0)], instead=name) as lease:
-            ((found, _),) = lease.versions
-            if found.name != name:
-                raise AdapterConflict(f"{text[:96]!r} is a version of another adapter", "version")
+    def _load_and_roll_back(self, name: str, version: str, if_match: str | None) -> Published:
+        found = self._catalog.find(version if "@" in version else f"{name}@{version}")
+        if found.name != name:
+            raise AdapterConflict(f"{version[:96]!r} is a version of another adapter", "version")
+        self._check_fit(name, self._ram.size(found.digest))
+        with self._lock:
+            lease = self._hold(Mix(((found.digest, 1.0),)), [(found, 1.0)])
+        with lease:  # frees the memory if the name is retired meanwhile
             self._ram.offer(self._load(found.digest))
-        return self.run_exclusive(lambda: self._move(found, if_match))
+        return self.run_exclusive(lambda: self._roll_back(found, if_match))
 
-    # On the writer's thread
+    # On the writer thread
 
-    def _commit(
-        self, staged: Path, weights: LoraWeights, create_only: bool, if_match: str | None, source: str, imported: Folder
+    def _publish(
+        self,
+        staged: Path,
+        weights: LoraWeights,
+        create_only: bool,
+        if_match: str | None,
+        source: str,
+        imported: FolderState,
     ) -> Published:
-        version = weights.version
-        name, digest = version.name, version.digest
-        self._names.expect(name, if_match)
+        name, digest = weights.name, weights.digest
+        self._catalog.check_match(name, if_match)
         self._check_fit(name, weights.nbytes)
-        history = self._names.histories.get(name, ())
+        history = self._catalog.histories.get(name, ())
         same = history[:1] == (digest,)
         if create_only and history and not same:
-            raise AdapterConflict(f"{name!r} is in use by other content; put the new content to replace it", "name")
-        journal, dropped = self._store.journal, set[str]()
+            raise AdapterConflict(f"{name!r} has other content; use PUT to replace it", "name")
+        state, removed = self._store.state, set[str]()
         if imported is not None:
-            journal = journal.take(imported[0], ImportedFolder(digest, imported[1]))
-            if source in (WATCH, LIBRARY) and (before := self.imported_folder(imported[0])) is not None:
-                if before.digest == digest and not same:
-                    self._store.write(journal)
-                    return Published(version, False, False, weights.metadata, self._sketch(name))
-                dropped = before.without(imported[1])
-        if last := self._names.newest.get(name):
-            weights = carry_over(weights, self._store.records[last], dropped)
-        fresh = digest not in self._store.records and digest not in self._store.journal.referenced()
-        if self._store.adopt(staged, VersionRecord.of(weights, time.time())) and same:
-            self._observer.on_change(name, version)  # whatever becomes of the rest
-        journal = journal.point(
-            name, digest, source, time.time(), self._names.kept(name, self.referenced_versions(name))
-        )
-        try:
-            if journal is not self._store.journal:
-                self._store.write(journal)
-        except StoreFailed:
-            if fresh:
-                self._store.remove(digest)
-            raise
+            key, signature = imported
+            state = state.set_folder(key, ImportedFolder(digest, signature))
+            before = self.imported_folder(key) if source in (WATCH, LIBRARY) else None
+            if before is not None and before.digest == digest and not same:
+                self._store.save(state)
+                return Published(weights.version, False, False, weights.metadata, self._describe(name))
+            removed = before.removed_files(signature) if before else set()
+        if newest := self._catalog.newest.get(name):
+            weights = inherit_metadata(weights, self._store.records[newest], removed)
+        state = state.set_version(name, digest, source, time.time(), self._versions_to_keep(name))
+        changed = self._store.publish(staged, VersionRecord.of(weights, time.time()), state)
         self._ram.offer(weights)
         with self._lock:
-            self._failures.pop(digest, None)
-        self._serve(journal)
-        self._hold_late_pins()
-        return Published(version, not same, not history, weights.metadata, self._sketch(name))
+            self._load_errors.pop(digest, None)
+        self._apply(state)
+        if changed and same:
+            self._observer.on_change(name, weights.version)
+        return Published(weights.version, not same, not history, weights.metadata, self._describe(name))
 
-    def _move(self, version: Version, if_match: str | None) -> Published:
+    def _roll_back(self, version: Version, if_match: str | None) -> Published:
         name, digest = version.name, version.digest
-        self._names.expect(name, if_match)
-        self._names.find(f"{name}@{digest}")  # it may have been retired while it was read
+        self._catalog.check_match(name, if_match)
+        self._catalog.find(f"{name}@{digest}")  # it may have been retired during the load
         self._check_fit(name, self._ram.size(digest))
-        same = self._names.current.get(name) == digest
+        same = self.is_current(name, digest)
         if not same:
-            journal, stay = self._store.journal, self._names.kept(name, self.referenced_versions(name))
-            journal = journal.point(name, digest, journal.names[name].source, time.time(), stay)
-            self._store.write(journal)
-            self._serve(journal)
-        return Published(version, not same, False, self.metadata(name), self._sketch(name))
+            state = self._store.state
+            source = state.names[name].source
+            self._save(state.set_version(name, digest, source, time.time(), self._versions_to_keep(name)))
+        return Published(version, not same, False, self.metadata(name), self._describe(name))
 
-    def _retire_unused(self, name: str, if_match: str | None) -> Retired:
-        self._names.expect_unused(name, self.tasks(name))
-        self._names.expect(name, if_match)
+    def _retire_unused(self, name: str, if_match: str | None) -> Description:
+        self._catalog.check_unused(name, self.tasks(name))
+        self._catalog.check_match(name, if_match)
         return self._retire(name)
 
-    def _retire(self, name: str, journal: CatalogState | None = None) -> Retired:
-        """`journal` is what is written, if it is not to be without the name."""
-        if name not in self._names.histories and name not in self._names.aside:
-            raise self._names.unknown(name)
-        description = self._sketch(name)
-        before, after = self._store.journal, journal or self._store.journal.retire(name)
-        self._store.write(after)
-        done: Future[None] = Future()
-        self._drains.append((before.referenced() - after.referenced(), done))
-        self._serve(after)
-        return Retired(description, done)
+    def _retire(self, name: str) -> Description:
+        if name not in self._catalog.histories and name not in self._catalog.rejected:
+            raise self._catalog.unknown(name)
+        description = self._describe(name)
+        self._save(self._store.state.remove_name(name))
+        return description
 
-    def _withdraw(self, name: str, folder: str) -> bool:
-        taken, journal = self.imported_folder(folder), self._store.journal.take(folder, None)
-        brought = (
-            taken is not None and self.is_current(name, taken.digest) and journal.names[name].source in (WATCH, LIBRARY)
+    def _remove_folder(self, name: str, key: str) -> bool:
+        folder, state = self.imported_folder(key), self._store.state.set_folder(key, None)
+        published = (
+            folder is not None and self.is_current(name, folder.digest) and state.names[name].source in (WATCH, LIBRARY)
         )
-        if brought:
-            self._retire(name, journal=journal.withdraw(name, time.time()))
-        else:
-            self._store.write(journal)
-        return brought
+        self._save(state.undo_folder(name, time.time()) if published else state)
+        return published
 
-    def _sketch(self, name: str) -> Description:
-        """What is told of a name that need not be served. No other write comes between."""
-        return self.describe(name) if name in self._names.histories else {"name": name}
+    def _set_pinned(self, name: str, pinned: bool) -> None:
+        digest = self._catalog.current_version(name).digest
+        if pinned:
+            self._check_fit(name, self._ram.size(digest), pinned=True)
+        self._save(self._store.state.set_pinned(name, pinned))
+        if pinned and self._ram.loaded_at(digest) is None:  # published since it was loaded
+            self._load_pinned(name)
 
-    def _pin(self, name: str, view: LoraWeights) -> None:
-        digest = self._names.named(name).digest
-        self._check_fit(name, self._ram.size(digest), pinned=True)
-        self._store.write(self._store.journal.pin(name, True))
+    def _save(self, state: CatalogState) -> None:
+        self._store.save(state)
+        self._apply(state)
+
+    def _apply(self, state: CatalogState) -> None:
+        """Replace the catalog snapshot by the saved state, and free what it no longer names."""
+        self._incompatible = self._validator.incompatibilities(state.digests, self._incompatible)
+        catalog = Catalog.build(state, self._store.missing, self._incompatible.get, self._reserved)
         with self._lock:
-            self._pins[name] = view if view.digest == digest else None
-        if view.digest != digest:
-            self._hold_pin(name)
-
-    def _unpin(self, name: str) -> None:
-        self._names.named(name)
-        self._store.write(self._store.journal.pin(name, False))
-        with self._lock:
-            self._pins.pop(name, None)
-
-    def _serve(self, journal: CatalogState) -> None:
-        """Make what was written true for everybody: one switch of all names, then whatever follows from it."""
-        self._misfits = self.validator.misfits(journal.referenced(), self._misfits)
-        names = Catalog.of(journal, self._store.lost, self._misfits.get, self._reserved)
-        with self._lock:
-            before, after = self._names.current, names.current
-            self._names = names
+            before, after = self._catalog.current, catalog.current
+            self._catalog = catalog
             self._draining = (self._draining | set(before.values())) - set(after.values())
             idle = {digest for digest in self._draining if digest not in self._leases}
             self._draining -= idle
-            moved = {name for name in {**before, **after} if before.get(name) != after.get(name)}
-            repinned = [name for name in moved if name in self._pins and name in after]
-            for name in moved & set(self._pins):
-                del self._pins[name]
-            self._pins.update(dict.fromkeys(repinned))
-        self._let_go(idle)
-        self._collect()
-        for name in repinned:
-            self._hold_pin(name)
-        for name in sorted(moved):
+        self._ram.keep(self._pinned_digests())
+        self._free_memory(idle)
+        self._delete_unused()
+        moved = sorted(name for name in {**before, **after} if before.get(name) != after.get(name))
+        for name in moved:
+            if before and name in after and state.names[name].pinned and self._ram.loaded_at(after[name]) is None:
+                self._load_pinned(name)
+        for name in moved:
             self._observer.on_change(name, Version(name, after[name]) if name in after else None)
 
-    def _collect(self) -> None:
-        """Delete the versions that have neither a name nor a lease, and tell those who wait for that."""
+    def _delete_unused(self) -> None:
+        """Delete the versions that have neither a name nor a lease."""
         with self._lock:
-            free = {d for d in set(self._store.records) - self._names.referenced if d not in self._leases}
-        self._let_go(free)
-        for digest in free:
+            unused = {d for d in set(self._store.records) - self._catalog.digests if d not in self._leases}
+        self._free_memory(unused)
+        for digest in unused:
             try:
                 self._store.remove(digest)
-            except StoreFailed as error:  # it is swept when the store is opened next
+            except StoreFailed as error:  # it is removed when the store is opened next
                 log.warning("version %s stays on disk for now: %s", digest[:SHORT_DIGEST], error.message)
-        with self._lock:  # after all that may have been reading them
-            self._failures = {d: reason for d, reason in self._failures.items() if d in self._store.records}
-        remaining = set(self._store.records) - self._names.referenced
-        for digests, done in [(digests, done) for digests, done in self._drains if not digests & remaining]:
-            self._drains.remove((digests, done))
-            done.set_result(None)
+        with self._lock:
+            self._load_errors = {d: reason for d, reason in self._load_errors.items() if d in self._store.records}
 
     # On any thread
 
+    def _hold(self, mix: Mix, versions: Versions) -> Lease:
+        self._leases.add(version for version, _ in versions)
+        self._draining.difference_update(mix.digests)
+        return Lease(mix, versions, self._release)
+
     def _release(self, lease: Lease) -> None:
         with self._lock:
-            left = self._leases.give_back(version for version, _ in lease.versions)
-            unnamed = left - self._names.referenced
-            idle = unnamed | (left & self._draining)
+            free = self._leases.remove(version for version, _ in lease.versions)
+            unnamed = free - self._catalog.digests
+            idle = unnamed | (free & self._draining)
             self._draining -= idle
-        self._let_go(idle)
+        self._free_memory(idle)
         if unnamed:
             try:
-                self._writer.submit(self._collect)
-            except RuntimeError:  # closed; they are swept when the store is opened next
+                self._writer.submit(self._delete_unused)
+            except RuntimeError:  # the registry is closed; they are removed when the store is opened next
                 log.debug("%d versions are left for the next start", len(unnamed))
 
-    def _let_go(self, digests: Iterable[str]) -> None:
-        """Free the memory of versions that nobody needs. Without the lock."""
+    def _free_memory(self, digests: Iterable[str]) -> None:
+        """Free RAM and device slots of versions. Without the lock."""
         for digest in digests:
             self._ram.discard(digest)
             self.slots.unload(digest)
 
-    def _hold_pin(self, name: str) -> None:
-        """Load the current version of a pinned name, and keep it if it is that still."""
-        try:
-            lease = self.lease([(name, 1.0)])
-        except AdapterError as error:  # retired meanwhile, or the budget is smaller than at the last start
-            return self._pin_failed(name, error)
-
-        def keep(fetched: Fetched) -> None:
-            if not fetched.cancelled() and fetched.exception() is None:
-                (view,) = fetched.result()
-                with self._lock:
-                    if name in self._pins and self._names.current.get(name) == view.digest:
-                        self._pins[name] = view
-            elif not fetched.cancelled():
-                self._pin_failed(name, fetched.exception())
-            lease.release()
-
-        self.fetch(lease.mix).add_done_callback(keep)
-
-    def _pin_failed(self, name: str, error: BaseException | None) -> None:
-        log.warning("the pinned adapter %r is not in memory: %s", name, error)
-        with self._lock:
-            if isinstance(error, NoRoom | UnknownAdapter) and self._pins.get(name) is None:
-                self._pins.pop(name, None)  # it takes no room from the others
-
-    def _loaded(self, digest: str, outcome: str, seconds: float) -> None:
-        self._observer.on_load(self._names.of_content(digest), outcome, seconds)
-        self._hold_late_pins()
-
-    def _hold_late_pins(self) -> None:
-        """Keep the pinned versions that could not be loaded when they were to be, and are in memory now."""
-        with self._lock:
-            late = [(name, self._names.current.get(name)) for name, view in self._pins.items() if view is None]
-        for name in [name for name, digest in late if digest and self._ram.loaded_at(digest) is not None]:
-            self._hold_pin(name)
-
     def _load(self, digest: str) -> LoraWeights:
-        """Read one version from the store, and remember why if it failed. On a thread that may block."""
+        """Read one version from the store and record an error. Blocks."""
         try:
-            weights = self.validator.load(self._names.of_content(digest), digest)
+            weights = self._validator.load(self._catalog.name_of(digest), digest)
         except StoreFailed as error:
             with self._lock:
                 if digest in self._store.records:
-                    self._failures[digest] = error.message
+                    self._load_errors[digest] = error.message
             raise
         with self._lock:
-            self._failures.pop(digest, None)
+            self._load_errors.pop(digest, None)
         return weights
 
+    def _load_pinned(self, name: str) -> None:
+        """Start to load a pinned adapter; log an error."""
+        try:
+            lease = self.lease([(name, 1.0)])
+        except AdapterError as error:
+            log.warning("the pinned adapter %r is not in memory: %s", name, error)
+            return
+
+        def loaded(fetched: Fetched) -> None:
+            if not fetched.cancelled() and fetched.exception() is not None:
+                log.warning("the pinned adapter %r is not in memory: %s", name, fetched.exception())
+            lease.release()
+
+        self.fetch(lease.mix).add_done_callback(loaded)
+
     def _check_fit(self, name: str, nbytes: int, pinned: bool = False) -> None:
-        """Raises NoRoom if `name` at `nbytes` could never be in RAM, or is (to be) pinned and other pins leave less."""
-        with self._lock:
-            others = self._pinned_digests(besides=name) if pinned or name in self._pins else set()
+        """Raise NoRoom if `name` at `nbytes` exceeds the RAM budget; for a pinned name, less the other pinned ones."""
+        entry = self._store.state.names.get(name)
+        others = self._pinned_digests(besides=name) if pinned or (entry and entry.pinned) else ()
         room = self._ram.capacity - sum(self._ram.size(digest) for digest in others)
         if nbytes > room:
-            beside = " beside what is pinned" if others else ""
-            raise NoRoom(f"{name!r} takes {nbytes:,} bytes in RAM; {room:,} are there for it{beside} (--adapter-ram)")
+            beside = " beside the other pinned adapters" if others else ""
+            raise NoRoom(f"{name!r} takes {nbytes:,} bytes in RAM; {room:,} are available{beside} (--adapter-ram)")
+
+    def _pinned_names(self) -> Names:
+        names = self._store.state.names
+        return [name for name in self._catalog.names() if name in names and names[name].pinned]
 
     def _pinned_digests(self, besides: str | None = None) -> set[str]:
-        return {self._names.current[name] for name in self._pins if name != besides and name in self._names.current}
+        """Return the current digests of the pinned names, in order of name, as far as they fit in the budget."""
+        digests: set[str] = set()
+        room = self._ram.capacity
+        for name in self._pinned_names():
+            digest = self._catalog.current.get(name)
+            if name != besides and digest and digest not in digests and self._ram.size(digest) <= room:
+                digests.add(digest)
+                room -= self._ram.size(digest)
+        return digests
 
-    def _look(self, name: str) -> AdapterInfo:
-        """What is known of one adapter at one moment. With the lock."""
-        history = self._names.histories[name]
+    def _versions_to_keep(self, name: str) -> tuple[str, ...]:
+        """Return digest prefixes of versions that stay although they are not among the last ones."""
+        return (*self.referenced_versions(name), *self._catalog.other_bases.get(name, ()))
+
+    def _info(self, name: str) -> AdapterInfo:
+        """Collect the state of a served adapter. With the lock."""
+        history = self._catalog.histories[name]
         records = tuple(self._store.records[digest] for digest in history)
-        pinned = (entry := self._store.journal.names.get(name)) is not None and entry.pinned
-        return AdapterInfo(name, records, self._leases.of(name), pinned, self._failures.get(history[0]))
+        entry = self._store.state.names.get(name)
+        pinned = entry is not None and entry.pinned
+        return AdapterInfo(name, records, self._leases.of(name), pinned, self._load_errors.get(history[0]))
 
-    def _summary(self, sight: AdapterInfo) -> Description:
-        digest = sight.records[0].digest
-        return sight.summary(
+    def _summary(self, info: AdapterInfo) -> Description:
+        digest = info.records[0].digest
+        return info.summary(
             nbytes=self._ram.size(digest),
             tier=self._tier(digest),
             loaded_at=self._ram.loaded_at(digest),
-            tasks=self.tasks(sight.name),
+            tasks=self.tasks(info.name),
         )
+
+    def _describe(self, name: str) -> Description:
+        """Describe a name that may not be served. On the writer thread."""
+        return self.describe(name) if name in self._catalog.histories else {"name": name}
 
     def _tier(self, digest: str) -> str:
         if self.slots.holds(digest):
             return "device"
         return "disk" if self._ram.loaded_at(digest) is None else "ram"
 
-    async def _off(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
-        """Await `call` on a thread, so that the event loop is free."""
+    async def _on_thread(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._submit(executor, call))
 
     def _submit(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> Future[T]:

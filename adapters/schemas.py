@@ -1,4 +1,4 @@
-"""`AdapterInfo`: one adapter as people see it, as the JSON of the API. Does not know where its parts come from."""
+"""`AdapterInfo`: one adapter as the API describes it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.store import VersionRecord
+from adapters.catalog_state import VersionRecord
 from adapters.weights import Version
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of an adapter at one moment: `records` of its versions, the one it has first."""
+    """An adapter at one moment.
+
+    Attributes:
+        name: the adapter's name.
+        records: records of its versions, the current one first.
+        leases: lease count by digest, including versions that the name no longer has.
+        pinned: whether it is kept in RAM.
+        load_error: why the last load of the current version failed, if it did.
+    """
 
     name: str
     records: tuple[VersionRecord, ...]
     leases: Counter[str]
-    """By digest; versions that have lost the name already are among them."""
     pinned: bool
-    failure: str | None
-    """Why the last load of its version failed, if it did."""
+    load_error: str | None
 
     def summary(self, *, nbytes: int, tier: str, loaded_at: float | None, tasks: list[str]) -> dict[str, Any]:
-        """One entry of the list of adapters. Times are seconds since the epoch, `bytes` what it takes in memory."""
-        record, metadata = self.records[0], self.records[0].metadata_of(self.name)
+        """Return the entry for the list of adapters. Times are seconds since the epoch, sizes bytes in memory."""
+        record = self.records[0]
         return {
             "name": self.name,
             "version": Version(self.name, record.digest).label,
@@ -35,22 +41,23 @@ class AdapterInfo:
             "tier": tier,
             "leases": self.leases.total(),
             "loaded_at": loaded_at,
-            "base": metadata.get("base"),
+            "base": record.metadata_of(self.name).get("base"),
             "pinned": self.pinned,
             "tasks": tasks,
         }
 
-    def details(self, size: Callable[[str], int], bases: Sequence[str], faults: Sequence[str]) -> dict[str, Any]:
-        """What the answer about one adapter has beyond the summary. `bases` are the names of the one that is served,
-        `faults` what is wrong beside the adapter itself.
+    def details(self, size: Callable[[str], int], bases: Sequence[str], task_errors: Sequence[str]) -> dict[str, Any]:
+        """Return what the full description has beyond the summary.
+
+        Args:
+            size: returns the bytes of a version in memory.
+            bases: the names of the served base.
+            task_errors: what is wrong with the adapter's task.json.
         """
         metadata = self.records[0].metadata_of(self.name)
-        notes = [*metadata.get("notes", ())]
-        made_on = metadata.get("base")
-        notes += of_another_base(made_on, bases)
-        if self.failure:
-            notes.append(f"the last load failed: {self.failure}")
-        notes += faults
+        notes = [*metadata.get("notes", ()), *base_notes(metadata.get("base"), bases)]
+        if self.load_error:
+            notes.append(f"the last load failed: {self.load_error}")
         return {
             "versions": [
                 {
@@ -65,24 +72,22 @@ class AdapterInfo:
             ],
             "honoured": [*metadata.get("honoured", ())],
             "harmless": [*metadata.get("harmless", ())],
-            "notes": notes,
+            "notes": [*notes, *task_errors],
             "card": metadata.get("card"),
         }
 
 
-def of_another_base(made_on: str | None, bases: Sequence[str]) -> list[str]:
-    """The note on an adapter that names another base than the one with these names, if it does.
+def base_notes(trained_on: str | None, bases: Sequence[str]) -> list[str]:
+    """Return a note if the adapter names another base than the served one, whose names are `bases`.
 
-    Where the hub's name is among them, another hub's name is compared with that: models of other training may be called
-    like the short one.
+    Hub ids ("org/name") are compared with hub ids, if the served base has one; otherwise the last parts are compared.
     """
     ids = [base for base in bases if "/" in base]
-    names = ids if ids and made_on is not None and "/" in made_on else bases
-    if not names or not made_on or _last(made_on) in map(_last, names):
+    names = ids if ids and trained_on is not None and "/" in trained_on else bases
+    if not names or not trained_on or _short_name(trained_on) in map(_short_name, names):
         return []
-    return [f"it names {made_on!r} as its base; served is {bases[0]!r}, whose layers it fits"]
+    return [f"it names {trained_on!r} as its base; the served base is {bases[0]!r}, and its layers fit"]
 
 
-def _last(base: str) -> str:
-    """A base's name without the folder or organisation before it, to compare."""
+def _short_name(base: str) -> str:
     return base.rstrip("/").rpartition("/")[2].lower()

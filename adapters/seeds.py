@@ -1,15 +1,15 @@
-"""What a generator of torch may begin with."""
+"""The range of random seeds."""
 
 from __future__ import annotations
 
 from adapters.errors import AdapterError
 
 SEEDS = (-(1 << 63), (1 << 64) - 1)
-"""64 bits, with a sign or without."""
+"""The seeds that `torch.Generator` accepts: 64 bits, signed or unsigned."""
 
 
 def check_seed(seed: int) -> int:
-    """`seed`. Raises AdapterError for one that is out of range."""
+    """Return `seed`. Raises AdapterError if it is out of range."""
     if not SEEDS[0] <= seed <= SEEDS[1]:
-        raise AdapterError(f"seed must be a whole number of 64 bits, up to 2**64 - 1, not {seed}", "seed")
+        raise AdapterError(f"seed must be an integer from -2**63 to 2**64 - 1, not {seed}", "seed")
     return seed

@@ -1,231 +1,103 @@
-"""`AdapterStore`: our own copy of every version on disk, and the journal that says which names they have.
+"""`AdapterStore`: adapter files by content digest, and the catalog that names them.
 
-Owns the folder layout, the order of its writes, and what is freed. Does not know how an adapter is read or computed,
-nor who uses a version: it moves files, and is told digests and what a record says. Not thread-safe for writes; the
-registry makes them on one thread.
+    versions/<digest>/   adapter_config.json and adapter_model.safetensors of one version; never changed
+    incoming/            unfinished copies and deletions; emptied when the store is opened
+    lock                 held while the store is open
 
-    versions/<digest>/   a PEFT folder that is never changed, but for its card, its task and our record.json
-    names.json           the journal, replaced by a rename
-    incoming/            what is not finished or not yet deleted; emptied when the store is opened
-    unnamed/<digest>/    versions whose names were lost with names.json, until that is put back
-    lock                 held for as long as the store is open; says how often the journal was written
-
-A copy is written in `incoming`, synced, and renamed into place before the journal names it; a version is renamed out
-of its place before it is deleted, after the journal has stopped naming it. So a crash anywhere leaves every named
-version whole, and what it leaves behind is removed when the store is opened next; but for versions that a journal may
-have named which somebody has taken away, or put an older one in its place.
+A new version is written to `incoming`, synced and renamed into `versions`; then one transaction of the catalog backend
+names it. A version is deleted after the catalog has dropped it. So a crash at any point leaves every named version
+intact. Writes are not thread-safe; the registry makes them on one thread.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
-import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from adapters.atomic_files import known_fields, sync_folder, write_file
-from adapters.catalog import ANOTHER_BASE
-from adapters.catalog_state import CatalogState
-from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, reason
-from adapters.peft_format import CARD_FILE, REQUIRED, TASK_FILE, open_inside
+from adapters.atomic_files import sync_folder
+from adapters.catalog_state import CatalogState, VersionRecord
+from adapters.errors import InvalidAdapter, NoRoom, StoreFailed, error_text
+from adapters.peft_format import CARD_FILE, OPTIONAL, REQUIRED, TASK_FILE, open_inside
+from adapters.protocols import CatalogBackend, MemoryCatalog
 from adapters.weights import SHORT_DIGEST, LoraWeights
 
 log = logging.getLogger(__name__)
 
-SIDE = {TASK_FILE: "task", CARD_FILE: "card"}
-"""What may change while the content, and so the digest, stays: the task's definition and the card, as they are told."""
-RECORD = "record.json"
+METADATA_FILES = {TASK_FILE: "task", CARD_FILE: "card"}
+"""Files that become metadata of a version, and their keys."""
 CHUNK = 1 << 20
-WRITTEN = "written"
-"""The entry of names.json that says when that was, in seconds since the epoch."""
-WRITES = "writes"
-"""The entry that says how often it has been written until then: less than the lock tells in a copy that is put back."""
-SAME_WRITE = 60.0
-"""Seconds between that and the file's own time, beyond which somebody else has put it there."""
-
 
 Modules = Mapping[str, tuple[int, int, int]]
-"""Path -> rank, outputs and inputs of its update."""
-
-
-def _unknown(modules: Modules) -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class VersionRecord:
-    """What is told about a version without reading its tensors.
-
-    `metadata` is what was told of it last; `told` is what was told under each name, its task and card among it.
-    """
-
-    digest: str
-    nbytes: int
-    modules: Modules
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    created_at: float = 0.0
-    told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @staticmethod
-    def of(weights: LoraWeights, created_at: float) -> VersionRecord:
-        """The record of `weights`, at the size that they have now."""
-        modules = {path: (m.rank, *m.shape) for path, m in weights.modules.items()}
-        metadata = dict(weights.metadata)
-        return VersionRecord(weights.digest, weights.nbytes, modules, metadata, created_at, {weights.name: metadata})
-
-    def metadata_of(self, name: str) -> Mapping[str, Any]:
-        """What was told of the version under this name."""
-        return self.told.get(name, self.metadata)
-
-    @cached_property
-    def ranks(self) -> list[int]:
-        """The distinct ranks, ascending."""
-        return sorted({rank for rank, _, _ in self.modules.values()})
-
-    @cached_property
-    def targets(self) -> list[str]:
-        """The distinct last parts of the module paths, sorted."""
-        return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
-
-    def misfit(self, shapes: Mapping[str, tuple[int, int]], max_rank: int) -> str | None:
-        """Why this version cannot be served on a base of these shapes; None if it can."""
-        for path, (_, out, into) in self.modules.items():
-            if path not in shapes:
-                return f"{ANOTHER_BASE}: the one served has no {path}"
-            if shapes[path] != (out, into):
-                return f"{ANOTHER_BASE}: {path} is {list(shapes[path])} here and {[out, into]} there"
-        most = max((rank for rank, _, _ in self.modules.values()), default=0)
-        return f"its rank {most} is over the limit of {max_rank} (--max-rank)" if most > max_rank else None
-
-
-def carry_over(weights: LoraWeights, before: VersionRecord, dropped: Collection[str]) -> LoraWeights:
-    """`weights` with the task and the card that they do not bring as `before`, the version that their name has, told
-    them; files that were `dropped` take theirs along.
-
-    A task that another version brought has its digest as `task_of`: it does not come anew.
-    """
-    told, metadata = before.metadata_of(weights.name), dict(weights.metadata)
-    for file, key in SIDE.items():
-        if metadata.get(key) is not None or told.get(key) is None:
-            continue
-        if file in dropped:
-            log.warning("the folder of %s has no %s any more, so what it said is dropped", weights.name, file)
-            continue
-        metadata[key] = told[key]
-        origin = told.get("task_of", before.digest)
-        if key == "task" and origin != weights.digest:
-            metadata["task_of"] = origin
-    return replace(weights, metadata=metadata)
-
-
-class Disk:
-    """The few operations by which a store changes the disk. Each is a point where a crash or a full disk can strike."""
-
-    def copy(self, source: int, target: Path, limit: int) -> int:
-        """Copy what can be read from the descriptor `source` into a new file and sync it. Answers its size.
-
-        Raises NoRoom over `limit` bytes.
-        """
-        over = NoRoom(f"{target.name} is over {limit:,} bytes, more than could ever be served")
-        size = 0
-        if os.fstat(source).st_size > limit:  # none of it is written, as whoever watches a folder tries again
-            raise over
-        with open(target, "xb") as out:
-            while chunk := os.read(source, CHUNK):
-                size += len(chunk)
-                if size > limit:
-                    raise over
-                out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
-        return size
-
-    def write(self, path: Path, content: bytes) -> None:
-        """Write a file and sync it."""
-        write_file(path, content)
-
-    def rename(self, source: Path, target: Path) -> None:
-        os.rename(source, target)
-
-    def note(self, descriptor: int, content: bytes) -> None:
-        """Write over the beginning of an open file."""
-        os.pwrite(descriptor, content, 0)
-
-    def sync(self, folder: Path) -> None:
-        """Make the names in `folder` durable."""
-        sync_folder(folder)
-
-    def make(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def remove(self, path: Path) -> None:
-        """Remove a file or a folder; nothing if it is not there."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+"""Module path -> (rank, out, in)."""
 
 
 class AdapterStore:
-    """The versions and names under one folder, which this process alone may hold open.
+    """The versions and the catalog under one folder. Only one process can open it.
 
-    `lost` says of each version that the journal names and the disk does not give back why that is. Every method that
-    writes raises StoreFailed if the disk refuses, and then nothing that can be seen has changed. `size` says what
-    modules take in memory here, or None: a version's record has what it took where it was published.
+    Every method that writes raises StoreFailed on a disk error; nothing has changed then.
+
+    Attributes:
+        state: the saved catalog.
+        records: the record of each version, by digest.
+        missing: digest -> reason, for versions in the catalog whose files are missing.
+        damaged: digests whose files were found changed; publishing the content again replaces them.
+
+    Args:
+        root: the folder.
+        backend: where the catalog is saved; in memory by default.
+        size: returns the bytes that modules take in memory on this backend, or None for the size when published.
     """
 
     def __init__(
-        self, root: Path, *, disk: Disk | None = None, size: Callable[[Modules], int | None] = _unknown
+        self,
+        root: Path,
+        backend: CatalogBackend | None = None,
+        *,
+        size: Callable[[Modules], int | None] = lambda modules: None,
     ) -> None:
         self.root = root
-        self._disk = disk or Disk()
+        self.missing: dict[str, str] = {}
+        self.damaged: set[str] = set()
+        self._backend = backend or MemoryCatalog()
         self._size = size
         self._sizes: dict[str, int] = {}
         self._versions = root / "versions"
         self._incoming = root / "incoming"
-        self._unnamed = root / "unnamed"
-        self._names = root / "names.json"
         self._lock: int | None = None
-        self.records: dict[str, VersionRecord] = {}
-        self.lost: dict[str, str] = {}
-        self.damaged: set[str] = set()
-        """Versions whose files were found changed; `adopt` replaces them."""
-        with _told("open the store"):
-            self._disk.make(self._versions)
-            self._disk.make(self._incoming)
+        with _disk_errors("open the store"):
+            self._versions.mkdir(parents=True, exist_ok=True)
+            self._incoming.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
         try:
-            with _told("open the store"):
-                self.journal, lost_since = self._read_journal()
-                self._sweep(lost_since)
-                self._read_records()
+            state, records = self._backend.load()
+            self.state, self.records = state, dict(records)
+            with _disk_errors("open the store"):
+                self._remove_leftovers()
+            self._find_missing()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Let another process open it. Idempotent."""
+        """Release the lock. Idempotent."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def path(self, digest: str) -> Path:
-        """The folder of one version, for reading."""
+        """Return the folder of a version, for reading."""
         return self._versions / digest
 
     def nbytes(self, digest: str) -> int:
-        """What one version takes in memory; 0 if it is not known."""
+        """Return the bytes that a version takes in memory; 0 if unknown."""
         record = self.records.get(digest)
         if record is None:
             return 0
@@ -234,114 +106,99 @@ class AdapterStore:
         return self._sizes[digest]
 
     @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """An empty folder of the store's own, for an upload or a file that is made; removed at the end."""
-        with _told("make room for a new adapter"):
-            folder = Path(tempfile.mkdtemp(dir=self._incoming))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # what stays is swept when the store is opened
-
-    @contextmanager
     def stage(self, folder: Path, *, within: Path | None = None, limit: int = 1 << 40) -> Iterator[Path]:
-        """A private copy of the adapter in `folder`, to be read, checked and adopted; removed at the end if not.
+        """Copy the adapter in `folder` to a private folder, which is removed at the end unless it was published.
 
-        What is checked is then what is kept, whatever happens to `folder` later. Files that are missing there are
-        missing here. Raises InvalidAdapter for what is not a regular file or cannot be read, changes while it is copied
-        or, with `within`, leads out of that folder; NoRoom over `limit` bytes in all.
+        The copy is what is checked and kept, whatever happens to `folder` later.
+
+        Args:
+            folder: a PEFT folder. Missing files are missing in the copy.
+            within: if given, links may not lead out of this folder.
+            limit: bytes of all files.
+
+        Raises:
+            InvalidAdapter: a file is not a regular file, cannot be read, or changed during the copy.
+            NoRoom: the files exceed `limit`.
         """
-        with self.staging() as staged, ExitStack() as opened:
-            before: dict[str, tuple[int, tuple[int, ...]]] = {}
-            for name in (*REQUIRED, *SIDE):
-                source = open_inside(folder / name, within)
-                if source is not None:
-                    opened.callback(os.close, source)
-                    before[name] = source, _state(source)
-            for name, (source, _) in before.items():
-                with _told(f"copy {name}"):
-                    limit -= self._disk.copy(source, staged / name, limit)
-            for name, (source, state) in before.items():
-                if _state(source) != state:  # half of it may be of one content, and half of another
-                    raise InvalidAdapter(f"{name} has changed while it was copied; try again once it is written", name)
-            yield staged
-
-    def adopt(self, staged: Path, record: VersionRecord) -> bool:
-        """Take a staged copy, found to be `record.digest`, as that version.
-
-        If the version is here already, only what is told of it is renewed, since equal digests mean equal content; if
-        its files were found damaged they are replaced too. What was told under other names stays. Answers whether
-        something is told that was not.
-        """
-        digest, target = record.digest, self.path(record.digest)
-        known = self.records.get(digest)
-        if known is not None:
-            others = (name for name, entry in self.journal.names.items() if digest in entry.history)
-            kept = {name: known.metadata_of(name) for name in others}
-            record = replace(record, created_at=known.created_at, told={**kept, **record.told})
-        with _told("keep the new version"):
-            self._disk.write(staged / RECORD, json.dumps(asdict(record)).encode())
-            if known is None or not target.exists():
-                self._disk.sync(staged)
-                if target.exists():  # an earlier attempt got this far and the journal never named it
-                    self._discard(target)
-                self._disk.rename(staged, target)
-                self._disk.sync(self._versions)
-            else:
-                self._renew(staged, target, replaced=REQUIRED if digest in self.damaged else ())
-        self.damaged.discard(digest)
-        self.lost.pop(digest, None)
-        self.records[digest] = record
-        if known is None:
-            return False
-        before, after = ({n: r.metadata_of(n) for n in record.told} for r in (known, record))
-        return json.dumps(before) != json.dumps(after)
-
-    def write(self, journal: CatalogState) -> None:
-        """Make `journal` the one that is found after a crash."""
-        fresh = self._names.with_suffix(".new")
-        with _told("write the names"):
-            try:
-                content = {**journal.to_json(), WRITTEN: time.time(), WRITES: self._writes + 1}
-                self._disk.write(fresh, json.dumps(content).encode())
-                self._disk.rename(fresh, self._names)
-            except OSError:
-                fresh.unlink(missing_ok=True)
-                raise
-        self.journal = journal
-        self._writes += 1
+        with _disk_errors("make room for a new adapter"):
+            staged = Path(tempfile.mkdtemp(dir=self._incoming))
         try:
-            self._disk.sync(self.root)
-        except OSError as error:  # it stands, and only a power cut now could undo it
-            log.warning("the names in the store are written but not synced: %s", reason(error))
-        assert self._lock is not None, "a store that is written to is open"
-        with suppress(OSError):  # of an older copy that is put back times alone tell then
-            self._disk.note(self._lock, b"%d" % self._writes)
+            with ExitStack() as opened:
+                sources: dict[str, tuple[int, tuple[int, ...]]] = {}
+                for name in (*REQUIRED, *OPTIONAL):
+                    source = open_inside(folder / name, within)
+                    if source is not None:
+                        opened.callback(os.close, source)
+                        sources[name] = source, _file_state(source)
+                for name, (source, _) in sources.items():
+                    with _disk_errors(f"copy {name}"):
+                        limit -= _copy(source, staged / name, limit)
+                for name, (source, before) in sources.items():
+                    if _file_state(source) != before:
+                        raise InvalidAdapter(f"{name} changed while it was copied; try again once it is written", name)
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def publish(self, staged: Path, record: VersionRecord, state: CatalogState) -> bool:
+        """Store a staged version and save `state`, which names it.
+
+        If the version exists, only its metadata is updated; damaged files are replaced.
+
+        Returns:
+            Whether the metadata of an existing version has changed.
+        """
+        digest, known = record.digest, self.records.get(record.digest)
+        if known is not None:
+            others = (name for name, entry in self.state.names.items() if digest in entry.history)
+            kept = {name: known.metadata_of(name) for name in others}
+            record = replace(record, created_at=known.created_at, metadata_by_name={**kept, **record.metadata_by_name})
+        exists = known is not None and digest not in self.damaged and self.path(digest).exists()
+        if not exists:
+            self._add_files(staged, digest)
+        try:
+            self.save(state, record)
+        except StoreFailed:
+            if digest not in self.state.digests and known is None:
+                self._discard(self.path(digest))
+            raise
+        self.damaged.discard(digest)
+        self.missing.pop(digest, None)
+        return known is not None and any(
+            known.metadata_of(name) != metadata for name, metadata in record.metadata_by_name.items()
+        )
+
+    def save(self, state: CatalogState, record: VersionRecord | None = None) -> None:
+        """Save the catalog, with a new or changed record, in one transaction."""
+        self._backend.save(state, [record] if record else [])
+        self.state = state
+        if record:
+            self.records[record.digest] = record
 
     def remove(self, digest: str) -> None:
-        """Delete one version, which the journal must not name."""
-        assert digest not in self.journal.referenced(), "a version is deleted while it has a name"
+        """Delete the files of a version that the catalog does not name."""
+        assert digest not in self.state.digests, "a version is deleted while it has a name"
         self.records.pop(digest, None)
         self._sizes.pop(digest, None)
         self.damaged.discard(digest)
-        with _told("delete a version"):
+        with _disk_errors("delete a version"):
             self._discard(self.path(digest))
 
-    def _discard(self, folder: Path) -> None:
-        """Take a folder out of sight in one step, then delete it."""
-        if not folder.exists():
-            return
-        trash = Path(tempfile.mkdtemp(dir=self._incoming))
-        self._disk.rename(folder, trash / folder.name)
-        self._disk.remove(trash)
+    def _add_files(self, staged: Path, digest: str) -> None:
+        with _disk_errors("store the new version"):
+            for name in METADATA_FILES:
+                (staged / name).unlink(missing_ok=True)
+            sync_folder(staged)
+            self._discard(self.path(digest))
+            os.rename(staged, self.path(digest))
+            sync_folder(self._versions)
 
-    def _renew(self, staged: Path, target: Path, replaced: tuple[str, ...]) -> None:
-        for name in (*replaced, *SIDE, RECORD):
-            if (staged / name).exists():
-                self._disk.rename(staged / name, target / name)
-            else:
-                self._disk.remove(target / name)
-        self._disk.sync(target)
+    def _discard(self, folder: Path) -> None:
+        """Move a folder to `incoming`, so that it disappears at once, and delete it there."""
+        if folder.exists():
+            trash = Path(tempfile.mkdtemp(dir=self._incoming))
+            os.rename(folder, trash / folder.name)
+            shutil.rmtree(trash)
 
     def _take_lock(self) -> int:
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -352,114 +209,85 @@ class AdapterStore:
             raise StoreFailed("the state directory is in use by another process; stop it or use another") from None
         return fd
 
-    def _noted(self) -> int:
-        """How often the journal was written, by the lock; 0 where that does not tell."""
-        assert self._lock is not None, "it is taken first"
-        text = os.pread(self._lock, 32, 0)
-        return int(text) if text.isdigit() else 0
+    def _remove_leftovers(self) -> None:
+        """Remove unfinished copies and deletions, and versions that the catalog does not name.
 
-    def _read_journal(self) -> tuple[CatalogState, float]:
-        """The names, and since when others may have been given that are lost: never, if this is the file that was
-        written last."""
-        self._writes = noted = self._noted()
-        try:
-            text = self._names.read_text(encoding="utf-8")
-            changed = self._names.stat().st_ctime
-        except FileNotFoundError:
-            if not any(self._versions.iterdir()):
-                with suppress(StoreFailed):  # a disk that refuses is told of with the first version
-                    self.write(CatalogState())  # from that on, a file that is not there has been taken away
-            return CatalogState(), -math.inf
-        try:
-            content = json.loads(text)
-            written = float(content.get(WRITTEN, changed))
-            writes = int(content.get(WRITES, 0))
-            journal = CatalogState.from_json(content)
-            self._writes = max(writes, noted)
-            if writes < noted:  # a copy, whatever the clock was when it was made and when versions were
-                return journal, -math.inf
-            if abs(changed - written) <= SAME_WRITE:
-                return journal, math.inf
-            # Where the clock was set back since, times do not tell what came before the copy and what after.
-            return journal, written if written < changed else -math.inf
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreFailed(
-                f"names.json in the store cannot be read ({error}); put a good copy back, or move it away to start "
-                "without names: versions that have none then are kept in the store's folder 'unnamed'"
-            ) from error
+        With an empty catalog, versions are kept: the database may have been lost or replaced.
+        """
+        for leftover in self._incoming.iterdir():
+            shutil.rmtree(leftover)
+        unnamed = [folder for folder in self._versions.iterdir() if folder.name not in self.state.digests]
+        if unnamed and not self.state.digests:
+            log.warning("the catalog is empty; %d stored versions are kept in %s", len(unnamed), self._versions)
+            return
+        for folder in unnamed:
+            self._discard(folder)
 
-    def _sweep(self, lost_since: float) -> None:
-        """Remove what a crash left: unfinished copies, unfinished deletions, versions that never got a name. Those that
-        may have had one since then are set aside, until they have one again."""
-        for left in self._incoming.iterdir():
-            self._disk.remove(left)
-        self._disk.remove(self._names.with_suffix(".new"))
-        named = self.journal.referenced()
-        for digest in named:
-            aside = self._unnamed / digest
-            if aside.exists() and not self.path(digest).exists():  # the names were put back
-                self._disk.rename(aside, self.path(digest))
-                log.warning(
-                    "version %s has a name again, and is put back from %s", digest[:SHORT_DIGEST], self._unnamed
-                )
-        for folder in self._versions.iterdir():
-            if folder.name in named:
+    def _find_missing(self) -> None:
+        for digest in sorted(self.state.digests):
+            if digest in self.records and all((self.path(digest) / name).exists() for name in REQUIRED):
                 continue
-            aside = self._unnamed / folder.name
-            if aside.exists() or self._made(folder) <= lost_since:
-                self._discard(folder)
-                continue
-            self._disk.make(self._unnamed)
-            self._disk.rename(folder, aside)
-            log.warning("version %s has no name any more: it is kept in %s", folder.name[:SHORT_DIGEST], self._unnamed)
-
-    def _made(self, folder: Path) -> float:
-        """When a version was made; later than anything where its record does not tell."""
-        try:
-            return float(json.loads((folder / RECORD).read_text(encoding="utf-8"))["created_at"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return math.inf
-
-    def _read_records(self) -> None:
-        for digest in self.journal.referenced():
-            try:
-                self.records[digest] = self._read_record(digest)
-            except FileNotFoundError:
-                what = "a file of version" if self.path(digest).exists() else "version"
-                self.lost[digest] = f"{what} {digest[:SHORT_DIGEST]} is missing from the store"
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                self.lost[digest] = f"the record of version {digest[:SHORT_DIGEST]} cannot be read ({reason(error)})"
-            if digest in self.lost:
-                self.lost[digest] += "; publish it again, or roll back to another"
-                log.error("%s", self.lost[digest])
-
-    def _read_record(self, digest: str) -> VersionRecord:
-        folder = self.path(digest)
-        for name in REQUIRED:
-            (folder / name).stat()
-        fields = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        modules = {path: (int(r), int(o), int(i)) for path, (r, o, i) in fields.pop("modules").items()}
-        record = VersionRecord(modules=modules, **known_fields(VersionRecord, fields))
-        if record.digest != digest:
-            raise ValueError("it is another version's")
-        told = (record.metadata, *record.told.values())
-        if not isinstance(record.nbytes, int) or not all(isinstance(each, dict) for each in told):
-            raise ValueError("it is none that was written here")
-        return record
+            short = digest[:SHORT_DIGEST]
+            self.missing[digest] = (
+                f"a file of version {short} is missing from the store; publish it again, or roll back to another"
+            )
+            self.records.pop(digest, None)
+            log.error("%s", self.missing[digest])
 
 
-def _state(descriptor: int) -> tuple[int, ...]:
-    """What tells whether a file was written to, or another put in its place, since it was opened."""
+def inherit_metadata(weights: LoraWeights, previous: VersionRecord, removed: Collection[str]) -> LoraWeights:
+    """Return `weights` with the task and card of the name's previous version, unless they bring their own.
+
+    Args:
+        weights: the new version.
+        previous: the previous version of the name.
+        removed: files that the adapter's folder had and no longer has; their content is not inherited.
+
+    An inherited task has the digest of the version that brought it as `task_of`.
+    """
+    inherited, metadata = previous.metadata_of(weights.name), dict(weights.metadata)
+    for file, key in METADATA_FILES.items():
+        if metadata.get(key) is not None or inherited.get(key) is None:
+            continue
+        if file in removed:
+            log.warning("%s was removed from the folder of %s; its content is dropped", file, weights.name)
+            continue
+        metadata[key] = inherited[key]
+        origin = inherited.get("task_of", previous.digest)
+        if key == "task" and origin != weights.digest:
+            metadata["task_of"] = origin
+    return replace(weights, metadata=metadata)
+
+
+def _copy(source: int, target: Path, limit: int) -> int:
+    """Copy an open file to a new synced file and return its size. Raises NoRoom over `limit` bytes."""
+    too_large = NoRoom(f"{target.name} is over {limit:,} bytes, more than can be served")
+    if os.fstat(source).st_size > limit:
+        raise too_large
+    size = 0
+    with open(target, "xb") as out:
+        while chunk := os.read(source, CHUNK):
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    return size
+
+
+def _file_state(descriptor: int) -> tuple[int, ...]:
+    """Return size and times of an open file, to detect changes."""
     state = os.fstat(descriptor)
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 @contextmanager
-def _told(action: str) -> Iterator[None]:
-    """An OSError becomes StoreFailed, which says what was tried and why it failed, without a path."""
+def _disk_errors(action: str) -> Iterator[None]:
+    """Convert an OSError to StoreFailed: "could not `action`: ..."."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full" if full else reason(error)
+        why = "the disk is full" if full else error_text(error)
         raise StoreFailed(f"could not {action}: {why}; nothing was changed") from error

@@ -1,7 +1,4 @@
-"""`Validator`: how a folder becomes weights, before it has a name and again whenever a version comes back from disk.
-
-Owns what is checked and in which order. Does not know names' versions, leases or memory.
-"""
+"""`Validator`: reads and checks an adapter folder, before it is published and each time a version is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import AdapterError, InvalidAdapter, StoreFailed, UnknownAdapter
-from adapters.format_hints import leads_out
+from adapters.format_hints import outside_error
 from adapters.peft_format import REQUIRED, open_inside
 from adapters.protocols import Reader
 from adapters.store import AdapterStore
@@ -21,9 +18,15 @@ from adapters.weights import LoraWeights, Version
 
 @dataclass(frozen=True)
 class Validator:
-    """`shapes` are the base's linears by path, `prepare` turns weights into the layout of the kernels.
+    """Reads adapters for one base.
 
-    `limit` is the size in bytes of a folder that could never be served.
+    Attributes:
+        store: where versions are copied to and read from.
+        read: reads a PEFT folder.
+        prepare: converts weights to the layout of the kernels.
+        shapes: the base's linear layers, path -> (out, in).
+        max_rank: the highest rank that is served.
+        limit: bytes of a folder that is too large to be served.
     """
 
     store: AdapterStore
@@ -35,27 +38,29 @@ class Validator:
 
     @contextmanager
     def stage(self, name: str, folder: Path, within: Path | None) -> Iterator[tuple[Path, LoraWeights]]:
-        """The store's private copy of `folder` and its weights, read from that copy, so that they stay equal.
+        """Copy `folder` into the store's staging area and read the copy.
 
         With `within`, links may not lead out of that folder. Raises InvalidAdapter, BaseMismatch, NoRoom, StoreFailed.
         """
         if within is not None and not folder.resolve().is_relative_to(within.resolve()):
-            raise InvalidAdapter(leads_out(folder.name), "source")
+            raise InvalidAdapter(outside_error(folder.name), "source")
         missing = [file for file in REQUIRED if not _exists(folder / file, within)]
         if missing:
-            self._read(folder, name)  # it has better words for what is there instead, a pickle for instance
+            self._read(folder, name)  # raises with a hint at what the folder holds instead
             raise InvalidAdapter(f"{missing[0]} is missing")
         with self.store.stage(folder, within=within, limit=self.limit) as staged:
             yield staged, self.prepare(self._read(staged, name))
 
     def load(self, name: str, digest: str) -> LoraWeights:
-        """One version from the store, found to be what it was, as the kernels read it. Raises what `stored` does."""
-        return self.prepare(self.stored(name, digest))
+        """Read a stored version and prepare it for the kernels. Raises as `read_stored`."""
+        return self.prepare(self.read_stored(name, digest))
 
-    def stored(self, name: str, digest: str) -> LoraWeights:
-        """The same as it was published. Raises StoreFailed; what is damaged is replaced when it is published again.
+    def read_stored(self, name: str, digest: str) -> LoraWeights:
+        """Read a stored version as it was published, and verify its digest.
 
-        And UnknownAdapter where it was deleted meanwhile, which is nobody's fault: no request has a lease of it then.
+        Raises:
+            StoreFailed: it cannot be read, or its content has changed on disk.
+            UnknownAdapter: it was deleted during the read.
         """
         try:
             weights = self._read(self.store.path(digest), name, stored=True)
@@ -73,11 +78,11 @@ class Validator:
             raise StoreFailed(f"{label} cannot be read from the store: {reason}{advice}") from error
         return weights
 
-    def misfits(self, digests: Iterable[str], known: Mapping[str, str | None]) -> dict[str, str | None]:
-        """Why versions of the store cannot be served here, None for those that can; `known` was found out before."""
+    def incompatibilities(self, digests: Iterable[str], known: Mapping[str, str | None]) -> dict[str, str | None]:
+        """Return why stored versions cannot be served here, None for those that can. `known` are earlier results."""
         records = self.store.records
         return {
-            digest: known[digest] if digest in known else records[digest].misfit(self.shapes, self.max_rank)
+            digest: known[digest] if digest in known else records[digest].incompatibility(self.shapes, self.max_rank)
             for digest in digests
             if digest in records
         }
@@ -87,7 +92,7 @@ class Validator:
 
 
 def _exists(path: Path, within: Path | None) -> bool:
-    """Whether there is such a file. Raises InvalidAdapter for one that cannot be read or leads out of `within`."""
+    """Return whether the file exists. Raises InvalidAdapter if it cannot be read or leads out of `within`."""
     fd = open_inside(path, within)
     if fd is None:
         return False

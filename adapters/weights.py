@@ -1,7 +1,4 @@
-"""The value of an adapter, and what requests ask for: `LoraWeights`, `Version`, `Mix`.
-
-Owns identity (content digests) and the canonical form of a mix. Does not know files, folders or servers.
-"""
+"""`LoraWeights`, `Version` and `Mix`: adapters in memory, their content digests, and the canonical form of a mix."""
 
 from __future__ import annotations
 
@@ -20,29 +17,35 @@ import torch
 from adapters.errors import InvalidChoice
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-NAME_IN_WORDS = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
+NAME_RULE = "1 to 64 letters, digits, '.', '_' and '-', starting with a letter or a digit"
 RESERVED = frozenset({"base", "other", "none"})
+"""Names that no adapter may have."""
 MAX_ABS_WEIGHT = 16.0
 MAX_TERMS = 64
-"""Adapters of one mix."""
+"""Most adapters in one mix."""
 SHORT_DIGEST, MIN_DIGEST = 12, 6
-"""Digits of a digest that people see, and the fewest that they may give."""
-AT_DIGEST = f"@[0-9a-f]{{{MIN_DIGEST},64}}"
-"""What makes of a name that of one of its versions."""
-PORTION = 1 << 17
-"""Values that are looked at together."""
+"""Digits of a digest in a label, and the fewest that a request may give."""
+DIGEST_SUFFIX = f"@[0-9a-f]{{{MIN_DIGEST},64}}"
+"""Pattern of the version part of "name@digest"."""
+AT_DIGEST, NAME_IN_WORDS = DIGEST_SUFFIX, NAME_RULE  # old names
+CHUNK = 1 << 17
+"""Values processed at a time: small enough for the cache."""
 _BITS = {torch.float32: ("<u4", 0x7F800000), torch.bfloat16: ("<u2", 0x7F80), torch.float16: ("<u2", 0x7C00)}
-"""Of each type: the integers of its size, and infinity as one of them. NaN is above that, but for the sign."""
+"""For each dtype, the integer type of its size and the bits of infinity. The bits of NaN are greater."""
 
 Choice = list[tuple[str, float]]
-"""What a request or a task asks for: `[(name or name@digest, weight), ...]`, in the order that was asked."""
+"""The adapters of a request or task: `[(name or name@digest, weight), ...]` in the requested order."""
 
 
 class LowRank(NamedTuple):
-    """One module's update, `scale * B @ A`: A is [rank, in], B is [out, rank], scale is alpha/r or alpha/sqrt(r).
+    """The update `scale * B @ A` of one module.
 
-    A backend may keep codes instead, both as it lays them out, of a module that is `coded` (out, in). What the product
-    of a rank's two is_nonzero in is in `units` then, float32 [rank].
+    Attributes:
+        A: [rank, in].
+        B: [out, rank].
+        scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
+        units: float32 [rank], if a backend has quantized A and B into its own layout: the scale of each rank's codes.
+        coded: (out, in) of a quantized module.
     """
 
     A: torch.Tensor
@@ -65,10 +68,10 @@ class LowRank(NamedTuple):
         return self.A.nbytes + self.B.nbytes + (0 if self.units is None else self.units.nbytes)
 
     def spectrum(self) -> Spectrum:
-        """The singular values of `scale * B @ A`, of a module that is not in codes.
+        """Return the singular value decomposition of `scale * B @ A`; the module must not be quantized.
 
-        At the cost of the factors, never of the dense update, from two QR decompositions and one small SVD: the product
-        of their triangles has the same singular values. Computed in float64.
+        Two QR decompositions and one small SVD: the product of the two triangular factors has the same singular values,
+        so the dense update is never built. Computed in float64.
         """
         qb, rb = torch.linalg.qr(self.B.double() * self.scale)
         qa, ra = torch.linalg.qr(self.A.double().T)
@@ -78,37 +81,42 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A module's update as U diag(S) Vh: U is [out, k], S is [k] descending, Vh is [k, in], all float32."""
+    """An update as U diag(S) Vh: U is [out, k], S is [k] descending, Vh is [k, in]; float32."""
 
     U: torch.Tensor
     S: torch.Tensor
     Vh: torch.Tensor
 
     def low_rank(self, rank: int) -> LowRank:
-        """The best update of this rank (or of full rank, if that is less), balanced between its factors; scale 1."""
+        """Return the best approximation of at most this rank, balanced between A and B, with scale 1."""
         root = self.S[:rank].sqrt()
         return LowRank((root[:, None] * self.Vh[:rank]).contiguous(), (self.U[:, :rank] * root).contiguous(), 1.0)
 
 
 @dataclass(frozen=True)
 class Version:
-    """One immutable content of an adapter: `digest` is 64 hex digits, `label` is what people see."""
+    """One immutable content of an adapter. `digest` is 64 hex digits."""
 
     name: str
     digest: str
 
     @property
     def label(self) -> str:
+        """The name and the first 12 digits of the digest: "name@0123456789ab"."""
         return f"{self.name}@{self.digest[:SHORT_DIGEST]}"
 
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
-    """A named LoRA in memory. `modules` maps a module path ("model.layers.0.self_attn.q_proj") to its update.
+    """A LoRA adapter in memory.
 
-    The tensors may have any floating dtype and any strides, which a backend that prepares them chooses; or they are its
-    codes. `metadata` holds what is told to people: `honoured`, `harmless`, `notes`, `base`, `card`, `quantization`.
-    `places` is what a backend that prepared the tensors knows of where they lie.
+    Attributes:
+        name: the adapter's name.
+        digest: its content digest.
+        modules: module path ("model.layers.0.self_attn.q_proj") -> update. Tensors may have any floating dtype and
+            strides, or be quantized by a backend.
+        metadata: information for users: `honoured`, `harmless`, `notes`, `base`, `card`, `task`, `quantization`, ...
+        layout: the backend's description of prepared tensors.
     """
 
     name: str
@@ -137,80 +145,84 @@ class LoraWeights:
         return sorted({path.rsplit(".", 1)[-1] for path in self.modules})
 
     def delta(self, module: str) -> torch.Tensor:
-        """The dense update of one module, [out, in] float32. Raises KeyError, and ValueError for a backend's codes."""
+        """Return the dense update of one module, [out, in] float32.
+
+        Raises:
+            KeyError: no such module.
+            ValueError: a backend has quantized the module.
+        """
         update = self.modules[module]
         if update.units is not None:
-            raise ValueError(f"the update of {module} is in codes that only its backend reads")
+            raise ValueError(f"the update of {module} is quantized; only its backend can read it")
         return (update.B.float() @ update.A.float()) * update.scale
 
 
 def not_finite(modules: Mapping[str, LowRank]) -> tuple[str, str] | None:
-    """(path, "A" or "B") of a matrix with a value that is NaN or infinite; None if all are finite.
+    """Return (path, "A" or "B") of the first matrix with NaN or infinity, or None.
 
-    An adapter has hundreds of small matrices: they are looked at many at a time, and one by one if any is at fault.
+    The matrices are checked in batches first, since an adapter has hundreds of small ones.
     """
-    parts = {(path, part): getattr(m, part) for path, m in modules.items() for part in ("A", "B")}
-    together: dict[torch.dtype, list[torch.Tensor]] = {}
-    for matrix in parts.values():
-        rows = matrix if matrix.is_contiguous() else matrix.t()  # as it lies in memory, mostly
-        together.setdefault(matrix.dtype, []).append(rows.reshape(-1))
-    if all(all_finite(torch.cat(some)) for each in together.values() for some in _portions(each)):
+    matrices = {(path, part): getattr(m, part) for path, m in modules.items() for part in ("A", "B")}
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for matrix in matrices.values():
+        rows = matrix if matrix.is_contiguous() else matrix.t()
+        by_dtype.setdefault(matrix.dtype, []).append(rows.reshape(-1))
+    if all(all_finite(torch.cat(batch)) for flat in by_dtype.values() for batch in _batches(flat)):
         return None
-    return next((key for key, matrix in parts.items() if not torch.isfinite(matrix).all()), None)
+    return next((key for key, matrix in matrices.items() if not torch.isfinite(matrix).all()), None)
 
 
-def _portions(flat: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The vectors in turn, some at a time: what is copied stays in a core's cache, and takes no fresh memory."""
-    some: list[torch.Tensor] = []
+def _batches(vectors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Group vectors into batches of about `CHUNK` values."""
+    batch: list[torch.Tensor] = []
     count = 0
-    for each in flat:
-        some.append(each)
-        count += each.numel()
-        if count >= PORTION:
-            yield some
-            some, count = [], 0
-    if some:
-        yield some
+    for vector in vectors:
+        batch.append(vector)
+        count += vector.numel()
+        if count >= CHUNK:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Return whether no value is NaN or infinite."""
     return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def all_finite_in(memory: bytes | memoryview, dtype: torch.dtype) -> bool:
-    """Whether memory that is full of values of such a type, one of three, holds none that is NaN or infinite."""
+    """Return whether a buffer of float32, bfloat16 or float16 values has no NaN or infinity."""
     kind, infinity = _BITS[dtype]
     bits = np.frombuffer(memory, kind)
     magnitude = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
-    portions = (bits[at : at + PORTION] for at in range(0, len(bits), PORTION))
-    return all((some & magnitude).max() < infinity for some in portions)
+    chunks = (bits[at : at + CHUNK] for at in range(0, len(bits), CHUNK))
+    return all((chunk & magnitude).max() < infinity for chunk in chunks)
 
 
 def content_digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the canonical JSON of `config`, then name, dtype, shape and bytes of each tensor by name."""
+    """Return SHA-256 over the canonical JSON of `config`, then name, dtype, shape and bytes of each tensor by name."""
     h = hashlib.sha256()
     h.update(json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
-    some = bytearray()  # many small tensors at a time: each update gives other threads a turn, and waits for its own
+    buffer = bytearray()  # batched: each large update releases the GIL and waits to get it back
     for name in sorted(tensors):
         t = tensors[name]
         if t.device.type != "cpu" or not t.is_contiguous():
             t = t.cpu().contiguous()
-        some += f"\n{name}\n{t.dtype}\n{tuple(t.shape)}\n".encode()
+        buffer += f"\n{name}\n{t.dtype}\n{tuple(t.shape)}\n".encode()
         if t.numel():
-            some += (ctypes.c_char * t.nbytes).from_address(t.data_ptr())
-        if len(some) >= 2 * PORTION:
-            h.update(some)
-            some.clear()
-    h.update(some)
+            buffer += (ctypes.c_char * t.nbytes).from_address(t.data_ptr())
+        if len(buffer) >= 2 * CHUNK:
+            h.update(buffer)
+            buffer.clear()
+    h.update(buffer)
     return h.hexdigest()
 
 
 def digest_of(modules: Mapping[str, LowRank]) -> str:
-    """The content digest of an adapter: the honoured config as it is resolved, each module's scale, and its tensors.
+    """Return the content digest of an adapter: each module's scale (as float32) and its tensors.
 
-    Two folders that say the same in other words (a pattern or a list, another key prefix) are one version. Scales are
-    taken in float32, as they are computed with: alpha / rank need not be exact in the last bit of a double.
+    Folders that describe the same update differently (a pattern or a list, another key prefix) have one digest.
     """
     tensors = {f"{path}.lora_A": m.A for path, m in modules.items()}
     tensors |= {f"{path}.lora_B": m.B for path, m in modules.items()}
@@ -218,17 +230,17 @@ def digest_of(modules: Mapping[str, LowRank]) -> str:
 
 
 def with_digest(name: str, modules: Mapping[str, LowRank], metadata: Mapping[str, Any] | None = None) -> LoraWeights:
-    """`LoraWeights` of new content: the digest is computed, the modules are sorted by path."""
+    """Build `LoraWeights` with the modules sorted by path and the digest computed."""
     ordered = dict(sorted(modules.items()))
     return LoraWeights(name, digest_of(ordered), ordered, dict(metadata or {}))
 
 
 @dataclass(frozen=True)
 class Mix:
-    """A choice with its versions fixed, in canonical form: `((digest, weight), ...)` sorted by digest.
+    """A weighted sum of versions in canonical form: `((digest, weight), ...)` sorted by digest.
 
-    Weights are finite, non-zero and exactly representable in float32. Empty is the base alone. Two requests with
-    equal mixes may share cached keys and values.
+    Weights are finite, non-zero and exact in float32. The empty mix is the base model. Requests with equal mixes can
+    share cached keys and values.
     """
 
     entries: tuple[tuple[str, float], ...] = ()
@@ -248,23 +260,25 @@ BASE_MIX = Mix()
 
 
 def check_weight(weight: float, param: str = "adapters") -> float:
-    """`weight` rounded to float32. Raises InvalidChoice if it is not finite or over MAX_ABS_WEIGHT in size."""
-    if not abs(weight) <= MAX_ABS_WEIGHT:  # nor is NaN
-        sizes = f"from {-MAX_ABS_WEIGHT:g} to {MAX_ABS_WEIGHT:g}"
-        raise InvalidChoice(f"an adapter's weight must be a finite number {sizes}, not {weight!r}", param)
+    """Return `weight` rounded to float32. Raises InvalidChoice if it is not finite or exceeds MAX_ABS_WEIGHT."""
+    if not abs(weight) <= MAX_ABS_WEIGHT:  # true for NaN
+        bounds = f"from {-MAX_ABS_WEIGHT:g} to {MAX_ABS_WEIGHT:g}"
+        raise InvalidChoice(f"an adapter's weight must be a finite number {bounds}, not {weight!r}", param)
     return float(np.float32(weight))
 
 
 def is_nonzero(weight: float) -> bool:
-    """Whether a weight is another one than zero once it is rounded to float32."""
+    """Return whether a weight is non-zero in float32."""
     return bool(np.float32(weight))
 
 
 def canonical_mix(pairs: Iterable[tuple[Version, float]], max_mix: int) -> Mix:
-    """The canonical mix of `(version, weight)` pairs.
+    """Return the canonical mix of `(version, weight)` pairs.
 
-    One name twice is an error, one digest under two names adds its weights, zero weights are dropped. Raises
-    InvalidChoice.
+    Weights of one digest under several names are added; zero weights are dropped.
+
+    Raises:
+        InvalidChoice: a name is repeated, a weight is invalid, or the mix has more than `max_mix` adapters.
     """
     weights: dict[str, float] = {}
     names: set[str] = set()

@@ -136,7 +136,7 @@ async def retire(name: Name, services: ServicesDep, if_match: IfMatch = None) ->
 
     For an adapter that is registered but not served the answer has its name only, and no ETag.
     """
-    return _adapter_response((await services.registry.retire(name, _expected_version(if_match))).description, 202)
+    return _adapter_response(await services.registry.retire(name, _expected_version(if_match)), 202)
 
 
 @router.post("/{name}/pin", response_model=schemas.AdapterAnswer, responses=WRITE_ERRORS)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from adapters.weights import AT_DIGEST, MAX_ABS_WEIGHT, MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS
+from adapters.weights import DIGEST_SUFFIX, MAX_ABS_WEIGHT, MAX_TERMS, MIN_DIGEST, NAME, NAME_RULE
 from server.tasks import definitions as d
 from server.tasks import sampling as s
 
@@ -14,12 +14,12 @@ MAX_PROMPT_LENGTH = 8 << 20
 MAX_FIELDS = 100
 """More than any object of ours has. Each unknown field is an error, and collecting them blocks the event loop."""
 NAME_PATTERN = f"^{NAME.pattern}$"
-REFERENCE_PATTERN = f"^{NAME.pattern}({AT_DIGEST})?$"
-VERSION_PATTERN = f"^{NAME.pattern}{AT_DIGEST}$"
+REFERENCE_PATTERN = f"^{NAME.pattern}({DIGEST_SUFFIX})?$"
+VERSION_PATTERN = f"^{NAME.pattern}{DIGEST_SUFFIX}$"
 INPUT_PATTERN = r"\{input\}"
 PATTERNS = {
-    NAME_PATTERN: f"a name: {NAME_IN_WORDS}",
-    REFERENCE_PATTERN: f"a name ({NAME_IN_WORDS}), or name@digest with {MIN_DIGEST} or more digits of the digest",
+    NAME_PATTERN: f"a name: {NAME_RULE}",
+    REFERENCE_PATTERN: f"a name ({NAME_RULE}), or name@digest with {MIN_DIGEST} or more digits of the digest",
     VERSION_PATTERN: f"name@digest, with {MIN_DIGEST} or more digits of the digest",
     INPUT_PATTERN: "a text with {input} in place of the request's prompt",
 }

@@ -22,6 +22,7 @@ from server.api.jobs_setup import build_jobs, training_context
 from server.api.state import BaseInfo, Services
 from server.api.watchdog import Watchdog
 from server.database import Database, database_url
+from server.database.catalog import SqlCatalog
 from server.database.legacy_jobs import import_jobs
 from server.database.legacy_tasks import import_legacy_tasks
 from server.engine.grammar import Grammars
@@ -111,8 +112,9 @@ def build(
     """
     tokenizer = ModelTokenizer(base.vocabulary)
     events = RegistryEvents(metrics)
-    store = AdapterStore(settings.state_dir / "store", size=base.sizes())  # locks the state directory
     database = Database(database_url(settings.database_url, settings.state_dir))
+    root = settings.state_dir / "store"
+    store = AdapterStore(root, SqlCatalog(database, root), size=base.sizes())  # locks the state directory
     import_legacy_tasks(settings.state_dir, database)
     import_jobs(database, settings.state_dir)
     shutil.rmtree(settings.state_dir / "uploads", ignore_errors=True)  # left over from a killed process
@@ -149,7 +151,7 @@ def build(
     watcher = DirectoryWatcher(registry, settings.watched_dir, library=settings.library)
     if settings.library is not None:
         scan_library(registry, settings.library)
-    watcher.poll()
+    watcher.scan()
 
     prompts = Prompts(
         tokenizer, ContextLimit(context, tokenizer.size), longest_token(tokenizer), settings.max_queue_tokens

@@ -14,13 +14,13 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from adapters.errors import MACHINE, StoreFailed
+from adapters.errors import RESOURCE_ERRORS, StoreFailed
 from adapters.peft_format import OPTIONAL, REQUIRED
 from server.settings import Settings
 
 MAX_FIELDS = 16
 """More than the known fields, so that an unknown one can be named."""
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}) | MACHINE
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}) | RESOURCE_ERRORS
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def disk_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in DISK_ERRORS:
-            raise StoreFailed(f"the disk refuses {what}: {error.strerror}") from None
+            raise StoreFailed(f"could not write {what}: {error.strerror}") from None
         raise
 
 
@@ -46,7 +46,7 @@ async def temporary(settings: Settings) -> AsyncIterator[Path]:
     try:
         folder = await asyncio.to_thread(make)
     except OSError as error:
-        raise StoreFailed(f"the disk refuses an upload: {error.strerror}") from None
+        raise StoreFailed(f"could not write an upload: {error.strerror}") from None
     try:
         yield folder
     finally:

@@ -138,7 +138,7 @@ def check(
     If the base is on this machine, the shapes are checked too. An invalid task.json gives exit status 1.
     """
     from adapters.peft_format import read_folder
-    from adapters.schemas import of_another_base
+    from adapters.schemas import base_notes
     from server.model.checkpoint import open_checkpoint
     from server.sources.catalogue import names_of
     from server.sources.models import locate
@@ -154,7 +154,7 @@ def check(
     if base is None:
         notes = [f"{settings.model} is not on this machine, so the shapes are not checked", *notes]
     else:
-        notes = [*of_another_base(details["base"], names_of(base.name)), *notes]
+        notes = [*base_notes(details["base"], names_of(base.name)), *notes]
     details["notes"] = [*details["notes"], *notes]
     body = weights.metadata["task"]
     task, problem = _check_task(name if is_named else "unnamed", body, reserved, checkpoint)

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from adapters.errors import encodable
+from adapters.errors import valid_unicode
 from server.database.connection import Database
 from server.database.tables import files, job_events, jobs
 
@@ -90,7 +90,7 @@ def _job_row(record: Mapping[str, Any]) -> dict[str, Any]:
         "request": request,
         "progress": {name: progress[name] for name in ("step", "steps", "loss", "tokens", "seconds")}
         | {"counted_tokens": max(progress.get("most_tokens", 0), progress["tokens"])},
-        "error": error and {**error, "message": encodable(error["message"])},
+        "error": error and {**error, "message": valid_unicode(error["message"])},
         "trained": _trained(record.get("trained")),
         "result": record.get("result") or {},
         "started_at": record.get("started_at"),
@@ -127,4 +127,4 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
 
 def _event_row(job_id: str, event: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: event[name] for name in ("at", "level", "type")}
-    return {**row, "job_id": job_id, "message": encodable(event["message"]), "data": event.get("data") or {}}
+    return {**row, "job_id": job_id, "message": valid_unicode(event["message"]), "data": event.get("data") or {}}

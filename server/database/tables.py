@@ -45,7 +45,7 @@ adapters = Table(
     Column("source", String(16), nullable=False, doc="who published it: api, watch or library"),
     Column("since", Float, nullable=False, doc="when the name got its current version"),
     Column("pinned", Boolean, nullable=False),
-    Column("below", String(64), doc="digest that the watched folder replaced, restored when the folder is removed"),
+    Column("replaced", String(64), doc="digest that the watched folder replaced, restored when the folder is removed"),
 )
 
 adapter_versions = Table(
@@ -55,7 +55,7 @@ adapter_versions = Table(
     Column("nbytes", BigInteger, nullable=False),
     Column("modules", JSON, nullable=False, doc="module path -> [rank, outputs, inputs]"),
     Column("metadata", JSON, nullable=False, doc="what was read last: task, card, honoured keys, notes"),
-    Column("names", JSON, nullable=False, doc="name -> metadata that was published under this name"),
+    Column("metadata_by_name", JSON, nullable=False, doc="name -> metadata that was published under this name"),
     Column("created_at", Float, nullable=False),
 )
 

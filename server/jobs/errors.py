@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from adapters.errors import encodable
+from adapters.errors import valid_unicode
 
 
 class JobError(Exception):
     """Why a job failed: `code`, `message` and `param` as in OpenAI's fine-tuning jobs. Clients see all three."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        self.code, self.message, self.param = code, encodable(message), param
+        self.code, self.message, self.param = code, valid_unicode(message), param
         super().__init__(self.message)
 
 

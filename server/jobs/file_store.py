@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from adapters.atomic_files import refused, sync_folder
+from adapters.atomic_files import store_errors, sync_folder
 from server.database import Database
 from server.database.tables import files
 from server.errors import Conflict, UnknownName
@@ -64,7 +64,7 @@ class FileStore:
         id = f"file-{uuid.uuid4().hex}"
         partial, folder = self._folder / f".new-{id}", self._folder / id
         try:
-            with refused("the file"):
+            with store_errors("the file"):
                 partial.mkdir(parents=True)
                 write(partial / CONTENT)
                 with (partial / CONTENT).open("rb") as stream:

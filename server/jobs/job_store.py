@@ -15,8 +15,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from adapters.atomic_files import refused
-from adapters.errors import StoreFailed, encodable
+from adapters.atomic_files import store_errors
+from adapters.errors import StoreFailed, valid_unicode
 from server.database import Database
 from server.database.tables import job_events, jobs
 
@@ -134,7 +134,7 @@ class JobStore:
         id = f"{prefix}-{uuid.uuid4().hex[:24]}"
         job = Job(id, kind, name or f"ft-{id}", dict(request))
         try:
-            with refused("the job's files"):
+            with store_errors("the job's files"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self.folder(id).mkdir(mode=0o700)  # training data is private to this user
                 write_files(self.folder(id))
@@ -184,7 +184,7 @@ class JobStore:
                         at=time.time(),
                         level=level,
                         type=type,
-                        message=encodable(message),
+                        message=valid_unicode(message),
                         data=dict(data or {}),
                     )
                 )

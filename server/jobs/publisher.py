@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import data
-from adapters.atomic_files import refused
+from adapters.atomic_files import store_errors
 from adapters.data import Pair
 from adapters.errors import (
     AdapterConflict,
@@ -227,7 +227,7 @@ class Publisher:
             self._retire(name)  # it could not be deleted after an earlier evaluation
         shutil.rmtree(candidate, ignore_errors=True)
         try:
-            with refused("a copy of the result"):
+            with store_errors("a copy of the result"):
                 candidate.mkdir()
                 for file in (CONFIG_FILE, TENSOR_FILE):
                     shutil.copyfile(active.folder / RESULT / file, candidate / file)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import AdapterError, StoreFailed, encodable
+from adapters.errors import AdapterError, StoreFailed, valid_unicode
 from server.errors import Conflict, ServerError, UnknownName
 from server.jobs.errors import JobError, os_error_message
 from server.jobs.job_store import (
@@ -342,7 +342,7 @@ def _error_fields(id: str, failure: BaseException) -> dict[str, Any]:
     if isinstance(failure, JobError):
         return {"code": failure.code, "message": failure.message, "param": failure.param}
     if isinstance(failure, AdapterError | ServerError):
-        return {"code": "failed", "message": encodable(failure.message), "param": failure.param}
+        return {"code": "failed", "message": valid_unicode(failure.message), "param": failure.param}
     log.error("job %s failed", id, exc_info=failure)
     if isinstance(failure, OSError):
         return {"code": "failed", "message": os_error_message(failure), "param": None}

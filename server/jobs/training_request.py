@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.atomic_files import refused
+from adapters.atomic_files import store_errors
 from adapters.errors import AdapterError, UnknownAdapter
 from adapters.registry import Registry
 from adapters.store import AdapterStore
@@ -201,7 +201,7 @@ def copy_init_adapter(request: Mapping[str, Any], context: TrainingContext, fold
 
 def _copy_version(context: TrainingContext, version: Version, target: Path) -> None:
     context.registry.read_version(version)  # verifies the content
-    with refused(f"a copy of {version.label}"):
+    with store_errors(f"a copy of {version.label}"):
         target.mkdir(parents=True)
         for file in context.store.path(version.digest).iterdir():
             shutil.copyfile(file, target / file.name)

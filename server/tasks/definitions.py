@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from adapters.weights import MAX_TERMS, MIN_DIGEST, NAME, NAME_IN_WORDS, RESERVED, Choice, check_weight, is_nonzero
+from adapters.weights import MAX_TERMS, MIN_DIGEST, NAME, NAME_RULE, RESERVED, Choice, check_weight, is_nonzero
 from server.errors import InvalidRequest
 from server.model.tokenizer import INPUT, Format
 from server.tasks.sampling import check_defaults
@@ -188,7 +188,7 @@ def check_consistency(task: Task, vocabulary: int | None) -> None:
 def check_task_name(name: str) -> None:
     """Raises InvalidRequest if it cannot be the name of a task."""
     if not NAME.fullmatch(name):
-        raise InvalidRequest(f"a name is of {NAME_IN_WORDS}", "task")
+        raise InvalidRequest(f"a name is of {NAME_RULE}", "task")
 
 
 def check_labels(labels: Any) -> tuple[str, ...]:

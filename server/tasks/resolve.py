@@ -8,12 +8,12 @@ from typing import Protocol
 
 from adapters.errors import UnknownAdapter
 from adapters.leases import Lease
-from adapters.weights import AT_DIGEST, NAME, Choice, Version
+from adapters.weights import DIGEST_SUFFIX, NAME, Choice, Version
 from server.errors import UnknownName, rename_params
 from server.tasks.definitions import DEFAULT, BestRoute, Task
 from server.tasks.task_store import TaskStore
 
-_VERSION = re.compile(f"({NAME.pattern}){AT_DIGEST}")
+_VERSION = re.compile(f"({NAME.pattern}){DIGEST_SUFFIX}")
 
 
 class Versions(Protocol):

@@ -47,19 +47,19 @@ def cycle(registry: Registry, device: Device, folders: list[Path], n: int) -> No
     for digest in lease.mix.digests:
         registry._ram.discard(digest)
     if n % 50 == 49:
-        registry.retire_now("a").drained.result(10)
+        registry.retire_now("a")
         registry.publish_now("a", folders[n // 20 % 6])
 
 
 def figures(registry: Registry) -> dict[str, int]:
     """What is left once every name is retired."""
     for name in ("a", "b"):
-        registry.retire_now(name).drained.result(10)
+        registry.retire_now(name)
     ram = registry._ram
     until(lambda: ram.used == 0)
     with registry._lock:
-        kept = len(registry._draining) + len(registry._failures) + len(registry._misfits) + len(registry._drains)
-    kept += len(ram._sizes) + len(ram._weights) + len(ram._loading) + len(ram._unwanted) + len(ram._loaded_at)
+        kept = len(registry._draining) + len(registry._load_errors) + len(registry._incompatible)
+    kept += len(ram._sizes) + len(ram._weights) + len(ram._loading) + len(ram._discarded) + len(ram._loaded_at)
     kept += len(registry._store.records)
     gc.collect()
     return {

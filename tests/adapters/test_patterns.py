@@ -48,14 +48,14 @@ def test_a_hostile_pattern_is_stopped(hostile, monkeypatch):
 @pytest.mark.parametrize("child", ["import os; os.kill(os.getpid(), 9)", "raise MemoryError"])
 def test_a_child_that_the_machine_ends_is_no_fault_of_the_pattern(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "_CHILD", child)
-    with pytest.raises(StoreFailed, match="^target_modules: .* cannot be matched now: .* ended with ") as told:
+    with pytest.raises(StoreFailed, match="^target_modules: .* cannot be matched now: .* exited with ") as told:
         patterns.full_matches("(.*)*x", NAMES, "target_modules")
     assert sys.executable not in told.value.message
 
 
-def test_what_is_no_pattern_is_the_adapters_fault_in_a_child_too() -> None:
+def test_what_is_no_pattern_is_the_adapters_fault_in_child_process_too() -> None:
     for pattern in ("(?a)(?u)q_proj", "(a"):
-        with pytest.raises(InvalidAdapter, match="is no valid pattern"):
+        with pytest.raises(InvalidAdapter, match="is not a valid pattern"):
             patterns.full_matches(pattern, NAMES, "target_modules")
 
 
@@ -113,7 +113,7 @@ def test_the_bound_counts_ways_and_what_is_done_in_each():
 def test_a_key_that_reaches_out_of_its_place_is_judged_as_it_is_matched(monkeypatch):
     """PEFT puts each key into a pattern of its own, where `+` repeats what is before it."""
     asked = []
-    monkeypatch.setattr(patterns, "_in_a_child", lambda *args: asked.append(args[0]) or [[None] * len(NAMES)])
+    monkeypatch.setattr(patterns, "_in_child_process", lambda *args: asked.append(args[0]) or [[None] * len(NAMES)])
     patterns.layer_numbers(["+x"], NAMES, "layers_pattern")
     patterns.first_suffix_match(["(?x:a) +"], NAMES, "rank_pattern")
     assert asked == [[r"(?:^|.*?\.)+x\.(?P<idx>\d+)\."], [r"(.*\.)?((?x:a) +)$"]]
@@ -190,7 +190,7 @@ def test_a_name_with_a_line_break_is_no_modules() -> None:
 def test_one_match_that_may_take_long_is_not_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few names there are: it holds the lock through all of it."""
     asked: list[Any] = []
-    monkeypatch.setattr(patterns, "_in_a_child", lambda *args: asked.append(args[0]) or [[None]])
+    monkeypatch.setattr(patterns, "_in_child_process", lambda *args: asked.append(args[0]) or [[None]])
     name, slow = "model.layers.0.self_attn.q_proj", ".*" * 4 + "!"
     assert patterns.CHEAP_MATCH < patterns.steps(slow, len(name)) < patterns.CHEAP_STEPS
     assert patterns.full_matches(slow, [name], "target_modules") == [False] and asked == [[slow]]

@@ -183,12 +183,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora.*; retrain without it"),
     "lora_bias": ({"lora_bias": True}, "lora_bias.*; retrain without it"),
     "bias": ({"bias": "some"}, "bias"),
-    "biases of all": ({"bias": "all"}, 'where none was trained, say "none"'),
-    "biases beside": ({"bias": "lora_only"}, "a trained bias is no low-rank update"),
-    **{
-        f"a bias of {value!r}": ({"bias": value}, 'where none was trained, say "none"')
-        for value in (None, False, "", [])
-    },
+    "biases of all": ({"bias": "all"}, 'if none was trained, set "none"'),
+    "biases beside": ({"bias": "lora_only"}, "a trained bias is not a low-rank update"),
+    **{f"a bias of {value!r}": ({"bias": value}, 'if none was trained, set "none"') for value in (None, False, "", [])},
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
     "lm_head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
@@ -202,12 +199,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "alora": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens.*; retrain without it"),
     "target_parameters": (
         {"target_parameters": ["mlp.experts.weight"]},
-        "target_parameters.*; retrain with target_modules alone",
+        "target_parameters.*; retrain with target_modules only",
     ),
     "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices.*; retrain without it"),
     "layer_replication": (
         {"layer_replication": [[0, 2], [1, 3]]},
-        "layer_replication.*; retrain without it, on the base that is served",
+        "layer_replication.*; retrain without it, on the served base",
     ),
     "another type": ({"peft_type": "IA3"}, "IA3"),
     "qalora": ({"use_qalora": True}, "use_qalora.*; retrain without it"),
@@ -438,7 +435,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(2, 48)), UnsupportedAdapter, "embed"),
         (put("base_model.model.lm_head.weight", torch.ones(48, 16)), UnsupportedAdapter, "lm_head"),
         *(
-            (put(key, torch.ones(1)), UnsupportedAdapter, "classifier's or value head.*CAUSAL_LM")
+            (put(key, torch.ones(1)), UnsupportedAdapter, "classification or value head.*CAUSAL_LM")
             for key in (
                 "v_head.summary.weight",
                 "v_head.summary.bias",
@@ -447,14 +444,14 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
                 "base_model.model.classifier.out_proj.bias",
             )
         ),
-        (put("base_model.model.model.norm.weight", torch.ones(16)), InvalidAdapter, "no pair"),
+        (put("base_model.model.model.norm.weight", torch.ones(16)), InvalidAdapter, "not a lora_A or lora_B weight"),
         (put(f"{Q0}.base_layer.bias", torch.ones(16)), UnsupportedAdapter, "trained bias"),
         (put("base_model.model.model.layers.0.mlp.up_proj.bias", torch.ones(24)), UnsupportedAdapter, "trained bias"),
         (put("base_model.model.lm_head.lora_A.weight", torch.ones(2, 16)), UnsupportedAdapter, "retrain without that"),
         (
             put("base_model.model.model.embed_tokens.base_layer.weight", torch.ones(48, 16)),
             UnsupportedAdapter,
-            "LoRA on 'model.embed_tokens' .* retrain without that target",
+            "LoRA on .*'model.embed_tokens'.* retrain without that target",
         ),
         (put(f"{Q0}.lora_A.weight", torch.ones(2, 16, dtype=torch.float8_e4m3fn)), UnsupportedAdapter, "cast it"),
         (put(f"{Q0}.lora_A.weight", torch.zeros(0)), InvalidAdapter, "gather the parameters before saving"),
@@ -475,9 +472,9 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
             InvalidAdapter,
             "twice: merge_and_unload",
         ),
-        (put("", torch.ones(16)), InvalidAdapter, "no pair.*what save_pretrained writes"),
-        (rename_all("lora_A.weight", "lora_A.mine.weight"), InvalidAdapter, "name 'mine' is in it: save_pretrained"),
-        (rename_all("lora_B.weight", "lora_B"), InvalidAdapter, r"ends such names in \.weight"),
+        (put("", torch.ones(16)), InvalidAdapter, "not a lora_A or lora_B weight; save the adapter"),
+        (rename_all("lora_A.weight", "lora_A.mine.weight"), InvalidAdapter, "name 'mine'; save_pretrained"),
+        (rename_all("lora_B.weight", "lora_B"), InvalidAdapter, r"names end in \.weight"),
         (rename_all("lora_A.weight", "lora_a"), InvalidAdapter, "mlx-lm.*convert"),
         (rename_all("lora_A.weight", "lora_down.weight"), InvalidAdapter, "kohya.*convert"),
         (put(f"{Q0}.alpha", torch.tensor(1.0)), InvalidAdapter, "kohya.*convert"),
@@ -532,7 +529,7 @@ def test_a_merged_model_is_told_apart_from_a_folder_of_nothing(tmp_path):
     with pytest.raises(InvalidAdapter, match=r"adapter_config\.json is missing$"):
         peft_format.read_folder(tmp_path, name="a")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InvalidAdapter, match=r"is missing: this is a whole model, .* --model serves it"):
+    with pytest.raises(InvalidAdapter, match=r"is missing: this is a whole model, .* serve it with --model"):
         peft_format.read_folder(tmp_path, name="a")
 
 
@@ -548,7 +545,7 @@ def test_of_several_adapters_in_a_folder_none_is_said_to_be_the_one(make_peft, s
     _, folder = make_peft(r=2, target_modules=["q_proj"])
     for name in ("task_0", "task_1", "arrow_router"):
         shutil.copytree(folder, tmp_path / "arrow" / name)
-    advice = "but 3 folders in it have one, 'task_0' among them: give arrow/task_0 .*, or whichever it is"
+    advice = "but 3 subfolders have one, for example 'task_0': give arrow/task_0 .*, or choose another"
     with pytest.raises(InvalidAdapter, match=advice):
         peft_format.read_folder(tmp_path / "arrow", name="a", shapes=shapes)
 
@@ -612,7 +609,7 @@ def test_a_file_that_lies_there_for_the_tensors_is_named(file, make_peft, shapes
     with pytest.raises(InvalidAdapter, match=r"adapter_model\.safetensors is missing$"):
         peft_format.read_folder(folder, name="a", shapes=shapes)
     (folder / file).write_bytes(b"tensors")
-    with pytest.raises(InvalidAdapter, match=rf"is missing, but '{file}' is there: .* save_pretrained.* in one file"):
+    with pytest.raises(InvalidAdapter, match=rf"is missing, but '{file}' is there: .* save_pretrained.* one file"):
         peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
@@ -655,7 +652,7 @@ def test_sizes_are_known_before_reading(make_peft, shapes):
     _, folder = make_peft(r=2, target_modules=["q_proj"])
     with open(folder / "adapter_model.safetensors", "r+b") as tensors:
         tensors.truncate(1 << 40)
-    with pytest.raises(InvalidAdapter, match=r"over the limit .* no adapter of rank 64 \(--max-rank\) reaches"):
+    with pytest.raises(InvalidAdapter, match=r"over the limit .* no adapter of rank 64 \(--max-rank\) needs"):
         peft_format.read_folder(folder, name="a", shapes=shapes)
 
 
@@ -670,7 +667,7 @@ TABLE = torch.zeros(48, 16)
             {"target_modules": ["q_proj", "lm_head"]},
             {"lm_head.base_layer.weight": TABLE, "model.embed_tokens.weight": TABLE},
             UnsupportedAdapter,
-            "LoRA on 'lm_head' .* retrain without that target",
+            "LoRA on .*'lm_head'.* retrain without that target",
         ),
         ({}, {"lm_head.weight": TABLE}, UnsupportedAdapter, "layers=False, and if it was .* resized, retrain"),
         ({}, {"model.layers.9.mlp.up_proj.lora_A.weight": TABLE}, InvalidAdapter, "lora_B.weight is missing"),

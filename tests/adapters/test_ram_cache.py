@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adapters.errors import InvalidAdapter, NoRoom
-from adapters.ram_cache import Fetched, RamCache, loaded
+from adapters.ram_cache import Fetched, RamCache, wait_loaded
 from adapters.weights import LoraWeights, LowRank
 from tests.waiting import SECONDS, until
 
@@ -145,7 +145,7 @@ def test_pressure_goes_on_until_there_is_room(make_ram: MakeRam, source: Source)
 def test_who_looks_without_the_lock_sees_all_the_while_that_somebody_waits(source: Source) -> None:
     """As the thread does that asks for room again and again, and sleeps where nobody waits."""
     seen: list[bool] = []
-    ram = RamCache(SIZE, load=source.load, size=lambda digest: bool(seen.append(ram._short)) or SIZE)
+    ram = RamCache(SIZE, load=source.load, size=lambda digest: bool(seen.append(ram._starved)) or SIZE)
     held = got(ram.fetch(["a"]))
     waiting = ram.fetch(["b"])
     seen.clear()
@@ -210,7 +210,7 @@ def test_a_failed_load_fails_all_who_wait_and_is_not_there(make_ram: MakeRam, so
 
 def test_what_can_never_fit_is_refused_at_once(make_ram: MakeRam) -> None:
     ram = make_ram(2)
-    with pytest.raises(NoRoom, match="never fit"):
+    with pytest.raises(NoRoom, match="the budget is"):
         ram.fetch(["a", "b", "c"]).result(0)
     assert ram.used == 0
 
@@ -236,7 +236,7 @@ def test_larger_together_than_was_thought(make_ram: MakeRam, source: Source) -> 
     ram = make_ram(5)
     source.sizes.update(dict.fromkeys("abc", 16))
     together = ram.fetch(["a", "b", "c"])
-    with pytest.raises(NoRoom, match="never fit"):
+    with pytest.raises(NoRoom, match="the budget is"):
         got(together)
     until(lambda: ram.held == 0)
     assert got(ram.fetch(["d"])), "it stands in nobody's way"
@@ -309,13 +309,13 @@ def test_offer_takes_only_free_room(make_ram: MakeRam, source: Source) -> None:
 
 async def test_a_person_waits_for_so_long_and_no_longer(make_ram: MakeRam) -> None:
     ram = make_ram(1)
-    (view,) = await loaded(ram.fetch(["a"]))
+    (view,) = await wait_loaded(ram.fetch(["a"]))
     waiting = ram.fetch(["b"])
     with pytest.raises(NoRoom, match="not loaded within"):
-        await loaded(waiting, seconds=0.05)
+        await wait_loaded(waiting, seconds=0.05)
     assert waiting.cancelled()
     del view
-    assert (await loaded(ram.fetch(["b"])))[0].digest == "b"
+    assert (await wait_loaded(ram.fetch(["b"])))[0].digest == "b"
 
 
 def test_close_cancels_what_waits(make_ram: MakeRam) -> None:

@@ -1,14 +1,12 @@
-"""The registry against a model of what it promises, over any order of what can happen to it."""
+"""The registry against a model, over random sequences of operations, errors and crashes."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import shutil
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from adapters.catalog_state import KEPT
+from adapters.catalog_state import KEPT_VERSIONS, CatalogState, VersionRecord
 from adapters.errors import AdapterConflict, AdapterError, NoRoom, StoreFailed, UnknownAdapter, VersionMismatch
 from adapters.leases import Lease
 from adapters.peft_format import read_folder
-from adapters.protocols import NoSlots
+from adapters.protocols import MemoryCatalog, NoSlots
 from adapters.registry import Registry
-from adapters.store import AdapterStore, Disk
+from adapters.store import AdapterStore
 from adapters.weights import LoraWeights, Version
 from tests.waiting import until
 
@@ -42,20 +40,20 @@ NAMES = st.sampled_from(["a", "b", "c"])
 CONTENTS = st.integers(0, 4)
 EXPECTED = st.sampled_from([None, "right", "wrong", "*"])
 BUDGET = 3
-"""How many adapters fit into RAM."""
+"""Adapters that fit into RAM."""
 
 
-class TightDisk(Disk):
+class Database(MemoryCatalog):
     full = False
 
-    def write(self, path: Path, content: bytes) -> None:
+    def save(self, state: CatalogState, records: Sequence[VersionRecord] = ()) -> None:
         if self.full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        super().write(path, content)
+            raise StoreFailed("the database is full")
+        super().save(state, records)
 
 
-class Slots(NoSlots):
-    """Slots whose adapters are all idle."""
+class IdleSlots(NoSlots):
+    """Slots that no request uses."""
 
     def __init__(self) -> None:
         self.views: dict[str, LoraWeights] = {}
@@ -72,17 +70,16 @@ class Slots(NoSlots):
 
 @dataclass(eq=False)
 class Held:
-    """A lease and what it must hold; `alive` until the process that gave it ends."""
+    """A lease, the digests that it must hold, and the process (`run`) that it belongs to."""
 
     lease: Lease
     digests: set[str]
     run: int
     released: bool = False
-    waiting: list[Future[tuple[LoraWeights, ...]]] = field(default_factory=list)
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """The model: of each name its history, and all leases. Everything else must follow from these."""
+    """The model is the history of each name, the pins and the leases; everything else follows from them."""
 
     leases: Bundle[Held] = Bundle("leases")
     contents: list[tuple[Path, LoraWeights]]
@@ -92,7 +89,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="machine-"))
         self.run = 0
-        self.disk = TightDisk()
+        self.database = Database()
         self.history: dict[str, list[str]] = {}
         self.pinned: set[str] = set()
         self.held: list[Held] = []
@@ -101,9 +98,9 @@ class RegistryMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        store = AdapterStore(self.root / f"store-{self.run}", disk=self.disk)
+        store = AdapterStore(self.root / f"store-{self.run}", self.database)
         self.registry = Registry(store, shapes=self.shapes, ram_bytes=BUDGET * self.size)
-        self.slots = self.registry.slots = Slots()
+        self.slots = self.registry.slots = IdleSlots()
         self.registry.start()
 
     def teardown(self) -> None:
@@ -113,7 +110,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.registry.close()
             shutil.rmtree(self.root)
 
-    # What people do
+    # Users
 
     @rule(name=NAMES, content=CONTENTS, create_only=st.booleans(), expect=EXPECTED)
     def publish(self, name: str, content: int, create_only: bool, expect: str | None) -> None:
@@ -130,16 +127,16 @@ class RegistryMachine(RuleBasedStateMachine):
         else:
             assert expect != "wrong" and not (create_only and history and history[0] != weights.digest)
             assert published.created == (history[:1] != [weights.digest])
-            self.point(name, weights.digest)
+            self.set_version(name, weights.digest)
 
     @rule(name=NAMES, content=CONTENTS)
-    def publish_on_a_full_disk(self, name: str, content: int) -> None:
-        self.disk.full = True
+    def publish_with_a_full_database(self, name: str, content: int) -> None:
+        self.database.full = True
         with pytest.raises(StoreFailed):
             self.registry.publish_now(name, self.contents[content][0])
-        self.disk.full = False
+        self.database.full = False
 
-    @rule(name=NAMES, which=st.integers(0, KEPT))
+    @rule(name=NAMES, which=st.integers(0, KEPT_VERSIONS))
     def roll_back(self, name: str, which: int) -> None:
         history = self.history.get(name, [])
         digest = history[which] if which < len(history) else "e" * 64
@@ -148,23 +145,21 @@ class RegistryMachine(RuleBasedStateMachine):
         except UnknownAdapter:
             assert which >= len(history)
         else:
-            self.point(name, digest)
+            self.set_version(name, digest)
 
     @rule(name=NAMES)
     def retire(self, name: str) -> None:
         try:
-            drained = self.registry.retire_now(name).drained
+            self.registry.retire_now(name)
         except UnknownAdapter:
             assert name not in self.history
             return
-        gone = set(self.history.pop(name)) - self.named()
+        del self.history[name]
         self.pinned.discard(name)
-        if not gone & self.leased():
-            drained.result(20)
 
     @rule(name=NAMES)
     def pin(self, name: str) -> None:
-        # With every slot idle and no view outside them, what is pinned is all that cannot be evicted.
+        # Slots are idle, so only pinned versions cannot be evicted.
         would = {self.history[n][0] for n in self.pinned | {name} if n in self.history}
         try:
             asyncio.run(asyncio.wait_for(self.registry.pin(name), 20))
@@ -184,7 +179,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert name not in self.history
         self.pinned.discard(name)
 
-    # What requests and the engine do
+    # Requests and engine
 
     @rule(target=leases, choice=st.lists(st.tuples(NAMES, st.integers(0, 3)), max_size=3, unique_by=lambda c: c[0]))
     def lease(self, choice: list[tuple[str, int]]) -> Held:
@@ -229,7 +224,7 @@ class RegistryMachine(RuleBasedStateMachine):
         held.lease.release()
         held.released = True
 
-    # What happens
+    # Events
 
     @rule(content=CONTENTS)
     def evict(self, content: int) -> None:
@@ -240,10 +235,12 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule()
     def crash(self) -> None:
-        """The process ends with all that it had in memory; what is on disk at that moment is what is left."""
+        """The process ends; the files and the database stay as they are at this moment."""
         self.settle()
         shutil.copytree(self.root / f"store-{self.run}", self.root / f"store-{self.run + 1}")
-        old = self.registry
+        old, saved = self.registry, self.database.load()
+        self.database = Database()
+        self.database.save(saved[0], list(saved[1].values()))
         self.run += 1
         self.open()
         for held in self.held:
@@ -253,8 +250,8 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: bool(self.history))
     @rule(data=st.data())
-    def rot(self, data: Any) -> None:
-        """A version that no name can be rolled back to unseen is damaged, told of, and put right."""
+    def damage_and_repair(self, data: Any) -> None:
+        """A damaged version cannot be loaded until it is published again."""
         name = data.draw(st.sampled_from(sorted(self.history)))
         digest = self.history[name][0]
         if digest in self.pins():
@@ -270,10 +267,10 @@ class RegistryMachine(RuleBasedStateMachine):
         content = next(folder for folder, weights in self.contents if weights.digest == digest)
         assert not self.registry.publish_now(name, content).created
 
-    # What must hold
+    # Invariants
 
     @invariant()
-    def names_are_as_they_were_put(self) -> None:
+    def names_match_the_model(self) -> None:
         assert {name: self.registry.current(name).digest for name in self.registry.names()} == {
             name: history[0] for name, history in self.history.items()
         }
@@ -285,22 +282,22 @@ class RegistryMachine(RuleBasedStateMachine):
             assert described["tier"] in ("disk", "ram", "device")
 
     @invariant()
-    def the_disk_has_what_is_named_or_leased(self) -> None:
+    def the_disk_has_the_named_and_leased_versions(self) -> None:
         self.settle()
         versions = {path.name for path in (self.root / f"store-{self.run}" / "versions").iterdir()}
         assert versions == self.named() | self.leased()
         assert set(self.registry._store.records) == versions
 
     @invariant()
-    def memory_is_within_its_budget(self) -> None:
+    def memory_is_within_the_budget(self) -> None:
         ram = self.registry._ram
         assert ram.used <= ram.capacity
         assert set(ram.resident()) <= self.named() | self.leased()
         leases = sum(len(held.lease.versions) for held in self.live())
-        until(lambda: self.registry.memory()["leases"] == leases, "a pin that loads has a lease, and gives it back")
+        until(lambda: self.registry.memory()["leases"] == leases, "leases of pinned loads are released")
 
     @invariant()
-    def what_is_neither_current_nor_asked_for_left_memory(self) -> None:
+    def unused_versions_left_the_device(self) -> None:
         gone = set(self.by_digest) - self.named() - self.leased()
         assert not gone & set(self.slots.views)
 
@@ -311,14 +308,14 @@ class RegistryMachine(RuleBasedStateMachine):
             assert torch.equal(module.A, expected.modules[path].A) and torch.equal(module.B, expected.modules[path].B)
 
     def settle(self) -> None:
-        """Let the writer finish what was put to it, and loads finish, and views be counted."""
+        """Wait for queued writes and running loads."""
         self.registry._writer.submit(lambda: None).result(20)
         until(lambda: not self.registry._ram._loading, "a load never ended")
-        until(lambda: all(view is not None for view in self.registry._pins.values()), "a pin never held")
+        until(lambda: self.pins() <= set(self.registry._ram.resident()), "a pinned version was not loaded")
 
-    def point(self, name: str, digest: str) -> None:
+    def set_version(self, name: str, digest: str) -> None:
         rest = [d for d in self.history.get(name, []) if d != digest]
-        self.history[name] = [digest, *rest][:KEPT]
+        self.history[name] = [digest, *rest][:KEPT_VERSIONS]
 
     def live(self) -> list[Held]:
         return [held for held in self.held if not held.released]

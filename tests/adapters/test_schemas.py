@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.schemas import of_another_base
+from adapters.schemas import base_notes
 
 EMBEDDED = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
@@ -26,6 +26,6 @@ EMBEDDED = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
     ],
 )
 def test_a_base_that_is_named_otherwise_is_a_note(made_on: str | None, bases: tuple[str, ...], other: bool) -> None:
-    notes = of_another_base(made_on, bases)
+    notes = base_notes(made_on, bases)
     assert bool(notes) == other
     assert not notes or (repr(made_on) in notes[0] and repr(bases[0]) in notes[0])

@@ -12,7 +12,7 @@ import torch
 
 from adapters.errors import InvalidChoice
 from adapters.weights import (
-    PORTION,
+    CHUNK,
     LoraWeights,
     LowRank,
     Version,
@@ -46,11 +46,11 @@ def test_the_matrix_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("at", [0, 5, PORTION - 1, PORTION, 2 * PORTION + 6])
+@pytest.mark.parametrize("at", [0, 5, CHUNK - 1, CHUNK, 2 * CHUNK + 6])
 def test_memory_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype, at: int) -> None:
     limits = torch.finfo(dtype)
     values = torch.tensor([limits.max, limits.min, limits.tiny, -0.0, 0.0, 1.0, -1.0], dtype=dtype)
-    values = values.repeat(2 * PORTION // 7 + 2)[: 2 * PORTION + 7]
+    values = values.repeat(2 * CHUNK // 7 + 2)[: 2 * CHUNK + 7]
     assert all_finite_in(memory(values), dtype) and all_finite_in(b"", dtype)
     for value in (math.nan, -math.nan, math.inf, -math.inf):
         wrong = values.clone()
@@ -65,7 +65,7 @@ def memory(values: torch.Tensor) -> bytes:
 def test_the_digest_is_that_of_names_types_shapes_and_bytes() -> None:
     """As it is stored in registries and journals: however the tensors lie, and of whatever size they are."""
     draw = torch.Generator().manual_seed(3)
-    large = torch.randn(300, PORTION // 256, generator=draw)
+    large = torch.randn(300, CHUNK // 256, generator=draw)
     tensors = {
         "z": large.half().t(),
         "b": torch.randn(3, 5, generator=draw).bfloat16().requires_grad_(),
@@ -85,7 +85,7 @@ def test_codes_are_counted_and_have_no_update_that_others_could_read() -> None:
     a, b = torch.zeros(8 * 32, dtype=torch.uint8), torch.zeros(1, 1, 16, 4, dtype=torch.uint8)
     weights = LoraWeights("a", "digest", {"p": LowRank(a, b, 0.5, torch.tensor([0.25, 2.0]), (7, 3))})
     assert weights.ranks == [2] and weights.nbytes == 8 * 32 + 64 + 4 * 2 and weights.modules["p"].shape == (7, 3)
-    with pytest.raises(ValueError, match="p is in codes"):
+    with pytest.raises(ValueError, match="p is quantized"):
         weights.delta("p")
 
 

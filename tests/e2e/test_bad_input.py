@@ -327,7 +327,7 @@ def test_a_full_disk_while_registering(live: Live, write_random: Any, adapter_di
         shaped(live, live.client.get("/adapters/large"), 404)
         lines = {"file": ("lines.jsonl", b'{"input": "a", "output": "b"}\n' * 100_000)}
         files = live.client.post("/v1/files", files=lines, data={"purpose": "fine-tune"})
-        assert "the disk refuses" in shaped(live, files, 507)["message"]
+        assert "could not write" in shaped(live, files, 507)["message"]
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
     assert upload(live, folder, "large").status_code == 201

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import server.app
 from adapters.directory_watcher import DirectoryWatcher
 from adapters.peft_format import save
 from adapters.weights import LoraWeights
-from server.api import startup
 from server.api.startup import build
 from server.api.state import ServerState, Services
 from server.app import create_app
@@ -134,15 +132,15 @@ def wait_ready(client: httpx.Client) -> None:
 
 @pytest.fixture
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directory watcher polls ten times a second and waits tenths of a second for folders to settle."""
-    monkeypatch.setattr("adapters.directory_watcher.GONE_SECONDS", 0.3)
-    monkeypatch.setattr(startup, "DirectoryWatcher", partial(DirectoryWatcher, interval=0.1, still=0.2))
+    """The directory watcher waits tenths of a second for folders to settle."""
+    monkeypatch.setattr("adapters.directory_watcher.STILL_SECONDS", 0.2)
+    monkeypatch.setattr("adapters.directory_watcher.REMOVED_SECONDS", 0.3)
 
 
 @pytest.fixture
 def idle_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directory watcher polls once at startup. Later polls would reload adapters that a test has evicted."""
-    monkeypatch.setattr(startup, "DirectoryWatcher", partial(DirectoryWatcher, interval=3600.0))
+    """The directory watcher scans once, at startup. Later scans would reload adapters that a test has evicted."""
+    monkeypatch.setattr(DirectoryWatcher, "start", lambda self: None)
 
 
 Start = Callable[..., Live]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adapters.strict_json import once
+from adapters.strict_json import unique_keys
 from server.api.openai_shapes import ChatShape, CompletionShape, V1Events
 from server.engine.request import Delivery, Request, Sampling, TokenLogprob
 from server.errors import ServerError
@@ -37,7 +37,7 @@ def answered(text: ModelTokenizer, *answers: str, logprobs: int | None = None) -
 def parsed(data: bytes) -> list[Any]:
     events = data.decode().split("\n\n")
     assert events.pop() == "" and all(event.startswith("data: ") for event in events)
-    return [json.loads(event.removeprefix("data: "), object_pairs_hook=once) for event in events]
+    return [json.loads(event.removeprefix("data: "), object_pairs_hook=unique_keys) for event in events]
 
 
 USAGE = {

@@ -246,7 +246,7 @@ def test_traffic_over_adapters_that_come_and_go_leaves_nothing_behind(open_house
     assert house.registry.memory()["leases"] == 0
     for name in names:
         with suppress(UnknownAdapter):
-            house.registry.retire_now(name).drained.result(10)
+            house.registry.retire_now(name)
     until(lambda: house.registry.memory()["bytes"] == 0)
     stats = house.engine.stats()
     assert stats["running"] == stats["waiting"] == 0 and stats["slots"]["resident"] == []
