@@ -1,1 +1,1 @@
-"""What is claimed, measured: each module is a command, and none is installed."""
+"""Benchmarks: the commands behind `loramux bench`, and scripts that run with `python -m benchmarks.NAME`."""

@@ -1,4 +1,4 @@
-"""The base as an ordinary Hugging Face folder of dequantized weights, for peers that cannot read its packed form."""
+"""Exports a base as a Hugging Face folder with dequantized weights, for peers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from server.model.loader import Base
 
 
 def export_base(base: Base, parent: Path) -> Path:
-    """The folder below `parent` with this base's config.json, tokenizer and model.safetensors (bfloat16).
+    """Write config.json, tokenizer and model.safetensors (bfloat16) to a folder in `parent`, named by the base's id.
 
-    It is named by the base's id, so that another base, or another quantization, has one of its own; it is written once,
-    and appears when it is whole. Raises BadSetting for what is no Llama: the peers' table is about the embedded base;
-    and BadModel for a Llama that no config.json can describe.
+    An existing folder is reused.
+
+    Raises:
+        BadSetting: the base is not a Llama.
+        BadModel: the base cannot be described by a config.json.
     """
     if base.config.architecture != "LlamaForCausalLM":
         raise BadSetting(
-            f"only a Llama can be exported for the peers, and {base.name} is {base.config.architecture}: "
-            "give another --model",
+            f"Only a LlamaForCausalLM can be exported for the peers, but {base.name} is a {base.config.architecture}. "
+            "Choose another --model.",
             "model",
         )
     folder = parent / base.id[:32]
@@ -45,7 +47,7 @@ def export_base(base: Base, parent: Path) -> Path:
 def _write(base: Base, folder: Path) -> None:
     config = to_hf(base.config)
     rope = dict(config["rope_parameters"])
-    config["rope_theta"] = rope.pop("rope_theta")  # as peers read it that know Transformers' older words alone
+    config["rope_theta"] = rope.pop("rope_theta")  # older versions of Transformers read this
     if rope["rope_type"] != "default":
         config["rope_scaling"] = rope
     config |= {

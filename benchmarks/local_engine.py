@@ -1,7 +1,4 @@
-"""Our engine in this process, without HTTP: what the in-process peers are measured against.
-
-Owns an engine over one base and the adapters that it was given. Measures what the peers' scripts measure.
-"""
+"""An engine in this process, without HTTP, for the comparison with in-process peers."""
 
 from __future__ import annotations
 
@@ -25,16 +22,21 @@ from server.model.loader import Base
 from server.model.tokenizer import ModelTokenizer
 
 CONTEXT = 2048
-BLOCK = 16
+BLOCK_SIZE = 16
 SLOTS = 64
-"""As a server has by default."""
+"""Default of --max-slots."""
 STEP_TOKENS = 512
-"""Most new tokens of a step, as a server has by default."""
+"""Default of --max-step-tokens."""
 GREEDY = Sampling()
 
 
 class LocalEngine:
-    """An engine with every adapter in RAM. Use as a context; the prefix cache is off."""
+    """An engine with all adapters in RAM and without prefix cache. Use it as a context manager.
+
+    Args:
+        adapters: PEFT folders; each has a slot.
+        max_batch, max_step_tokens: as the server's settings. If they hold all requests, all decode together.
+    """
 
     def __init__(
         self,
@@ -45,8 +47,6 @@ class LocalEngine:
         max_batch: int = 32,
         max_step_tokens: int = STEP_TOKENS,
     ) -> None:
-        """`max_batch` and `max_step_tokens`, the server's settings of these names, may hold all requests and their
-        prompts: then all decode together. There is a slot for each adapter, and at least as many as a server has."""
         max_slots = max(SLOTS, len(adapters))
         shapes = base.shapes()
         self._weights = run_in_thread(
@@ -63,8 +63,8 @@ class LocalEngine:
             vocab_size=base.config.vocab_size,
             context_length=min(CONTEXT, base.config.context_length),
             base_id=base.id,
-            blocks=max_batch * CONTEXT // BLOCK // 2,
-            block_size=BLOCK,
+            blocks=max_batch * CONTEXT // BLOCK_SIZE // 2,
+            block_size=BLOCK_SIZE,
             max_batch=max_batch,
             max_slots=max_slots,
             max_step_tokens=max_step_tokens,
@@ -84,53 +84,54 @@ class LocalEngine:
         return canonical_mix(pairs, max_mix=16)
 
     def run(
-        self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int, how: Sampling = GREEDY
+        self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int, sampling: Sampling = GREEDY
     ) -> float:
-        """Generate exactly `new_tokens` for each prompt, all submitted at once. Returns seconds to the last token.
+        """Generate exactly `new_tokens` for each prompt, all submitted at once.
 
-        Raises the first request's error, if one failed.
+        Returns:
+            Seconds until the last token.
+
+        Raises:
+            Exception: the error of the first request that failed.
         """
-        return self._generate(prompts, mixes, new_tokens, how)[1]
+        return self._generate(prompts, mixes, new_tokens, sampling)[1]
 
     def rates(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int) -> tuple[float, float]:
-        """(seconds to all first tokens, seconds to all last tokens), of one run as vLLM's are: the difference of two
-        runs has the noise of both prefills. Raises as `run`."""
+        """Like `run`, returns the seconds until all first tokens and until all last tokens."""
         return self._generate(prompts, mixes, new_tokens, GREEDY)
 
     def decode_costs(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int) -> list[Cost]:
-        """What the steps of `rates` between its two times can not avoid, as all prompts decode together: each has one
-        token more in the cache than the step before."""
+        """Roofline costs of the decode steps of `rates`, if all prompts decode together."""
         weights = [[self._by_digest[digest] for digest in mix.digests] for mix in mixes]
         return [
             decode_cost(self._base, [len(prompt) + new for prompt in prompts], weights) for new in range(1, new_tokens)
         ]
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int, how: Sampling
+        self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int, sampling: Sampling
     ) -> tuple[float, float]:
-        done = threading.Semaphore(0)
+        finished = threading.Semaphore(0)
         failures: list[Exception] = []
-        began: dict[int, float] = {}
-        """When the first token of each came."""
+        first_token: dict[int, float] = {}
 
-        def heard(number: int, delivery: Delivery) -> None:
+        def deliver(number: int, delivery: Delivery) -> None:
             if delivery.tokens:
-                began.setdefault(number, time.perf_counter())
+                first_token.setdefault(number, time.perf_counter())
             if delivery.finish_reason is not None:
                 if delivery.error is not None:
                     failures.append(delivery.error)
-                done.release()
+                finished.release()
 
-        sampling = replace(how, max_tokens=new_tokens, ignore_eos=True)
+        sampling = replace(sampling, max_tokens=new_tokens, ignore_eos=True)
         start = time.perf_counter()
         for i, (prompt, mix) in enumerate(zip(prompts, mixes, strict=True)):
-            tell = partial(heard, i)
-            self.engine.submit(Request(f"b{start}-{i}", tuple(prompt), sampling, tell, mix=mix, fair_key="bench"))
+            request = Request(f"b{start}-{i}", tuple(prompt), sampling, partial(deliver, i), mix=mix, fair_key="bench")
+            self.engine.submit(request)
         for _ in prompts:
-            done.acquire()
+            finished.acquire()
         if failures:
             raise failures[0]
-        return max(began.values()) - start, time.perf_counter() - start
+        return max(first_token.values()) - start, time.perf_counter() - start
 
     def _fetch(self, mix: Mix) -> Future[tuple[LoraWeights, ...]]:
         future: Future[tuple[LoraWeights, ...]] = Future()

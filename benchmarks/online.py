@@ -1,7 +1,4 @@
-"""`loramux bench slora` and `load`, which ask a server that runs: any that speaks OpenAI's protocol.
-
-Owns their arguments and output. The workloads, the client and its clock are in other modules of this package.
-"""
+"""`loramux bench slora` and `load`: benchmarks of a running OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from benchmarks import results
-from benchmarks.options import NEW, PROMPT, AsJson, Out, console, extra
+from benchmarks import report
+from benchmarks.report import NEW_TOKENS, PROMPT_TOKENS, AsJson, Out
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,86 +20,91 @@ if TYPE_CHECKING:
     from benchmarks.client import Body
     from benchmarks.slora import Plan
 
-Url = Annotated[str, typer.Argument(help="Any OpenAI-compatible server, with or without /v1 at the end.")]
+Url = Annotated[str, typer.Argument(help="Address of an OpenAI-compatible server, with or without /v1.")]
 Vocab = Annotated[int, typer.Option(min=101, help="Prompts are random token ids below this.")]
-AsText = Annotated[bool, typer.Option("--text", help="Prompts of so many common words: some servers take no ids.")]
-AsChat = Annotated[bool, typer.Option("--chat", help="Ask for chats, in words as with --text.")]
+AsText = Annotated[bool, typer.Option("--text", help="Send prompts as words, for servers that accept no token ids.")]
+AsChat = Annotated[bool, typer.Option("--chat", help="Send chats with words, as with --text.")]
 IgnoreEos = Annotated[
-    bool, typer.Option(help="Ask for answers of full length, by a field that some servers do not know.")
+    bool, typer.Option(help="Request answers of full length with a field that some servers do not support.")
 ]
 PromptSeed = Annotated[
     int | None,
-    typer.Option(min=0, max=2**32 - 1, help="Of the prompts, which a server may keep. [another each time]"),
+    typer.Option(min=0, max=2**32 - 1, help="Seed of the prompts. Default: random, because servers cache prompts."),
 ]
 Cv = Annotated[float, typer.Option(help="Coefficient of variation of the gaps between requests; 1 is Poisson.")]
-Slo = Annotated[float, typer.Option(help="Seconds within which a first token is in time.")]
+Slo = Annotated[float, typer.Option(help="Service level: seconds to the first token.")]
 ApiKey = Annotated[
     str,
     typer.Option(
-        envvar="OPENAI_API_KEY", help="Key of the server, better given by the environment: of several, the first."
+        envvar="OPENAI_API_KEY", help="Key of the server; prefer the environment variable. The first of several counts."
     ),
 ]
-OwnKey = Annotated[str, typer.Option(hidden=True, envvar=["LORAMUX_API_KEYS", "LORAMUX_ADMIN_KEYS"])]
-"""The keys of a loramux on this machine, which are no other server's business."""
+LocalKey = Annotated[str, typer.Option(hidden=True, envvar=["LORAMUX_API_KEYS", "LORAMUX_ADMIN_KEYS"])]
+"""Keys of a loramux server on this machine. They are not sent to other machines."""
 
-LONGEST = 1 << 15
-"""Tokens of a prompt or an answer that can be asked for."""
+MAX_LENGTH = 1 << 15
+"""Maximum tokens of a prompt or an answer."""
 
 
 def slora(
     context: typer.Context,
     url: Url,
     prefix: Annotated[str, typer.Option(help="Adapters are named prefix0, prefix1, ...")] = "s",
-    few: Annotated[int, typer.Option(min=1)] = 5,
-    many: Annotated[int, typer.Option(min=2)] = 1000,
-    requests: Annotated[int, typer.Option(min=1, help="Of one run.")] = 1000,
-    duration: Annotated[float | None, typer.Option(help="Seconds of one run, instead of --requests.")] = None,
-    alpha: Annotated[list[float] | None, typer.Option(help="Popularity, 1 is uniform; again for more [1, 0.3]")] = None,
-    share: Annotated[list[float] | None, typer.Option(help="Of the capacity; again for more [0.7, 1.2]")] = None,
-    rate: Annotated[list[float] | None, typer.Option(help="Requests/s instead of shares; again for more.")] = None,
+    few: Annotated[int, typer.Option(min=1, help="Smaller number of adapters.")] = 5,
+    many: Annotated[int, typer.Option(min=2, help="Larger number of adapters.")] = 1000,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per run.")] = 1000,
+    duration: Annotated[float | None, typer.Option(help="Seconds per run, instead of --requests.")] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="Popularity; 1 is uniform. Repeatable. Default: 1 and 0.3.")
+    ] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Share of the capacity. Repeatable. Default: 0.7 and 1.2.")
+    ] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Requests/s, instead of --share. Repeatable.")] = None,
     cv: Cv = 1.0,
-    prompt: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of a prompt, below HIGH.")] = "8:128",
-    output: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of an answer, below HIGH.")] = "8:128",
+    prompt: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Prompt tokens, below HIGH.")] = "8:128",
+    output: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Answer tokens, below HIGH.")] = "8:128",
     slo: Slo = 6.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of arrivals, adapters and lengths.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of arrivals, adapters and lengths.")] = 42,
     prompt_seed: PromptSeed = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; few and many take turns.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 2,
     vocab: Vocab = 40_000,
     text: AsText = False,
     chat: AsChat = False,
     ignore_eos: IgnoreEos = True,
     api_key: ApiKey = "",
-    own_key: OwnKey = "",
+    local_key: LocalKey = "",
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """S-LoRA's workload against a running server: many adapters beside few."""
+    """Compare many adapters with few on a running server, with S-LoRA's workload."""
     from server.errors import BadSetting
 
-    extra()
-    results.make_room(out)
+    report.check_extra()
+    report.check_output(out)
     from benchmarks import plots
     from benchmarks import slora as workload
 
     if share and rate:
-        raise BadSetting("give --share or --rate, not both: a share is of the measured capacity", "rate")
+        raise BadSetting("Give --share or --rate, not both: a share is relative to the measured capacity.", "rate")
     plan = workload.Plan(
         few=few, many=many, requests=requests, duration=duration, alphas=tuple(alpha or (1.0, 0.3)),
         shares=() if rate else tuple(share or (0.7, 1.2)), rates=tuple(rate or ()), cv=cv,
-        prompt=_lengths(prompt, "prompt"), output=_lengths(output, "output"), seed=seed, slo=slo, repeats=repeats,
+        prompt=_parse_range(prompt, "prompt"), output=_parse_range(output, "output"), seed=seed, slo=slo,
+        repeats=repeats,
     )  # fmt: skip
     plan.check()
     names = [f"{prefix}{i}" for i in range(many)]
-    drawn = secrets.randbits(32) if prompt_seed is None else prompt_seed
+    first_seed = secrets.randbits(32) if prompt_seed is None else prompt_seed
 
     def bodies(number: int) -> Body:
-        run_seed = (drawn + number * 2_654_435_761) % 2**32
-        return workload.body_of(names, vocab, text, run_seed, chat=chat, ignore_eos=ignore_eos)
+        run_seed = (first_seed + number * 2_654_435_761) % 2**32
+        return workload.completion_body(names, vocab, text, run_seed, chat=chat, ignore_eos=ignore_eos)
 
-    client = workload.Client(url, bodies, _key(context, api_key, own_key, url))
-    most, loads = workload.compare(client, plan, lambda line: console.print(line, markup=False))
-    rows, kept = workload.ratios(loads), client.residency()
-    result = results.report(
+    client = workload.Client(url, bodies, _choose_key(context, api_key, local_key, url))
+    capacity, loads = workload.compare(client, plan, report.log)
+    rows, stats = workload.ratios(loads), client.stats()
+    result = report.result(
         {
             "url": url,
             "models": f"{prefix}0 to {prefix}{many - 1}",
@@ -110,126 +112,128 @@ def slora(
             "text": text,
             "chat": chat,
             "ignore_eos": ignore_eos,
-            "prompt_seed": drawn,
+            "prompt_seed": first_seed,
             **asdict(plan),
         },
-        {"capacity": most, "runs": [run.as_dict() for run in loads], "ratios": rows, "server": kept},
+        {"capacity": capacity, "runs": [run.as_dict() for run in loads], "ratios": rows, "server": stats},
     )
-    for name, wrong in _departures(kept, many).items():
-        console.print(f"{name}: {wrong}", markup=False)
+    for warning in _warnings(stats, many):
+        report.log(warning)
     for reason in dict.fromkeys(reason for run in loads for reason in run.summary.reasons):
-        console.print(f"failed: {reason}", markup=False)
-    results.show(result, _table(rows, plan), as_json, out, "slora")
+        report.log(f"failed: {reason}")
+    report.show(result, _ratio_table(rows, plan), as_json, out, "slora")
     if out is not None:
         plots.loads(out / "slora.png", f"S-LoRA workload, {few} and {many} adapters", loads)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], plan: Plan) -> Table:
-    """The ratios of many adapters over few."""
-    from benchmarks.client import figure
+def _ratio_table(rows: Sequence[Mapping[str, Any]], plan: Plan) -> Table:
+    from benchmarks.client import format_number
 
-    table = results.table(
-        "alpha", "requests/s", "of capacity", f"throughput, {plan.many} over {plan.few}", "p99 of first token, same",
-        "failed", title=f"S-LoRA's workload, {plan.many} adapters over {plan.few}, medians of {plan.repeats}",
+    table = report.table(
+        "alpha", "requests/s", "of capacity", f"throughput, {plan.many} over {plan.few}",
+        "p99 of time to first token, same", "failed",
+        title=f"S-LoRA workload, {plan.many} over {plan.few} adapters, medians of {plan.repeats}",
     )  # fmt: skip
     for row in rows:
-        told = [figure(row[k], ".2f") for k in ("throughput", "ttft_p99")]
-        of = "" if row["share"] is None else f"{row['share']:.2f}"
+        values = [format_number(row[k], ".2f") for k in ("throughput", "ttft_p99")]
+        share = "" if row["share"] is None else f"{row['share']:.2f}"
         failed = ", ".join(f"{n} with {name}" for name, n in row["failed"].items() if n) or "0"
-        table.add_row(f"{row['alpha']:.2f}", f"{row['rate']:.2f}", of, *told, failed)
+        table.add_row(f"{row['alpha']:.2f}", f"{row['rate']:.2f}", share, *values, failed)
     return table
 
 
-def _departures(kept: Mapping[str, int] | None, many: int) -> dict[str, str]:
-    """What a server tells of itself by which it is another workload than the paper's, as far as it tells."""
-    found = {}
-    if kept is not None and kept["adapters_in_ram"] < many:
-        found["adapters in RAM"] = f"{kept['adapters_in_ram']} of {many}; the others are read again (--adapter-ram)"
-    if kept is not None and kept["prefix_tokens_found"]:
-        found["prefix cache"] = f"{kept['prefix_tokens_found']} prompt tokens were found in it (--no-prefix-cache)"
+def _warnings(stats: Mapping[str, int] | None, many: int) -> list[str]:
+    """Conditions of the server that differ from the paper's."""
+    found = []
+    if stats is not None and stats["adapters_in_ram"] < many:
+        found.append(f"only {stats['adapters_in_ram']} of {many} adapters fit into RAM (see --adapter-ram)")
+    if stats is not None and stats["prefix_tokens_found"]:
+        found.append(f"{stats['prefix_tokens_found']} prompt tokens came from the prefix cache (see --no-prefix-cache)")
     return found
 
 
 def load(
     context: typer.Context,
     url: Url,
-    models: Annotated[list[str], typer.Option("--model", help="Names to ask for in turn.")],
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
-    rate: Annotated[float | None, typer.Option(help="Requests/s, whatever is in flight: an open loop.")] = None,
+    models: Annotated[list[str], typer.Option("--model", help="Model names, used in turn. Repeatable.")],
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight (closed loop).")] = 16,
+    rate: Annotated[float | None, typer.Option(help="Requests per second (open loop).")] = None,
     cv: Cv = 1.0,
     slo: Slo = 6.0,
-    requests: Annotated[int, typer.Option(min=1)] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = PROMPT,
-    new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST)] = NEW,
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=MAX_LENGTH, help="Prompt length.")] = PROMPT_TOKENS,
+    new_tokens: Annotated[int, typer.Option(min=1, max=MAX_LENGTH, help="Answer length.")] = NEW_TOKENS,
     prompt_seed: PromptSeed = None,
     vocab: Vocab = 40_000,
     text: AsText = False,
     chat: AsChat = False,
     ignore_eos: IgnoreEos = True,
     api_key: ApiKey = "",
-    own_key: OwnKey = "",
-    llama: Annotated[bool, typer.Option(help="Name adapters as llama-server does: --lora numbers, 0 first.")] = False,
+    local_key: LocalKey = "",
+    llama: Annotated[bool, typer.Option(help="llama-server: select adapters by their --lora number.")] = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """A closed loop, so many requests in flight until all are answered, or an open one, so many a second."""
-    extra()
-    results.make_room(out)
-    from benchmarks.client import NoAnswer, closed_loop, figure, open_loop, run, timed
-    from benchmarks.slora import body_of, check_positive, llama_body
+    """Send requests to a running server, with a fixed concurrency or, with --rate, at a fixed rate."""
+    report.check_extra()
+    report.check_output(out)
+    from benchmarks.client import NoAnswer, closed_loop, format_number, open_loop, run, timed
+    from benchmarks.slora import check_positive, completion_body, llama_body
     from benchmarks.workloads import closed, spread
 
     rates = () if rate is None else (rate,)
     check_positive({"cv": (cv,), "slo": (slo,), "rate": rates, "requests": (requests,), "concurrency": (concurrency,)})
-    drawn = secrets.randbits(32) if prompt_seed is None else prompt_seed
+    seed = secrets.randbits(32) if prompt_seed is None else prompt_seed
     form = {"chat": chat, "ignore_eos": ignore_eos}
-    body = llama_body(len(models), vocab, text, drawn, **form) if llama else body_of(models, vocab, text, drawn, **form)
-    arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
-    key = _key(context, api_key, own_key, url)
-    how: dict[str, Any]
-    if rate is None:
-        how, title = {"concurrency": concurrency}, f"{concurrency} at a time"
-        asking = closed_loop(url, arrivals, body, concurrency, key=key)
+    if llama:
+        body = llama_body(len(models), vocab, text, seed, **form)
     else:
-        how, title = {"rate": rate, "cv": cv}, f"{rate:g} a second"
-        asking = open_loop(url, spread(arrivals, rate, cv), body, key=key)
-    _, summary = run(timed(asking, slo))
+        body = completion_body(models, vocab, text, seed, **form)
+    arrivals = closed(requests, list(range(len(models))), prompt_tokens, new_tokens)
+    key = _choose_key(context, api_key, local_key, url)
+    mode: dict[str, Any]
+    if rate is None:
+        mode, title = {"concurrency": concurrency}, f"{concurrency} in flight"
+        running = closed_loop(url, arrivals, body, concurrency, key=key)
+    else:
+        mode, title = {"rate": rate, "cv": cv}, f"{rate:g} per second"
+        running = open_loop(url, spread(arrivals, rate, cv), body, key=key)
+    _, summary = run(timed(running, slo))
     if not summary.finished:
-        raise NoAnswer(f"none of {requests} requests was answered; the first: {summary.reasons[0]}")
-    asked = {"url": url, "models": models, **how, "slo": slo, "requests": requests, "vocab": vocab}
-    asked |= {"text": text, "prompt_seed": drawn, "llama": llama, **form}
-    told = results.report({**asked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, summary.as_dict())
-    table = results.table("", "", title=f"{requests} requests, {title}")
+        raise NoAnswer(f"None of {requests} requests was answered. The first error: {summary.reasons[0]}")
+    parameters = {"url": url, "models": models, **mode, "slo": slo, "requests": requests, "vocab": vocab, "text": text}
+    parameters |= {"prompt_seed": seed, "llama": llama, **form}
+    parameters |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    table = report.table("", "", title=f"{requests} requests, {title}")
     for name, value in summary.as_dict().items():
         unit = " s" if name.startswith(("seconds", "ttft", "tpot", "e2e")) else ""
         number = isinstance(value, float | int)
-        table.add_row(name, figure(value, unit=unit) if number else Text("\n".join(value) or "none"))
+        table.add_row(name, format_number(value, unit=unit) if number else Text("\n".join(value) or "none"))
     if summary.short:
-        console.print(f"{summary.short} answers are shorter than asked: it is another workload", markup=False)
-    results.show(told, table, as_json, out, "load")
+        report.log(f"{summary.short} answers are shorter than requested, so the workload is smaller")
+    report.show(report.result(parameters, summary.as_dict()), table, as_json, out, "load")
 
 
-def _lengths(text: str, param: str) -> tuple[int, int]:
+def _parse_range(text: str, param: str) -> tuple[int, int]:
     """(low, high) of LOW:HIGH. Raises BadSetting."""
     from server.errors import BadSetting
 
     found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip())
     low, high = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= low < high <= LONGEST:
+    if not 1 <= low < high <= MAX_LENGTH:
         raise BadSetting(
-            f"--{param} is LOW:HIGH, whole numbers of tokens from 1 to {LONGEST} with LOW below HIGH, not {text!r}",
+            f"--{param} must be LOW:HIGH with whole numbers from 1 to {MAX_LENGTH} and LOW below HIGH, not {text!r}.",
             param,
         )
     return low, high
 
 
-def _key(context: typer.Context, given: str, own: str, url: str) -> str:
-    """What the server at `url` is shown, the first of several: what the command says, this machine's own keys if it is
-    there, or what the environment has for any."""
-    from benchmarks.client import is_here
+def _choose_key(context: typer.Context, given: str, local: str, url: str) -> str:
+    """The key for the server: --api-key, else this machine's own keys for a local server, else OPENAI_API_KEY."""
+    from benchmarks.client import is_local
 
     source = context.get_parameter_source("api_key")
-    said = source is not None and source.name == "COMMANDLINE"
-    if own and not said and is_here(url):
-        given = own
+    explicit = source is not None and source.name == "COMMANDLINE"
+    if local and not explicit and is_local(url):
+        given = local
     return next((entry.strip() for entry in re.split(r"[,\n]", given) if entry.strip()), "")

@@ -1,4 +1,4 @@
-"""Pictures of measurements, for people. Needs the extra `bench`."""
+"""Plots of benchmark results (extra `bench`)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def _axes(title: str, y: str):  # type: ignore[no-untyped-def]
 
 
 def _written(figure: Any, path: Path) -> Path:
-    """The path of the PNG. What is not closed stays in memory."""
+    """Save the figure as PNG and close it. Returns the path."""
     figure.savefig(path, dpi=120)
     _pyplot().close(figure)
     return path
 
 
 def bars(path: Path, title: str, y: str, values: Mapping[str, float]) -> Path:
-    """One bar a contestant, its value on top. Writes a PNG and returns its path."""
+    """A bar chart as PNG. Returns its path."""
     figure, axes = _axes(title, y)
     drawn = axes.bar(list(values), list(values.values()), color="#3b6ea5")
     axes.bar_label(drawn, fmt="{:,.0f}")
@@ -46,8 +46,7 @@ def bars(path: Path, title: str, y: str, values: Mapping[str, float]) -> Path:
 
 
 def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
-    """Throughput and the tail of the time to the first token of the runs of the S-LoRA workload, few adapters beside
-    many, by the medians of their repeats. Writes a PNG and returns its path."""
+    """Throughput and p99 of the time to first token of an S-LoRA comparison, by medians, as PNG. Returns its path."""
     pyplot = _pyplot()
     counts = sorted({run.adapters for run in runs})
     cases = list(dict.fromkeys(run.case for run in runs))
@@ -60,19 +59,18 @@ def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
     figure, halves = pyplot.subplots(2, 1, figsize=(max(8.0, 1.5 * len(cases)), 7), layout="constrained", sharex=True)
     figure.suptitle(title)
     width = 0.8 / len(counts)
-    told = {"requests/s finished": "requests_per_second", "first token, p99, s": "ttft_p99"}
-    for axes, (label, of) in zip(halves, told.items(), strict=True):
+    panels = {"requests/s finished": "requests_per_second", "time to first token, p99, s": "ttft_p99"}
+    for axes, (label, of) in zip(halves, panels.items(), strict=True):
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
         for n, count in enumerate(counts):
             repeats = [[r.summary for r in runs if (r.case, r.adapters) == (case, count)] for case in cases]
             values = [statistics.median(getattr(summary, of) for summary in each) for each in repeats]
-            # A run of which many requests failed has no tail that could be drawn.
             heights = [value if math.isfinite(value) else 0.0 for value in values]
             at = [i + n * width for i in range(len(cases))]
             drawn = axes.bar(at, heights, width, label=f"{count} adapters")
             labels = [f"{value:.2f}" if math.isfinite(value) else "" for value in values]
-            for i, each in enumerate(repeats):  # a server that refuses looks faster than it is
+            for i, each in enumerate(repeats):  # a server that rejects requests looks faster
                 if failed := sum(summary.failed for summary in each):
                     labels[i] += f"\n{failed} failed"
             axes.bar_label(drawn, labels, fontsize=8)
@@ -83,8 +81,11 @@ def loads(path: Path, title: str, runs: Sequence[Load]) -> Path:
 
 
 def quality(path: Path, title: str, y: str, points: Sequence[tuple[int, int, float, float, int]], chosen: int) -> Path:
-    """Quality against parameters, one point a rank: (rank, parameters, value, spread of the seeds, steps). Filled are
-    those that were trained longest, larger the chosen one. Writes a PNG and returns its path.
+    """Quality by number of parameters as PNG. Returns its path.
+
+    Args:
+        points: (rank, parameters, value, spread of the seeds, steps). Points with the most steps are filled.
+        chosen: rank with a larger marker.
     """
     figure, axes = _axes(title, y)
     longest = max(steps for *_, steps in points)

@@ -1,20 +1,18 @@
-"""What an adapter's place costs, and what memory the server has: over HTTP, on servers of its own, by medians.
+"""Latency of adapters on disk, in RAM and on the device, and memory of a server.
 
-Run it as `python -m benchmarks.residency BASE.gguf`. Adapters of 5 MB (rank 22 on q, k, v, o of the embedded base) are
-asked for one at a time, one short prompt and one token, without a prefix cache:
+    python -m benchmarks.residency BASE.gguf
 
-- from disk: by a server that was started again after it had taken them in, so that it has none in memory, and with the
-  files of its store dropped from the system's cache; with `--cached` they stay in it. That each one's tier is `disk`
-  before it is asked for, that as many are read as are asked for, and that the system read their bytes, is checked;
-- from RAM: loaded, and put out of their slots again by others;
-- warm: each of both asked for once more, right after.
+Adapters of 5 MB (rank 22 on q, k, v, o of the embedded base) are requested one at a time, with a short prompt and one
+token, without prefix cache:
 
-What a place costs is the median of each adapter's own difference to warm, as a machine's pace changes within seconds.
-Beside them runs a stream on the base, whose gaps between tokens are told apart by what was asked for at that time, and
-beside them those while it was warm (`warm_gap`): a running request waits for no load. Then the memory: what is resident
-above a process that has imported the same modules and done nothing, over what `/stats` accounts for: after loading,
-with the adapters that were taken in; once started again, which maps the base and has read little of it yet; and after
-these requests.
+- from disk: from a server that was restarted, with the files of its store dropped from the page cache (unless
+  --cached). The script checks that the adapters are on disk and that their bytes are read;
+- from RAM: loaded, but evicted from their slots by others;
+- warm: the same adapter again.
+
+The cost of a tier is the median difference to the warm request. The same is measured beside a running stream, and the
+gaps between its tokens are reported. Memory is the resident size above that of a process with the same imports,
+relative to the sum that /stats reports.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ import aiohttp
 import httpx
 import numpy as np
 
-from benchmarks import machine
+from benchmarks import report
 from benchmarks.server_process import MODELS, ServerProcess, free_port, loramux_server, running, serve_command
 from benchmarks.synthetic import write_adapter
 from server.kernels import choose
@@ -45,20 +43,20 @@ from server.model.loader import load_base
 
 RANK = 22
 SLOTS = 4
-TAKEN_IN_SECONDS = 300
+PUBLISH_TIMEOUT = 300
 PROMPT = list(range(1000, 1016))
-IMPORTED = """
+IMPORTS = """
 import server.app, server.cli.serve, uvicorn, uvicorn.protocols.http.auto, uvicorn.loops.auto, torch
 import server.engine.backends.cpu.runner, server.sources, server.model.loader
 from server.kernels.cpu.bindings import library
 library()
 print(int(open("/proc/self/statm").read().split()[1]) * __import__("os").sysconf("SC_PAGE_SIZE"))
 """
-"""Prints the bytes that the interpreter and the libraries have in memory before anything is loaded."""
+"""Prints the resident bytes of a server's imports."""
 
 
-async def first_token(http: aiohttp.ClientSession, model: str) -> float:
-    """Seconds from asking to the whole answer of one token."""
+async def request_token(http: aiohttp.ClientSession, model: str) -> float:
+    """Seconds for an answer of one token."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
     start = time.perf_counter()
     async with http.post("/v1/completions", json=body) as answer:
@@ -68,7 +66,7 @@ async def first_token(http: aiohttp.ClientSession, model: str) -> float:
 
 
 async def stream(http: aiohttp.ClientSession, times: list[float]) -> None:
-    """A long answer of the base, asked for again and again until cancelled; notes when its tokens come."""
+    """Stream answers of the base until cancelled, and record the arrival times of tokens."""
     body = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "stream": True}
     while True:
         async with http.post("/generate", json=body) as answer:
@@ -78,63 +76,65 @@ async def stream(http: aiohttp.ClientSession, times: list[float]) -> None:
                     times.append(time.perf_counter())
 
 
-async def ask_all(http: aiohttp.ClientSession, names: list[str], times: list[float]) -> dict[str, Any]:
-    """Ask for each in turn, twice: milliseconds to its token where it is and warm, and the gaps of a stream, whose
-    `times` are given, while each was asked for."""
-    there: list[float] = []
+async def request_all(http: aiohttp.ClientSession, names: list[str], times: list[float]) -> dict[str, Any]:
+    """Request each adapter twice.
+
+    Returns:
+        Milliseconds of the first and the warm request, and the gaps between tokens of the stream (`times`).
+    """
+    cold: list[float] = []
     warm: list[float] = []
     gaps: list[float] = []
     warm_gaps: list[float] = []
     for name in names:
-        for taken, beside in ((there, gaps), (warm, warm_gaps)):
-            before = max(0, len(times) - 1)  # the last token before, as a wait may begin with the request
-            taken.append(1000 * await first_token(http, name))
-            await asyncio.sleep(0.05)  # so that the stream has tokens of its own between two
-            beside += (1000 * np.diff(times[before:])).tolist()
-    found = {"ms_p50": statistics.median(there), "ms_p90": float(np.percentile(there, 90)), "ms_max": max(there)}
+        for seconds, stream_gaps in ((cold, gaps), (warm, warm_gaps)):
+            before = max(0, len(times) - 1)  # includes the gap that is open at the start
+            seconds.append(1000 * await request_token(http, name))
+            await asyncio.sleep(0.05)
+            stream_gaps += (1000 * np.diff(times[before:])).tolist()
+    found = {"ms_p50": statistics.median(cold), "ms_p90": float(np.percentile(cold, 90)), "ms_max": max(cold)}
     found["warm_ms_p50"] = statistics.median(warm)
-    found["over_warm_ms"] = statistics.median(a - b for a, b in zip(there, warm, strict=True))
-    for kind, each in (("gap", gaps), ("warm_gap", warm_gaps)):
-        if each:
-            found |= {f"{kind}_ms_p{q}": float(np.percentile(each, q)) for q in (50, 99, 100)}
+    found["over_warm_ms"] = statistics.median(a - b for a, b in zip(cold, warm, strict=True))
+    for kind, values in (("gap", gaps), ("warm_gap", warm_gaps)):
+        if values:
+            found |= {f"{kind}_ms_p{q}": float(np.percentile(values, q)) for q in (50, 99, 100)}
     return found
 
 
-async def places(server: ServerProcess, names: list[str], beside: bool) -> dict[str, Any]:
-    """Both places, with a stream beside them or alone. Raises RuntimeError where `names` are not on disk before, or are
-    not read as often as they should be."""
+async def measure_tiers(server: ServerProcess, names: list[str], with_stream: bool) -> dict[str, Any]:
+    """Measure adapters on disk, then in RAM. Raises RuntimeError if they are not where they should be."""
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(server.url, timeout=timeout) as http:
-        await first_token(http, "smollm2-135m")
+        await request_token(http, "smollm2-135m")
         times: list[float] = []
-        streaming = asyncio.create_task(stream(http, times)) if beside else None
+        streaming = asyncio.create_task(stream(http, times)) if with_stream else None
         await asyncio.sleep(0.5)
-        tiers = await tiers_of(http, names)
+        tiers = await adapter_tiers(http, names)
         if set(tiers.values()) != {"disk"}:
-            raise RuntimeError(f"not all are on disk before they are asked for: {tiers}")
+            raise RuntimeError(f"not all adapters are on disk at the start: {tiers}")
         found: dict[str, Any] = {}
-        for place, reads in (("disk", len(names)), ("ram", 0)):
-            loads, read = await loads_of(http), bytes_read(server)
-            found[place] = await ask_all(http, names, times)
-            found[place] |= {"loads": await loads_of(http) - loads, "read_MB": (bytes_read(server) - read) / 1e6}
-            if found[place]["loads"] != reads:
-                raise RuntimeError(f"{found[place]['loads']} adapters were read from disk, not {reads}, for {place!r}")
+        for tier, expected in (("disk", len(names)), ("ram", 0)):
+            loads, read = await load_count(http), bytes_read(server)
+            found[tier] = await request_all(http, names, times)
+            found[tier] |= {"loads": await load_count(http) - loads, "read_MB": (bytes_read(server) - read) / 1e6}
+            if found[tier]["loads"] != expected:
+                raise RuntimeError(f"{found[tier]['loads']} adapters were loaded from disk, not {expected} ({tier!r})")
         if streaming is not None:
             streaming.cancel()
             await asyncio.wait([streaming])
         return found
 
 
-async def tiers_of(http: aiohttp.ClientSession, names: list[str]) -> dict[str, str]:
-    """Where each adapter is now: `disk`, `ram` or `device`."""
+async def adapter_tiers(http: aiohttp.ClientSession, names: list[str]) -> dict[str, str]:
+    """The tier of each adapter: disk, ram or device."""
     async with http.get("/adapters") as answer:
         answer.raise_for_status()
-        told = {adapter["name"]: str(adapter["tier"]) for adapter in (await answer.json())["adapters"]}
-    return {name: told.get(name, "not there") for name in names}
+        tiers = {adapter["name"]: str(adapter["tier"]) for adapter in (await answer.json())["adapters"]}
+    return {name: tiers.get(name, "missing") for name in names}
 
 
-async def loads_of(http: aiohttp.ClientSession) -> int:
-    """How many adapters the server has read from its store."""
+async def load_count(http: aiohttp.ClientSession) -> int:
+    """Number of adapters that the server has loaded from its store."""
     async with http.get("/metrics") as answer:
         answer.raise_for_status()
         lines = (await answer.text()).splitlines()
@@ -142,56 +142,55 @@ async def loads_of(http: aiohttp.ClientSession) -> int:
 
 
 def bytes_read(server: ServerProcess) -> int:
-    """Bytes that the server's process has had the system read from a disk; those from its cache do not count."""
+    """Bytes that the process has read from disk, without those from the page cache."""
     lines = Path(f"/proc/{server.process.pid}/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes:")))
 
 
 @contextlib.contextmanager
-def serving_again(state: Path, *flags: str) -> Iterator[ServerProcess]:
-    """A server on a state that another has left."""
+def restarted_server(state: Path, *flags: str) -> Iterator[ServerProcess]:
+    """A server on the state directory of an earlier one."""
     port = free_port()
     with running(serve_command(port, state, *flags), port, "/health/ready", state / "again.log") as server:
         yield server
 
 
-def take_in(state: Path, models: Path, names: list[str], own: int, *flags: str) -> dict[str, float]:
-    """Have a server take the adapters into the store of a fresh state, and end. Returns its memory then. Raises
-    RuntimeError if it does not."""
+def publish_all(state: Path, models: Path, names: list[str], imports: int, *flags: str) -> dict[str, float]:
+    """Run a server until it has stored all adapters. Returns its memory."""
     with loramux_server(state, models, *flags) as server:
-        end = time.monotonic() + TAKEN_IN_SECONDS
+        deadline = time.monotonic() + PUBLISH_TIMEOUT
         while {a["name"] for a in httpx.get(f"{server.url}/adapters").json()["adapters"]} < set(names):
-            if time.monotonic() > end:
-                raise RuntimeError(f"the adapters were not taken in within {TAKEN_IN_SECONDS} s")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the adapters were not stored within {PUBLISH_TIMEOUT} s")
             time.sleep(0.2)
-        return memory(server, own)
+        return memory(server, imports)
 
 
-def memory(server: ServerProcess, own: int) -> dict[str, float]:
-    """Megabytes resident, of which interpreter and libraries, accounted, and the ratio."""
+def memory(server: ServerProcess, imports: int) -> dict[str, float]:
+    """Resident megabytes, those of the imports, those in /stats, and (resident - imports) / stats."""
     stats = httpx.get(f"{server.url}/stats").json()["memory"]
     accounted = sum(size for kind, size in stats.items() if kind != "process")
     resident = server.resident()
     return {
         "resident_MB": resident / 1e6,
-        "interpreter_and_libraries_MB": own / 1e6,
+        "interpreter_and_libraries_MB": imports / 1e6,
         "accounted_MB": accounted / 1e6,
-        "ratio": (resident - own) / accounted,
+        "ratio": (resident - imports) / accounted,
     }
 
 
-def check_read(runs: dict[str, Any], megabytes: float) -> None:
-    """Raises RuntimeError where less was read from the disk for `disk`: a folder in RAM cannot be dropped from it."""
+def check_reads(runs: dict[str, Any], megabytes: float) -> None:
+    """Raise RuntimeError if fewer bytes were read from disk than the adapters have."""
     for name, run in runs.items():
         if run["disk"]["read_MB"] < megabytes:
             raise RuntimeError(
-                f"{name}: {run['disk']['read_MB']:.1f} MB were read from the disk, not {megabytes:.1f}: "
-                "name a folder that is on one with TMPDIR"
+                f"{name}: {run['disk']['read_MB']:.1f} MB were read from disk, not {megabytes:.1f}. Set TMPDIR to a "
+                "folder on a disk."
             )
 
 
-def drop(folder: Path) -> None:
-    """Put the files below a folder out of the system's cache."""
+def drop_page_cache(folder: Path) -> None:
+    """Drop the files of a folder from the page cache."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as f:
             os.fsync(f.fileno())
@@ -201,40 +200,37 @@ def drop(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="the embedded base, a .gguf file")
-    parser.add_argument("--count", type=int, default=40, help="adapters of each run")
-    parser.add_argument("--cached", action="store_true", help="leave their files in the system's cache")
-    parser.add_argument("--models", type=Path, default=MODELS, help="where the base has been fetched")
-    given = parser.parse_args()
-    if given.count <= SLOTS:
-        parser.error(f"--count must be above {SLOTS}: as many slots there are, and what has one is not loaded again")
+    parser.add_argument("--count", type=int, default=40, help="number of adapters")
+    parser.add_argument("--cached", action="store_true", help="keep the files in the page cache")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder with the downloaded base")
+    options = parser.parse_args()
+    if options.count <= SLOTS:
+        parser.error(f"--count must be above {SLOTS}, the number of slots")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shapes = load_base(given.base, name="base", backend=choose("reference"), cache_dir=folder / "cache").shapes()
-        own = int(subprocess.run([sys.executable, "-c", IMPORTED], check=True, capture_output=True, text=True).stdout)
+        shapes = load_base(options.base, name="base", backend=choose("reference"), cache_dir=folder / "cache").shapes()
+        imports = int(subprocess.check_output([sys.executable, "-c", IMPORTS], text=True))
         runs: dict[str, Any] = {}
-        for place, beside in (("alone", False), ("beside a stream", True)):
-            adapters = folder / f"adapters-{beside:d}"
-            names = [f"a{i}" for i in range(given.count)]
+        for label, with_stream in (("alone", False), ("beside a stream", True)):
+            adapters = folder / f"adapters-{with_stream:d}"
+            names = [f"a{i}" for i in range(options.count)]
             for i, adapter in enumerate(names):
                 write_adapter(adapters / adapter, shapes, rank=RANK, seed=i)
             flags = ["--adapter-dir", str(adapters), "--max-slots", str(SLOTS), "--no-prefix-cache"]
-            state = folder / f"state-{beside:d}"
-            loaded = take_in(state, given.models, names, own, *flags)
-            with serving_again(state, *flags) as server:
-                if not given.cached:
-                    drop(state / "store")
-                again = memory(server, own)
-                runs[place] = asyncio.run(places(server, names, beside))
-                runs[place]["memory"] = {
-                    "after loading": loaded,
-                    "started again": again,
-                    "after the requests": memory(server, own),
-                }
-        nbytes = (folder / "adapters-0" / "a0" / "adapter_model.safetensors").stat().st_size
-        check_read(runs, 0 if given.cached else given.count * nbytes / 1e6)
-        asked = {"count": given.count, "rank": RANK, "slots": SLOTS, "cached": given.cached, "base": given.base.name}
-        told = {"asked": asked, "machine": machine.describe(), "adapter_MB": nbytes / 1e6, **runs}
-        print(json.dumps(told, indent=1))
+            state = folder / f"state-{with_stream:d}"
+            loaded = publish_all(state, options.models, names, imports, *flags)
+            with restarted_server(state, *flags) as server:
+                if not options.cached:
+                    drop_page_cache(state / "store")
+                restarted = memory(server, imports)
+                runs[label] = asyncio.run(measure_tiers(server, names, with_stream))
+                after = memory(server, imports)
+            runs[label]["memory"] = {"after loading": loaded, "restarted": restarted, "after the requests": after}
+        size = (folder / "adapters-0" / "a0" / "adapter_model.safetensors").stat().st_size
+        check_reads(runs, 0 if options.cached else options.count * size / 1e6)
+        parameters = {"count": options.count, "rank": RANK, "slots": SLOTS, "cached": options.cached}
+        result = report.result({**parameters, "base": options.base.name}, {"adapter_MB": size / 1e6, **runs})
+        print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

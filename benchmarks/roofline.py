@@ -1,7 +1,6 @@
-"""How near to the machine's limit a step comes: bytes and operations counted from the batch, over measured ceilings.
+"""Roofline model: the bytes and operations of a step, and the measured memory bandwidth and int8 rate.
 
-Owns the count and the two ceilings. The formulas are those of any roofline: a step can not be faster than the bytes
-that it must read over the memory's speed, nor than its operations over the arithmetic's.
+A step takes at least bytes / bandwidth and at least operations / rate.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from server.model.loader import Base
 
 KV_BYTES = 2
 """Bytes of one cached number, bfloat16."""
-ASLEEP = 0.01
-"""Seconds that threads of a pool look for work before they sleep, and more."""
+IDLE_SECONDS = 0.01
+"""Longer than pool threads spin before they sleep."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reached, in this run: bytes read a second, int8 operations a second."""
+    """Measured limits of the machine."""
 
     bytes_per_second: float
     ops_per_second: float
@@ -34,23 +33,22 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step can not avoid: bytes to read from memory, and multiply-adds counted as two operations."""
+    """Bytes that a step must read, and its operations; a multiply-add counts as two."""
 
     nbytes: float
     ops: float
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """The shortest time that the step could take."""
+        """Minimum duration of the step."""
         return max(self.nbytes / ceilings.bytes_per_second, self.ops / ceilings.ops_per_second)
 
 
 class Meter:
-    """Measures the ceilings with `threads` threads, by a quarter of a gigabyte and two int8 matrices.
+    """Measures the limits with 256 MiB of memory and two int8 matrices, using `threads` threads.
 
-    Both are the quicker of two ways. Memory is read in a linear walk, and as a matrix of which a product takes several
-    rows side by side: a processor that prefetches so many lines of each page gives more to those who read several pages
-    at a time. It lies on huge pages where the system has them, as what steps read does: of small ones a machine gives
-    less. The second int8 matrix lies by rows or by columns.
+    Each limit is the faster of two methods. Memory is read linearly, and as a matrix-vector product that reads several
+    pages at the same time, which some prefetchers serve faster. It uses huge pages where available, like the weights.
+    The second int8 matrix is stored by rows or by columns.
     """
 
     def __init__(self, threads: int) -> None:
@@ -63,14 +61,14 @@ class Meter:
         self._taken: list[Ceilings] = []
 
     def take(self) -> Ceilings:
-        """The best of three, while the threads of whatever ran before or runs next are asleep."""
+        """Measure once, as the best of three, while the threads of other work sleep."""
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            time.sleep(ASLEEP)
+            time.sleep(IDLE_SECONDS)
             read = min(_timed(read) for read in (self._data.sum, self._side_by_side) for _ in range(3))
             multiply = min(_timed(product) for product in (self._by_rows, self._by_columns) for _ in range(3))
-            time.sleep(ASLEEP)
+            time.sleep(IDLE_SECONDS)
         finally:
             torch.set_num_threads(before)
         self._taken.append(Ceilings(self._data.nbytes / read, 2 * self._a.shape[0] ** 3 / multiply))

@@ -1,11 +1,8 @@
-"""Server against server over HTTP: ours, others that are installed, and our engine in process, in one run.
+"""Comparison over HTTP: loramux, llama-server and vLLM, and loramux's engine in this process.
 
-Owns how each server is started, the order of a run, and its medians. All servers run from start to end and one client
-asks them in turn, every second round backwards. A wave is all requests at once; the next begins when all are answered.
-Decoding is told apart in two ways, the same for all: over all the time in which something decodes
-(`client.decode_rate`), which has the reading of prompts in it that goes on meanwhile, and over the steps that only
-decode (`client.steady_rate`). Whole requests are the tokens of a wave over its time. In process the same requests go to
-an engine without HTTP, from the client's own process.
+All servers run at the same time. One client sends each a wave of requests in turn; every second round is in reverse
+order. Three rates are compared: `decode` (`client.decode_rate`), `steady decode` (`client.steady_rate`) and `whole`,
+all tokens of a wave over its time.
 """
 
 from __future__ import annotations
@@ -22,30 +19,30 @@ from typing import Any
 
 from adapters.peft_format import TENSOR_FILE
 from benchmarks.client import Body, closed_loop, run, timed
-from benchmarks.compare import OURS, PeerFailed, output
+from benchmarks.compare import OURS, PeerFailed, run_program, vocabulary_size
 from benchmarks.hf_export import export_base
 from benchmarks.local_engine import STEP_TOKENS, LocalEngine
 from benchmarks.server_process import free_port, running
-from benchmarks.slora import body_of, llama_body
+from benchmarks.slora import completion_body, llama_body
 from benchmarks.workloads import Arrival, closed
 from server.errors import BadSetting, ServerError
 from server.model.file_digest import sha256
 from server.model.loader import Base
 
 Wave = Callable[[], Mapping[str, float]]
-"""One wave's rates in tokens a second, and its median time to a first token in seconds."""
+"""Sends a wave; returns rates in tokens per second, and the median time to first token in seconds."""
 
 RATES = ("steady decode", "decode", "whole")
-INSIDE = "in process"
-PATIENCE = 900.0
-"""vLLM compiles for minutes before it answers."""
+IN_PROCESS = "in process"
+PEER_START_TIMEOUT = 900.0
+"""vLLM compiles for minutes."""
 VLLM_SERVER = Path(__file__).parent / "peers" / "vllm_server.py"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What every server serves and is asked: `base`, the PEFT folders `adapters` of one parent, one a request in turn
-    (none: the base alone), and `requests` greedy prompts of `prompt_tokens` random ids, for `new_tokens` each."""
+class Workload:
+    """The same for every server: `requests` greedy prompts of random ids at once, with `adapters` (PEFT folders in one
+    parent folder, or none) in turn."""
 
     base: Base
     adapters: Sequence[Path]
@@ -60,34 +57,36 @@ class Served:
 
     @property
     def batch(self) -> int:
-        """Ours is as large as by default, or holds all requests, as the others' do."""
+        """loramux's --max-batch: the default, or all requests."""
         return max(32, self.requests)
 
     @property
+    def vocab(self) -> int:
+        return vocabulary_size(self.base)
+
+    @property
     def body(self) -> Body:
-        """Of a server that names adapters by `model`."""
-        return body_of([path.name for path in self.adapters] or [self.base.name], self.base.config.vocab_size)
+        """Bodies for servers that select adapters by `model`."""
+        return completion_body([path.name for path in self.adapters] or [self.base.name], self.vocab)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where servers find and leave things: `model` as ours is told it, `kept` with models, packed bases and what is
-    converted for others, `fresh` for states and logs."""
+class Folders:
+    """Folders and the model name: `state` has models and packed bases, `scratch` is for new states and logs."""
 
     model: str
-    kept: Path
-    fresh: Path
+    state: Path
+    scratch: Path
 
     @property
     def bench(self) -> Path:
-        """For what others want converted."""
-        return self.kept / "bench"
+        """Files converted for peers."""
+        return self.state / "bench"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians of each contestant's rounds, how many times faster our server is, all rounds, and why those failed that
-    did."""
+    """Medians per server, ratios of loramux to each, all rounds, and the reasons of failures."""
 
     medians: Mapping[str, Mapping[str, float]]
     ratios: Mapping[str, Mapping[str, float]]
@@ -96,42 +95,45 @@ class Measured:
 
 
 def compare(
-    named: Mapping[str, Any], served: Served, place: Place, rounds: int, heard: Callable[[str], None]
+    peers: Mapping[str, Any], workload: Workload, folders: Folders, rounds: int, log: Callable[[str], None]
 ) -> Measured:
-    """Ours, our engine in process, and what `compare.installed` found that serves over HTTP: `[llama]` with a `server`
-    and `vllm`. Raises BadSetting for a llama-server whose adapters nothing converts."""
-    servers = {OURS: our_server(served, place)}
-    llama = named.get("llama", {})
+    """Measure loramux, its engine in process, and the HTTP servers among `peers` (`compare.read_peers`).
+
+    Raises:
+        BadSetting: llama-server needs a conversion script for the adapters.
+    """
+    servers = {OURS: our_server(workload, folders)}
+    llama = peers.get("llama", {})
     if "server" in llama:
-        if served.adapters and "convert" not in llama:
-            raise BadSetting("[llama] needs `convert` beside its `server`, or give --no-adapters", "config")
-        servers["llama-server"] = llama_server(llama, served, place)
-    if "vllm" in named:
-        servers["vllm"] = vllm_server(named["vllm"], served, place)
+        if workload.adapters and "convert" not in llama:
+            raise BadSetting("[llama] needs `convert` for adapters. Add it, or use --no-adapters.", "config")
+        servers["llama-server"] = llama_server(llama, workload, folders)
+    if "vllm" in peers:
+        servers["vllm"] = vllm_server(peers["vllm"], workload, folders)
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        own = {name: stack.enter_context(contextlib.ExitStack()) for name in (INSIDE, *servers)}
-        inside = LocalEngine(served.base, served.adapters, threads=served.threads, max_batch=served.batch)
-        waves = {INSIDE: in_process(own[INSIDE].enter_context(inside), served)}
+        own = {name: stack.enter_context(contextlib.ExitStack()) for name in (IN_PROCESS, *servers)}
+        engine = LocalEngine(workload.base, workload.adapters, threads=workload.threads, max_batch=workload.batch)
+        waves = {IN_PROCESS: in_process(own[IN_PROCESS].enter_context(engine), workload)}
         for name, server in servers.items():
-            heard(f"starting {name}")
+            log(f"starting {name}")
             try:
                 waves[name] = own[name].enter_context(server)
             except ServerError as error:
                 failed[name] = error.message
-        found, fallen = take_turns(waves, rounds, heard, lambda name: own[name].close())
-    return report(found, failed | fallen)
+        found, failed_later = take_turns(waves, rounds, log, lambda name: own[name].close())
+    return report(found, failed | failed_later)
 
 
-def over_http(url: str, body: Body, served: Served, key: str = "") -> Wave:
-    """A wave's rates and times, as the client saw them. It raises PeerFailed if a request fails or is cut short."""
-    arrivals = served.arrivals
+def over_http(url: str, body: Body, workload: Workload, key: str = "") -> Wave:
+    """Waves over HTTP. A wave raises PeerFailed if a request fails or is shorter than requested."""
+    arrivals = workload.arrivals
 
     def wave() -> Mapping[str, float]:
         outcomes, summary = run(timed(closed_loop(url, arrivals, body, len(arrivals), key=key)))
         for outcome in outcomes:
             if not outcome.ok or outcome.short:
-                reason = outcome.error or "it is shorter than asked"
+                reason = outcome.error or "it is shorter than requested"
                 raise PeerFailed(f"an answer ended after {outcome.tokens} tokens: {reason}", "peers")
         return {
             "whole": summary.tokens_per_second,
@@ -143,84 +145,85 @@ def over_http(url: str, body: Body, served: Served, key: str = "") -> Wave:
     return wave
 
 
-def in_process(engine: LocalEngine, served: Served) -> Wave:
-    """The same requests to an engine in this process."""
-    body, arrivals = served.body, served.arrivals
+def in_process(engine: LocalEngine, workload: Workload) -> Wave:
+    """The same requests on an engine in this process."""
+    body, arrivals = workload.body, workload.arrivals
     prompts = [body(arrival, i)["prompt"] for i, arrival in enumerate(arrivals)]
-    mixes = [engine.mix([(arrival.adapter, 1.0)] if served.adapters else []) for arrival in arrivals]
-    return lambda: {"whole": len(prompts) * served.new_tokens / engine.run(prompts, mixes, served.new_tokens)}
+    mixes = [engine.mix([(arrival.adapter, 1.0)] if workload.adapters else []) for arrival in arrivals]
+    return lambda: {"whole": len(prompts) * workload.new_tokens / engine.run(prompts, mixes, workload.new_tokens)}
 
 
 @contextlib.contextmanager
-def our_server(served: Served, place: Place) -> Iterator[Wave]:
-    """A `loramux serve` with a state of its own, on the processor, with the kernels and the tokens a step of our engine
-    in process, whatever settings say of these. Raises as `running`."""
-    state, port = place.fresh / "state", free_port()
+def our_server(workload: Workload, folders: Folders) -> Iterator[Wave]:
+    """`loramux serve` on the CPU with a new state directory, and the kernels and step size of the in-process engine."""
+    state, port = folders.scratch / "state", free_port()
     state.mkdir()
     for name in ("models", "cache"):
-        if (place.kept / name).is_dir():
-            (state / name).symlink_to((place.kept / name).resolve())
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", place.model, "--host", "127.0.0.1"]
+        if (folders.state / name).is_dir():
+            (state / name).symlink_to((folders.state / name).resolve())
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", folders.model, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--state-dir", str(state), "--library", "none", "--no-prefix-cache"]
-    command += ["--threads", str(served.threads), "--max-batch", str(served.batch)]
-    command += ["--device", "cpu", "--kernels", served.base.backend.name, "--max-step-tokens", str(STEP_TOKENS)]
-    key, keys = secrets.token_hex(16), place.fresh / "keys"  # it may ask for one, as any server here would
+    command += ["--threads", str(workload.threads), "--max-batch", str(workload.batch)]
+    command += ["--device", "cpu", "--kernels", workload.base.backend.name, "--max-step-tokens", str(STEP_TOKENS)]
+    key, keys = secrets.token_hex(16), folders.scratch / "keys"  # a settings file may require keys
     keys.write_text(f"bench:{key}")
     command += ["--api-keys-file", str(keys)]
-    if served.adapters:
-        command += ["--adapter-dir", str(served.adapters[0].parent)]
-    with running(command, port, "/health/ready", place.fresh / "loramux.log") as server:
-        yield over_http(server.url, served.body, served, key)
+    if workload.adapters:
+        command += ["--adapter-dir", str(workload.adapters[0].parent)]
+    with running(command, port, "/health/ready", folders.scratch / "loramux.log") as server:
+        yield over_http(server.url, workload.body, workload, key)
 
 
 @contextlib.contextmanager
-def llama_server(named: Mapping[str, str], served: Served, place: Place) -> Iterator[Wave]:
-    """A llama-server with all adapters loaded and none applied. Each content is converted once for each base.
-
-    Raises PeerFailed where they cannot be, and as `running`.
-    """
-    count, threads = served.requests, str(served.threads)
-    exported = export_base(served.base, place.bench / "exported")
-    converted = place.bench / "gguf" / exported.name
+def llama_server(peer: Mapping[str, str], workload: Workload, folders: Folders) -> Iterator[Wave]:
+    """llama-server with all adapters loaded. Converted adapters are cached by base and content."""
+    count, threads = workload.requests, str(workload.threads)
+    exported = export_base(workload.base, folders.bench / "exported")
+    converted = folders.bench / "gguf" / exported.name
     converted.mkdir(parents=True, exist_ok=True)
-    command = [named["server"], "-m", named["gguf"], "-t", threads, "-tb", threads, "-b", "2048", "-ub", "512"]
+    command = [peer["server"], "-m", peer["gguf"], "-t", threads, "-tb", threads, "-b", "2048", "-ub", "512"]
     command += ["--parallel", str(count), "-c", str(1024 * count), "-fa", "on", "--lora-init-without-apply"]
-    for adapter in served.adapters:
+    for adapter in workload.adapters:
         file = converted / f"{sha256(adapter / TENSOR_FILE)}.gguf"
         if not file.exists():
             partial = file.with_suffix(".partial")
-            convert = [sys.executable, named["convert"], "--base", str(exported), str(adapter)]
-            output([*convert, "--outfile", str(partial)], "")
+            convert = [sys.executable, peer["convert"], "--base", str(exported), str(adapter)]
+            run_program([*convert, "--outfile", str(partial)], "")
             partial.replace(file)
         command += ["--lora", str(file)]
     port = free_port()
-    with running([*command, "--port", str(port)], port, "/health", place.fresh / "llama.log", PATIENCE) as server:
-        yield over_http(server.url, llama_body(len(served.adapters), served.base.config.vocab_size), served)
+    log = folders.scratch / "llama.log"
+    with running([*command, "--port", str(port)], port, "/health", log, PEER_START_TIMEOUT) as server:
+        yield over_http(server.url, llama_body(len(workload.adapters), workload.vocab), workload)
 
 
 @contextlib.contextmanager
-def vllm_server(python: str, served: Served, place: Place) -> Iterator[Wave]:
-    """vLLM's own server, with the settings that its engine has in process. Raises as `running`."""
+def vllm_server(python: str, workload: Workload, folders: Folders) -> Iterator[Wave]:
+    """vLLM's server with the settings of `peers/vllm_cpu.py`."""
     port = free_port()
     job = {
-        "base": str(export_base(served.base, place.bench / "exported")),
-        "name": served.base.name,
-        "adapters": {path.name: str(path) for path in served.adapters},
-        "requests": served.requests,
-        "threads": served.threads,
+        "base": str(export_base(workload.base, folders.bench / "exported")),
+        "name": workload.base.name,
+        "adapters": {path.name: str(path) for path in workload.adapters},
+        "requests": workload.requests,
+        "threads": workload.threads,
         "port": port,
     }
     command = [python, str(VLLM_SERVER), json.dumps(job)]
-    with running(command, port, "/health", place.fresh / "vllm.log", PATIENCE) as server:
-        yield over_http(server.url, served.body, served)
+    with running(command, port, "/health", folders.scratch / "vllm.log", PEER_START_TIMEOUT) as server:
+        yield over_http(server.url, workload.body, workload)
 
 
 def take_turns(
-    waves: Mapping[str, Wave], rounds: int, heard: Callable[[str], None], stop: Callable[[str], None]
+    waves: Mapping[str, Wave], rounds: int, log: Callable[[str], None], stop: Callable[[str], None]
 ) -> tuple[dict[str, list[Mapping[str, float]]], dict[str, str]]:
-    """One wave each to warm up, then `rounds` of each in turn, every second time backwards. One that fails is not asked
-    again: `stop` ends it, as it may still compute what it was asked for. Returns what the rounds gave, and why those
-    failed that did."""
+    """Send one wave each to warm up, then `rounds` waves each, in alternating order.
+
+    A server that fails is stopped with `stop`, because it may still be computing.
+
+    Returns:
+        The results of the rounds, and the reasons of failures.
+    """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in waves}
     failed: dict[str, str] = {}
     for number in range(rounds + 1):
@@ -228,29 +231,30 @@ def take_turns(
             if name in failed:
                 continue
             try:
-                got = waves[name]()
+                measured = waves[name]()
             except ServerError as error:
                 failed[name] = error.message
-                heard(f"{name} failed: {error.message}")
+                log(f"{name} failed: {error.message}")
                 stop(name)
                 continue
-            heard(f"{name}{'' if number else ', to warm up'}: {', '.join(f'{k} {v:,.3g}' for k, v in got.items())}")
+            values = ", ".join(f"{k} {v:,.3g}" for k, v in measured.items())
+            log(f"{name}{'' if number else ' (warm-up)'}: {values}")
             if number:
-                found[name].append(got)
+                found[name].append(measured)
     return found, failed
 
 
 def report(rounds: Mapping[str, Sequence[Mapping[str, float]]], failed: Mapping[str, str]) -> Measured:
-    """Medians of who was measured at all, and ratios of rates, where we were."""
+    """Medians, and ratios of loramux to the others."""
     medians = {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         for name, rows in rounds.items()
         if rows
     }
-    mine = medians.get(OURS, {})
+    ours = medians.get(OURS, {})
     ratios = {
-        name: {key: mine[key] / theirs[key] for key in RATES if key in mine and key in theirs}
+        name: {key: ours[key] / theirs[key] for key in RATES if key in ours and key in theirs}
         for name, theirs in medians.items()
-        if mine and name != OURS
+        if ours and name != OURS
     }
     return Measured(medians, ratios, rounds, failed)

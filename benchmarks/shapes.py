@@ -1,4 +1,4 @@
-"""The shapes of models whose random weights are measured, as their `config.json` has them."""
+"""config.json values of models that are benchmarked with random weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""S-LoRA's question to a running server: does it serve a thousand adapters as well as five?
-
-Owns the runs and what they are compared by. The server, its adapters and its settings are given; how a request names
-its adapter is given too, so any OpenAI-compatible server can be asked.
-"""
+"""S-LoRA's benchmark on a running server: throughput and latency with many adapters compared to few."""
 
 from __future__ import annotations
 
@@ -14,42 +10,54 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.client import Body, NoAnswer, Summary, closed_loop, figure, open_loop, residency, run, timed
+from benchmarks.client import (
+    Body,
+    NoAnswer,
+    Summary,
+    closed_loop,
+    format_number,
+    open_loop,
+    run,
+    server_stats,
+    timed,
+)
 from benchmarks.workloads import Arrival, Poisson, closed, generate
 from server.errors import BadSetting
 
-BURST = 400.0
-"""Requests a second that no server here keeps up with: what it finishes under this is its capacity."""
-
+BURST_RATE = 400.0
+"""Requests per second that exceed the capacity of any server here."""
 BURST_REQUESTS = 400
-"""As many are enough to measure it; a shorter comparison measures it by as many as one of its runs has."""
-
+"""Maximum number of requests to measure the capacity."""
 WORDS = (
     "the of and to in is you that it he was for on are as with his they at be this have from or one had by but not "
     "what all were we when your can said there use an each which she do how their if will up other about out many then"
 ).split()
-"""Each is one token to nearly every vocabulary, with a space before it and without."""
+"""Words that are a single token in nearly every vocabulary."""
+MIN_VALUE, MAX_VALUE = 1e-4, 1e6
+"""Limits of numeric options."""
+PROMPT_STRIDE = 65_537
+"""Distance between the start positions of prompts in the random tokens. It is prime and exceeds their number, so that
+no two prompts of a run are equal."""
 
 
-LEAST, MOST = 1e-4, 1e6
-"""Of any number of an option: beyond these, draws are no numbers any more, or more than memory holds."""
-
-
-def check_positive(numbers: Mapping[str, Sequence[float]]) -> None:
-    """Raises BadSetting for an option that has a number which is not above 0, too near to it, too large, or none."""
-    for name, values in numbers.items():
-        if not all(LEAST <= value <= MOST for value in values):
+def check_positive(options: Mapping[str, Sequence[float]]) -> None:
+    """Raise BadSetting for an option with a value outside of the limits."""
+    for name, values in options.items():
+        if not all(MIN_VALUE <= value <= MAX_VALUE for value in values):
             given = ", ".join(map(str, values))
-            raise BadSetting(f"--{name} must be above 0, from {LEAST:g} to {MOST:.0f}, not {given}", name)
+            raise BadSetting(f"--{name} must be above 0, from {MIN_VALUE:g} to {MAX_VALUE:.0f}, not {given}.", name)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: `few` and `many` adapters under the same arrivals, for each of `alphas`, at each of `shares`
-    of the measured capacity or at each of `rates` (requests a second) if those are given.
+    """A comparison of `few` and `many` adapters under the same arrivals.
 
-    A run has `requests` requests, or lasts `duration` seconds if that is given. Lengths are in tokens, [low, high);
-    `slo` in seconds.
+    Attributes:
+        requests: requests per run, unless `duration` (seconds) is given.
+        alphas: exponents of adapter popularity.
+        shares: rates as shares of the measured capacity, unless `rates` (requests per second) are given.
+        prompt, output: lengths in tokens, [low, high).
+        slo: seconds to the first token.
     """
 
     few: int = 5
@@ -67,29 +75,28 @@ class Plan:
     repeats: int = 2
 
     def check(self) -> None:
-        """Raises BadSetting for a plan that cannot be run."""
+        """Raise BadSetting if the plan cannot be run."""
         if not 1 <= self.few < self.many:
-            raise BadSetting(f"--many ({self.many}) must be more adapters than --few ({self.few}), at least 1", "many")
-        numbers = {"cv": (self.cv,), "slo": (self.slo,), "alpha": self.alphas, "share": self.shares, "rate": self.rates}
-        numbers |= {"requests": (self.requests,), "many": (self.many,)}
-        numbers["duration"] = () if self.duration is None else (self.duration,)
-        check_positive(numbers)
+            raise BadSetting(f"--many ({self.many}) must exceed --few ({self.few}), which must be at least 1.", "many")
+        options = {"cv": (self.cv,), "slo": (self.slo,), "alpha": self.alphas, "share": self.shares, "rate": self.rates}
+        options |= {"requests": (self.requests,), "many": (self.many,)}
+        options["duration"] = () if self.duration is None else (self.duration,)
+        check_positive(options)
         for rate in self.rates:
             self.arrivals(rate, self.few, 1.0)
 
     def arrivals(self, rate: float, adapters: int, alpha: float) -> Poisson:
-        """One run. Raises BadSetting where no request is due within its duration, or more than can be held."""
+        """The arrivals of one run. Raises BadSetting if there are none, or too many."""
         duration = (self.requests + 0.5) / rate if self.duration is None else self.duration
-        if not 1 <= int(rate * duration) <= MOST:
-            count = "no request is" if rate * duration < 1 else f"more than {MOST:.0f} requests are"
-            raise BadSetting(f"{count} due within a --duration of {duration:g} s at {rate:.3g} a second", "duration")
+        if not 1 <= int(rate * duration) <= MAX_VALUE:
+            count = "no request is" if rate * duration < 1 else f"more than {MAX_VALUE:.0f} requests are"
+            raise BadSetting(f"{count} due within a --duration of {duration:g} s at {rate:.3g} per second.", "duration")
         return Poisson(rate, duration, adapters, alpha, self.cv, self.prompt, self.output, self.seed)
 
 
 @dataclass(frozen=True)
 class Load:
-    """One run: how many adapters, how popular (`alpha`), at what rate and share of the capacity (None where that is
-    not measured), and what came of it."""
+    """One run: number of adapters, popularity, share of the capacity (None if unknown), rate, and the results."""
 
     adapters: int
     alpha: float
@@ -100,19 +107,14 @@ class Load:
 
     @property
     def case(self) -> tuple[float, float]:
-        """What runs of few and of many adapters have in common."""
+        """What runs with few and with many adapters have in common."""
         return self.alpha, self.rate
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-APART = 65_537
-"""From where one prompt begins among the tokens that are drawn to where the next one does: a prime above their number,
-so that no two of a run are the same."""
-
-
-def body_of(
+def completion_body(
     names: Sequence[str],
     vocab: int,
     text: bool = False,
@@ -121,20 +123,27 @@ def body_of(
     chat: bool = False,
     ignore_eos: bool = True,
 ) -> Body:
-    """Greedy completions of random token ids, or of random words as `text` or as a `chat`'s message, each as long as
-    its arrival says; without `ignore_eos`, which some servers do not know, at most so long."""
+    """Bodies of greedy streaming requests with random prompts.
+
+    Args:
+        names: model name of each adapter.
+        vocab: token ids of prompts are below this.
+        text: send words instead of token ids.
+        chat: send words as a chat message.
+        ignore_eos: ask for answers of full length. Some servers reject this field.
+    """
     text = text or chat
     random = np.random.RandomState(seed)
     drawn = (random.choice(WORDS, 1 << 16) if text else random.randint(100, vocab, 1 << 16)).tolist()
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
-        at = (i * APART) % (len(drawn) - arrival.prompt_tokens)
-        prompt = drawn[at : at + arrival.prompt_tokens]
-        told = " ".join(prompt) if text else prompt
-        asked = {"messages": [{"role": "user", "content": told}]} if chat else {"prompt": told}
+        start = (i * PROMPT_STRIDE) % (len(drawn) - arrival.prompt_tokens)
+        tokens = drawn[start : start + arrival.prompt_tokens]
+        content = " ".join(tokens) if text else tokens
+        prompt = {"messages": [{"role": "user", "content": content}]} if chat else {"prompt": content}
         return {
             "model": names[arrival.adapter],
-            **asked,
+            **prompt,
             "max_tokens": arrival.output_tokens,
             "temperature": 0,
             **({"ignore_eos": True} if ignore_eos else {}),
@@ -145,10 +154,9 @@ def body_of(
     return body
 
 
-def llama_body(count: int, vocab: int, text: bool = False, seed: int = 1, **form: bool) -> Body:
-    """The same requests in llama-server's own words: adapter i at scale 1, the others at 0; none with a `count` of 0.
-    A prompt that it has read before is read again. `form` is as for `body_of`."""
-    plain = body_of([""] * max(count, 1), vocab, text, seed, **form)
+def llama_body(count: int, vocab: int, text: bool = False, seed: int = 1, **options: bool) -> Body:
+    """The same requests for llama-server: scale 1 for the request's adapter, 0 for the others, and no prompt cache."""
+    plain = completion_body([""] * max(count, 1), vocab, text, seed, **options)
 
     def body(arrival: Arrival, i: int) -> Mapping[str, Any]:
         lora = [{"id": n, "scale": float(n == arrival.adapter)} for n in range(count)]
@@ -159,57 +167,58 @@ def llama_body(count: int, vocab: int, text: bool = False, seed: int = 1, **form
 
 @dataclass(frozen=True)
 class Client:
-    """How a server is asked: where, with what bodies, by a run's number, and with which key if it has any. No two runs
-    have the same prompts: a server that keeps what it has read would have read those of the second."""
+    """A server under test. `bodies` gives the bodies of a run by its number: runs must not share prompts, which a
+    server may cache."""
 
     url: str
     bodies: Callable[[int], Body]
     key: str = field(default="", repr=False)
 
-    def run(self, spec: Poisson, slo_seconds: float, number: int) -> Summary:
+    def run(self, spec: Poisson, slo: float, number: int) -> Summary:
         """One open-loop run."""
-        asking = open_loop(self.url, generate(spec), self.bodies(number), key=self.key)
-        return run(timed(asking, slo_seconds))[1]
+        requests = open_loop(self.url, generate(spec), self.bodies(number), key=self.key)
+        return run(timed(requests, slo))[1]
 
-    def warm(self, adapters: int) -> None:
-        """Ask for every adapter once, so that those that fit are in RAM. Raises NoAnswer if one does not answer."""
-        asked = closed(adapters, range(adapters), 8, 1)
-        outcomes = run(closed_loop(self.url, asked, self.bodies(0), concurrency=16, key=self.key))
+    def warm_up(self, adapters: int) -> None:
+        """Request every adapter once. Raises NoAnswer if one fails."""
+        arrivals = closed(adapters, range(adapters), 8, 1)
+        outcomes = run(closed_loop(self.url, arrivals, self.bodies(0), concurrency=16, key=self.key))
         failed = [o for o in outcomes if not o.ok]
         if failed:
-            raise NoAnswer(f"{len(failed)} of {adapters} adapters did not answer, the first: {failed[0].error}")
+            raise NoAnswer(f"{len(failed)} of {adapters} adapters did not answer; the first: {failed[0].error}")
 
-    def residency(self) -> dict[str, int] | None:
-        """See `client.residency`."""
-        return run(residency(self.url, self.key))
+    def stats(self) -> dict[str, int] | None:
+        return run(server_stats(self.url, self.key))
 
     def capacity(self, plan: Plan) -> float:
-        """Requests a second that the server finishes when it is never idle. Raises NoAnswer if one fails: what is
-        refused takes no time, so the others would look like more than the server can do."""
-        asked = replace(plan, requests=min(plan.requests, BURST_REQUESTS), duration=None)
-        summary = self.run(asked.arrivals(BURST, plan.few, 1.0), plan.slo, 1)
+        """Requests per second when the server is never idle. Raises NoAnswer if a request fails."""
+        burst = replace(plan, requests=min(plan.requests, BURST_REQUESTS), duration=None)
+        summary = self.run(burst.arrivals(BURST_RATE, plan.few, 1.0), plan.slo, 1)
         if summary.failed:
             raise NoAnswer(
-                f"{summary.failed} of {summary.requests} requests failed while the capacity was measured, the first: "
-                f"{summary.reasons[0]}. They are sent at once, and must find room in the server's queue (loramux serve "
-                "--max-queue) and end within ten minutes (fewer --requests); or give --rate, then it is not measured"
+                f"{summary.failed} of {summary.requests} requests failed during the measurement of the capacity; the "
+                f"first: {summary.reasons[0]}. All are sent at once and must fit the queue (loramux serve --max-queue) "
+                "and finish within ten minutes (use fewer --requests). With --rate the capacity is not measured."
             )
         return summary.requests_per_second
 
 
 def compare(
-    client: Client, plan: Plan, heard: Callable[[str], None] = lambda line: None
+    client: Client, plan: Plan, log: Callable[[str], None] = lambda line: None
 ) -> tuple[float | None, list[Load]]:
-    """The measured capacity (None where the plan has rates), and the runs of the plan: few and many adapters in turn,
-    every second time the other way round. All adapters have been asked for before. Raises BadSetting, NoAnswer."""
+    """Run the plan: few and many adapters alternately, every second repeat in reverse order.
+
+    Returns:
+        The measured capacity in requests per second (None if the plan has rates), and the runs.
+    """
     plan.check()
-    client.warm(plan.many)
-    most = None if plan.rates else client.capacity(plan)
-    if most is not None:
-        heard(f"capacity with {plan.few} adapters: {most:.1f} requests/s")
-    levels = [(None, rate) for rate in plan.rates] if most is None else [(s, s * most) for s in plan.shares]
+    client.warm_up(plan.many)
+    capacity = None if plan.rates else client.capacity(plan)
+    if capacity is not None:
+        log(f"capacity with {plan.few} adapters: {capacity:.1f} requests/s")
+    levels = [(None, rate) for rate in plan.rates] if capacity is None else [(s, s * capacity) for s in plan.shares]
     for _, rate in levels:
-        plan.arrivals(rate, plan.few, 1.0)  # what cannot be run is told before the first run
+        plan.arrivals(rate, plan.few, 1.0)  # raises before the first run
     loads: list[Load] = []
     for alpha in plan.alphas:
         for share, rate in levels:
@@ -217,36 +226,37 @@ def compare(
                 for count in (plan.few, plan.many) if repeat % 2 == 0 else (plan.many, plan.few):
                     summary = client.run(plan.arrivals(rate, count, alpha), plan.slo, len(loads) + 2)
                     loads.append(Load(count, alpha, share, rate, summary, repeat))
-                    heard(_line(loads[-1]))
-    return most, loads
+                    log(_describe(loads[-1]))
+    return capacity, loads
 
 
-def _line(load: Load) -> str:
+def _describe(load: Load) -> str:
     s = load.summary
-    at = f"{load.rate:.2f} requests/s" if load.share is None else f"{load.share:g} of capacity"
-    first = [figure(seconds, ".3f", " s") for seconds in (s.ttft_p50, s.ttft_p99)]
+    rate = f"{load.rate:.2f} requests/s" if load.share is None else f"{load.share:g} of capacity"
+    first, p99 = (format_number(seconds, ".3f", " s") for seconds in (s.ttft_p50, s.ttft_p99))
     failed = f", {s.failed} failed: {s.reasons[0]}" if s.failed else ""
-    failed += f", {s.short} shorter than asked" if s.short else ""
+    short = f", {s.short} shorter than requested" if s.short else ""
     return (
-        f"alpha {load.alpha}, {at}, {load.adapters} adapters: {s.finished} of {s.requests}, "
-        f"{s.requests_per_second:.2f} requests/s, first token {first[0]}, p99 {first[1]}, "
-        f"{s.slo_attainment:.0%} in time{failed}"
+        f"alpha {load.alpha}, {rate}, {load.adapters} adapters: {s.finished} of {s.requests} finished, "
+        f"{s.requests_per_second:.2f} requests/s, time to first token {first}, p99 {p99}, "
+        f"{s.slo_attainment:.0%} within the SLO{failed}{short}"
     )
 
 
 def ratios(loads: Sequence[Load]) -> list[dict[str, Any]]:
-    """Many adapters against few, for each alpha and rate, by the medians of the repeats: throughput, and the tail of
-    the time to first token. Both are nan where a request of either failed, as `failed` (few, many) counts, or was
-    shorter than asked: a server that refuses requests has more time for the others."""
+    """Many adapters over few, for each alpha and rate, by medians: throughput and p99 of the time to first token.
+
+    Both are NaN if a request failed or was shorter than requested: a server that rejects requests looks faster.
+    """
     table = []
     few, many = min(load.adapters for load in loads), max(load.adapters for load in loads)
     for case in dict.fromkeys(load.case for load in loads):
-        of = {n: [load for load in loads if load.case == case and load.adapters == n] for n in (few, many)}
-        failed = {name: sum(load.summary.failed for load in of[n]) for name, n in (("few", few), ("many", many))}
-        told = {"throughput": math.nan, "ttft_p99": math.nan}
-        if not any(failed.values()) and not any(load.summary.short for n in of for load in of[n]):
-            rate = {n: statistics.median(load.summary.requests_per_second for load in of[n]) for n in of}
-            tail = {n: statistics.median(load.summary.ttft_p99 for load in of[n]) for n in of}
-            told = {"throughput": rate[many] / rate[few], "ttft_p99": tail[many] / tail[few]}
-        table.append({"alpha": case[0], "share": of[few][0].share, "rate": case[1], **told, "failed": failed})
+        runs = {n: [load for load in loads if load.case == case and load.adapters == n] for n in (few, many)}
+        failed = {name: sum(load.summary.failed for load in runs[n]) for name, n in (("few", few), ("many", many))}
+        row = {"throughput": math.nan, "ttft_p99": math.nan}
+        if not any(failed.values()) and not any(load.summary.short for n in runs for load in runs[n]):
+            rate = {n: statistics.median(load.summary.requests_per_second for load in runs[n]) for n in runs}
+            tail = {n: statistics.median(load.summary.ttft_p99 for load in runs[n]) for n in runs}
+            row = {"throughput": rate[many] / rate[few], "ttft_p99": tail[many] / tail[few]}
+        table.append({"alpha": case[0], "share": runs[few][0].share, "rate": case[1], **row, "failed": failed})
     return table

@@ -1,7 +1,4 @@
-"""What a step costs: decode steps of chosen shape on a runner, interleaved, as ratios and as shares of the roofline.
-
-Owns batches made by hand, without an engine. Knows nothing of HTTP or of peers.
-"""
+"""Times decode steps of several shapes on a runner, without an engine, interleaved."""
 
 from __future__ import annotations
 
@@ -20,14 +17,14 @@ from server.engine.batch import Batch
 from server.kernels.lora import SlotWeights
 from server.model.loader import Base
 
-BLOCK = 16
+BLOCK_SIZE = 16
 SEED = 0
-"""Of the tokens."""
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A kind of step: as many sequences as `mixes`, each with `context` tokens in the cache after it."""
+    """A step: one sequence per mix, each with `context` tokens in the KV cache after the step."""
 
     name: str
     mixes: tuple[SlotWeights, ...]
@@ -36,7 +33,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Median seconds of a step, and the share of the roofline that it reaches, by what it `cost`."""
+    """Median seconds of a step, its share of the roofline, and its cost."""
 
     name: str
     seconds: float
@@ -45,8 +42,8 @@ class StepTime:
 
 
 def decode_batch(shape: Shape, vocab: int) -> Batch:
-    """One new token for each sequence."""
-    count, per = len(shape.mixes), -(-shape.context // BLOCK)
+    """A batch with one new token per sequence."""
+    count, per = len(shape.mixes), -(-shape.context // BLOCK_SIZE)
     generator = torch.Generator().manual_seed(SEED)
     return Batch(
         tokens=torch.randint(0, vocab, (count,), generator=generator).numpy(),
@@ -60,8 +57,8 @@ def decode_batch(shape: Shape, vocab: int) -> Batch:
 
 
 def prompt_batches(shape: Shape, vocab: int) -> list[Batch]:
-    """What writes all keys and values that `decode_batch` reads, a sequence at a time."""
-    count, per = len(shape.mixes), -(-shape.context // BLOCK)
+    """Prefill batches, one per sequence, that fill the KV cache for `decode_batch`."""
+    count, per = len(shape.mixes), -(-shape.context // BLOCK_SIZE)
     generator = torch.Generator().manual_seed(SEED)
     return [
         Batch(
@@ -85,28 +82,28 @@ def measure(
     meter: Meter,
     repeats: int = 60,
 ) -> list[StepTime]:
-    """Time every shape `repeats` times, all of them in turn, every second turn backwards, and the ceilings each turn.
+    """Time every shape `repeats` times, in alternating order, and measure the machine's limits in each round.
 
-    Slot i holds `slots[i]`.
+    `slots[i]` is loaded into slot i.
     """
-    widest = max(shapes, key=lambda s: len(s.mixes) * -(-s.context // BLOCK))
-    runner.allocate(len(widest.mixes) * -(-widest.context // BLOCK), BLOCK)
+    widest = max(shapes, key=lambda s: len(s.mixes) * -(-s.context // BLOCK_SIZE))
+    runner.allocate(len(widest.mixes) * -(-widest.context // BLOCK_SIZE), BLOCK_SIZE)
     for batch in prompt_batches(widest, base.config.vocab_size):
-        runner.run(batch).wait()  # memory that nobody has written is a page of zeros for all, and quick to read
+        runner.run(batch).wait()  # unwritten pages are shared zero pages, which are faster to read
     for slot, weights in enumerate(slots):
         runner.load_adapter(slot, weights)
     batches = [decode_batch(shape, base.config.vocab_size) for shape in shapes]
     times: list[list[float]] = [[] for _ in shapes]
-    for turn in range(repeats + 3):
-        if turn >= 3:
+    for turn in range(repeats + WARM_UP):
+        if turn >= WARM_UP:
             meter.take()
-            for batch in batches:  # caches hold what the meter has read
+            for batch in batches:  # the meter has replaced the contents of the caches
                 runner.run(batch).wait()
         order = range(len(shapes)) if turn % 2 else reversed(range(len(shapes)))
         for i in order:
             start = time.perf_counter()
             runner.run(batches[i]).wait()
-            if turn >= 3:  # the first ones warm caches
+            if turn >= WARM_UP:
                 times[i].append(time.perf_counter() - start)
     result, ceilings = [], meter.median()
     for shape, taken in zip(shapes, times, strict=True):
@@ -118,10 +115,9 @@ def measure(
 
 
 def standard_shapes(ranks: Sequence[int], four: Sequence[int], whole: int) -> list[Shape]:
-    """The shapes of the published table.
+    """The shapes of the table in docs/benchmarks.md.
 
-    Slots 0 to 15 hold adapters of `ranks`; slots `four` hold four whose ranks add up to that of slot `whole`. Slot 1
-    is the one of rank 16.
+    Slots 0 to 15 have adapters of `ranks`. The ranks of the slots `four` add up to that of slot `whole`.
     """
     one = next(slot for slot, rank in enumerate(ranks) if rank == 16)
     return [
@@ -136,7 +132,7 @@ def standard_shapes(ranks: Sequence[int], four: Sequence[int], whole: int) -> li
 
 
 def overheads(times: Sequence[StepTime]) -> dict[str, float]:
-    """Step time over the base's, and a mix's over that of one adapter of the same total rank."""
+    """Step times relative to the base, and of a mix relative to one adapter of the same total rank."""
     seconds = [t.seconds for t in times]
     return {
         "one adapter, 1 sequence": seconds[1] / seconds[0],

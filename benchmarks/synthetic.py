@@ -1,7 +1,7 @@
-"""Adapters of random content, for load and for comparison: the same seed gives the same adapter everywhere.
+"""Random adapters for load tests. The same seed gives the same adapter on every machine.
 
-Owns nothing but their making. They change what a model says by a moderate, rank-independent amount, so that a
-mistake in rank, scale or weight shows in the answers.
+They change the output of a model by a moderate amount that does not depend on the rank, so that errors in rank, scale
+or weight are visible in the answers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 STRENGTH = 0.15
-"""Standard deviation of an update's output over that of its input's norm, before alpha/r."""
+"""Standard deviation of an update's output relative to the norm of its input, before alpha/r."""
 
 
 def write_adapter(
@@ -30,10 +30,17 @@ def write_adapter(
     strength: float = STRENGTH,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Write a PEFT folder at `path` for a base whose linears have `shapes` (module path -> (out, in)).
+    """Write a random adapter in PEFT format.
 
-    `alpha` is 2 * rank if not given. A is [rank, in] with deviation 1/sqrt(in), B is [out, rank] with deviation
-    strength/sqrt(rank). Returns `path`.
+    Args:
+        path: folder to create.
+        shapes: module path -> (out, in) of the base's linear layers.
+        targets: last parts of the module paths to adapt.
+        alpha: default is 2 * rank.
+        strength: A has standard deviation 1/sqrt(in), B has strength/sqrt(rank).
+
+    Returns:
+        `path`.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = tuple(targets)

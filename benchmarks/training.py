@@ -1,11 +1,11 @@
-"""Training speed and memory: this trainer against Transformers + PEFT, on one base, one data file and one spec.
+"""Training speed and memory compared with Transformers + PEFT, on the same base, data and configuration.
 
     python -m benchmarks.training BASE.gguf DATA.jsonl TASK.json [--batches 8,16] [--steps 8]
 
-Each contestant runs in a process of its own, one after the other, with the same threads. Tokens are those of the
-examples, padding not counted; memory is the peak of resident memory above that after the imports, the base included.
-"ours-unshared" computes the prompt's common beginning again for every example, as PEFT does; "ours-full" trains all
-linears instead of a LoRA, on the same tree.
+Each contestant runs in its own process with the same number of threads. Tokens do not include padding. Memory is the
+peak resident size above that after the imports, including the base. "ours-recompute" uses activation checkpointing,
+"ours-unshared" does not share the common prefix of prompts (like PEFT), and "ours-full" trains all linear layers
+instead of a LoRA.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from server.model.loader import Base, load_base
 from server.model.tokenizer import ModelTokenizer
 from server.settings import keep_few_kernels
 
-WARM = 2
-"""Updates that are not timed."""
+WARM_UP = 2
+"""Steps that are not timed."""
 
 
 def main() -> None:
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--batches", default="8,16")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="*", help="contestants, as patterns: ours,peft-bfloat16-*")
+    parser.add_argument("--only", default="*", help="patterns of contestants, for example ours,peft-bfloat16-*")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--micro-tokens", type=int, default=2048, help="ours in a piece, as the recipes have it")
+    parser.add_argument("--micro-tokens", type=int, default=2048, help="micro_tokens of ours")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -56,43 +56,42 @@ def main() -> None:
     contestants = ["ours", "ours-recompute", "ours-unshared", "ours-full"]
     contestants += [f"peft-{dtype}-{batch}" for dtype in ("bfloat16", "float32") for batch in args.batches.split(",")]
     for _ in range(args.rounds):
-        for who in contestants:
-            if not any(fnmatch(who, pattern) for pattern in args.only.split(",")):
+        for name in contestants:
+            if not any(fnmatch(name, pattern) for pattern in args.only.split(",")):
                 continue
             done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--one", who], capture_output=True, text=True, check=False
+                [sys.executable, __file__, *sys.argv[1:], "--one", name], capture_output=True, text=True, check=False
             )
             if done.returncode:
-                print(f"{who:20} failed: {done.stderr.strip().splitlines()[-1]}")
+                print(f"{name:20} failed: {done.stderr.strip().splitlines()[-1]}")
                 continue
             row = json.loads(done.stdout.splitlines()[-1])
             speed, mib = row["tokens_per_second"], row["peak"] / 2**20
-            print(f"{who:20} {speed:8.0f} tokens/s {mib:8.0f} MiB loss {row['loss']:.4f}")
+            print(f"{name:20} {speed:8.0f} tokens/s {mib:8.0f} MiB loss {row['loss']:.4f}")
 
 
 def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
-    """One contestant's row: tokens a second, peak bytes above the imports', and the mean loss of the timed steps."""
+    """Tokens per second, peak bytes and mean loss of one contestant."""
     peft = who.startswith("peft")
     if peft:
-        import peft as _peft  # noqa: F401  # its imports are not its footprint
+        import peft as _peft  # noqa: F401  # so that imports do not count
         import transformers  # noqa: F401
     base = load_base(args.base, name="base", backend=choose("reference"), cache_dir=None)
     text = ModelTokenizer(base.vocabulary)
     template = Template.of(json.loads(args.task.read_text()))
     size = int(who.rsplit("-", 1)[1]) if peft else 16
-    count = (WARM + args.steps) * size
+    count = (WARM_UP + args.steps) * size
     tokens = data.tokenize(data.read(args.data)[:count], encoder(text, template, 1024), 1024)
     if peft:
         return theirs(base, list(tokens.examples), size, getattr(torch, who.split("-")[1]), args.steps)
     watch = memory.PeakMeter()
-    # The base was mapped before the watch began: its bytes are counted, all of them.
     model = TrainableModel(base, share_prefix=who != "ours-unshared")
     held = sum(w.nbytes for w in base.weights.values())
     events: list[Event] = []
     keep_few_kernels()
-    made = watch.peak().peak or 0  # the run forgets it, as it counts for itself
+    made = watch.peak().peak or 0  # the run resets the meter
     config = TrainingConfig(
-        max_steps=WARM + args.steps,
+        max_steps=WARM_UP + args.steps,
         batch_size=size,
         micro_tokens=args.micro_tokens,
         activation_checkpointing=who == "ours-recompute",
@@ -102,17 +101,17 @@ def one(args: argparse.Namespace, who: str) -> dict[str, Any]:
     else:
         train(model, tokens, config, on_event=events.append)
     steps = [e for e in events if e.kind == "step"]
-    timed = steps[WARM - 1], steps[-1]
+    timed = steps[WARM_UP - 1], steps[-1]
     peak = watch.peak()
     return {
         "tokens_per_second": (timed[1].tokens - timed[0].tokens) / (timed[1].seconds - timed[0].seconds),
         "peak": max(made, peak.peak or 0) - (peak.before or 0) + held,
-        "loss": sum(e.loss for e in steps[WARM:]) / args.steps,
+        "loss": sum(e.loss for e in steps[WARM_UP:]) / args.steps,
     }
 
 
 def theirs(base: Base, examples: list[Example], size: int, dtype: torch.dtype, steps: int) -> dict[str, Any]:
-    """Transformers + PEFT: length-grouped batches, dynamic padding, AdamW, loss on the same tokens."""
+    """Transformers + PEFT: batches of similar length, dynamic padding, AdamW, loss on the same tokens."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -135,13 +134,13 @@ def theirs(base: Base, examples: list[Example], size: int, dtype: torch.dtype, s
     spec = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, spec).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    # Sorted, so that a batch has like lengths, then every batch at its own place of the sequence.
+    # Batches of similar lengths, in shuffled order.
     ordered = sorted(examples, key=lambda e: len(e.ids))
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     batches = [batches[(i * 7) % len(batches)] for i in range(len(batches))] if len(batches) % 7 else batches
     loss_sum = seconds = 0.0
     tokens = 0
-    for i, batch in enumerate(batches[: WARM + steps]):
+    for i, batch in enumerate(batches[: WARM_UP + steps]):
         started = time.perf_counter()
         width = max(len(e.ids) for e in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -156,7 +155,7 @@ def theirs(base: Base, examples: list[Example], size: int, dtype: torch.dtype, s
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if i >= WARM:
+        if i >= WARM_UP:
             seconds += time.perf_counter() - started
             tokens += sum(len(e.ids) for e in batch)
             loss_sum += float(loss.detach())

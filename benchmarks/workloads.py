@@ -1,7 +1,4 @@
-"""What is asked of a server, and when: the S-LoRA generator, and plain lists for closed and open loops.
-
-Owns the draw order that makes a seed reproducible. Knows adapters as numbers only, and never sends anything.
-"""
+"""Request workloads: the S-LoRA generator, and lists for closed and open loops."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 S2_RANKS = (64, 32, 16, 8)
-"""Ranks of S-LoRA's setting S2, given to adapters round-robin."""
+"""Adapter ranks of S-LoRA's setting S2, used in turn."""
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: seconds after the start, the adapter's number (-1 is the base alone), lengths in tokens."""
+    """One request: seconds after the start, number of the adapter (-1 is the base), lengths in tokens."""
 
     time: float
     adapter: int
@@ -28,9 +25,11 @@ class Arrival:
 class Poisson:
     """Parameters of S-LoRA's synthetic workload (arXiv 2311.03285, section 7).
 
-    `rate` in requests a second over `duration` seconds; adapter popularity is a power law with exponent `alpha`
-    (1 is uniform); gaps are Gamma with coefficient of variation `cv` (1 is Poisson); lengths are uniform in
-    [low, high).
+    Attributes:
+        rate: requests per second over `duration` seconds.
+        alpha: exponent of the power law of adapter popularity; 1 is uniform.
+        cv: coefficient of variation of the gaps (Gamma distribution); 1 is Poisson.
+        prompt, output: lengths in tokens, uniform in [low, high).
     """
 
     rate: float
@@ -44,15 +43,16 @@ class Poisson:
 
 
 def generate(spec: Poisson) -> list[Arrival]:
-    """The arrivals of `spec`, by time. Draws popularity, prompts, outputs, gaps in S-LoRA's own order.
+    """The arrivals of `spec` by time. The random numbers are drawn in the order of S-LoRA's generator.
 
-    Raises ValueError for parameters that give no request.
+    Raises:
+        ValueError: the parameters give no request.
     """
     count = int(spec.rate * spec.duration)
     if count < 1 or spec.adapters < 1 or spec.alpha <= 0 or spec.cv <= 0:
         raise ValueError("a workload needs rate * duration >= 1, at least one adapter, and alpha and cv above 0")
     random = np.random.RandomState(spec.seed)
-    # A draw may be rounded to 1, which is beyond the last adapter.
+    # A value may be rounded up to 1, which is past the last adapter.
     adapter = np.minimum(random.power(spec.alpha, count) * spec.adapters, spec.adapters - 1).astype(int)
     prompt = random.randint(*spec.prompt, count)
     output = random.randint(*spec.output, count)
@@ -63,12 +63,12 @@ def generate(spec: Poisson) -> list[Arrival]:
 
 
 def closed(count: int, adapters: Sequence[int], prompt_tokens: int, output_tokens: int) -> list[Arrival]:
-    """`count` requests at once, on `adapters` in turn, all of one length."""
+    """`count` requests without times, with `adapters` in turn."""
     return [Arrival(0.0, adapters[i % len(adapters)], prompt_tokens, output_tokens) for i in range(count)]
 
 
 def spread(arrivals: Sequence[Arrival], rate: float, cv: float = 1.0, seed: int = 42) -> list[Arrival]:
-    """The same requests one after the other, `rate` a second on average, with gaps as in `Poisson`."""
+    """The same requests at `rate` per second, with gaps as in `Poisson`."""
     shape = 1 / (cv * cv)
     gaps = np.random.RandomState(seed).gamma(shape, cv * cv / rate, len(arrivals))
     return [replace(a, time=float(t)) for a, t in zip(arrivals, np.cumsum(gaps), strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -255,3 +256,22 @@ def tiny_adapter(tiny_base: Base) -> Callable[..., LoraWeights]:
         return tiny_base.prepare(LoraWeights(f"tiny-{seed}", digest, modules, {"base": "tiny"}))
 
     return make
+
+
+@pytest.fixture
+def tiny_folder(tiny_base: Base, tmp_path: Path) -> Path:
+    """`tiny_base` as a Hugging Face folder in bfloat16."""
+    import torch
+    from safetensors.torch import save_file
+
+    from server.model.config import to_hf
+    from server.model.vocabulary import write_folder
+
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    tensors = {f"{p}.weight": tiny_base.backend.dequantize(w).bfloat16() for p, w in tiny_base.weights.items()}
+    tensors |= {n: t.to(torch.bfloat16) for n, t in tiny_base.tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(to_hf(tiny_base.config)))
+    write_folder(tiny_base.vocabulary, folder)
+    return folder

@@ -1,4 +1,4 @@
-"""What is called `disk` is on disk: checked before it is asked for, and by what was read."""
+"""Residency benchmark: adapters are really on disk when they are measured as such."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ from typing import Any
 import pytest
 
 import benchmarks.residency
-from benchmarks.residency import ask_all, check_read, drop, places
+from benchmarks.residency import check_reads, drop_page_cache, measure_tiers, request_all
 from benchmarks.server_process import ServerProcess
 
 NAMES = ["a0", "a1"]
 
 
-class Places(ThreadingHTTPServer):
-    """Answers what `places` asks of a server; adapters are in `tiers`, and `reading` says whether those on disk are
-    counted when they are read."""
+class FakeServer(ThreadingHTTPServer):
+    """Adapters are in `tiers`; `counting` is whether loads appear in the metrics."""
 
     tiers: dict[str, str]
-    reading: bool
+    counting: bool
     loads: int
 
 
-class Answer(BaseHTTPRequestHandler):
-    server: Places
+class Handler(BaseHTTPRequestHandler):
+    server: FakeServer
 
     def do_GET(self) -> None:
-        told = [{"name": name, "tier": tier} for name, tier in self.server.tiers.items()]
+        adapters = [{"name": name, "tier": tier} for name, tier in self.server.tiers.items()]
         metrics = f"# TYPE x histogram\nloramux_adapter_load_seconds_count {self.server.loads}.0\n"
-        self.say(json.dumps({"adapters": told}) if self.path == "/adapters" else metrics)
+        self.answer(json.dumps({"adapters": adapters}) if self.path == "/adapters" else metrics)
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
-        if self.server.tiers.get(asked) == "disk":
-            self.server.tiers[asked] = "ram"
-            self.server.loads += self.server.reading
-        self.say("{}")
+        model = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
+        if self.server.tiers.get(model) == "disk":
+            self.server.tiers[model] = "ram"
+            self.server.loads += self.server.counting
+        self.answer("{}")
 
-    def say(self, text: str) -> None:
+    def answer(self, text: str) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
@@ -57,9 +56,9 @@ class Answer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def answering() -> Iterator[Places]:
-    server = Places(("127.0.0.1", 0), Answer)
-    server.tiers, server.reading, server.loads = dict.fromkeys(NAMES, "disk"), True, 3
+def server() -> Iterator[FakeServer]:
+    server = FakeServer(("127.0.0.1", 0), Handler)
+    server.tiers, server.counting, server.loads = dict.fromkeys(NAMES, "disk"), True, 3
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -68,62 +67,39 @@ def answering() -> Iterator[Places]:
     server.server_close()
 
 
-def measured(server: Places) -> dict[str, Any]:
+def measure(server: FakeServer) -> dict[str, Any]:
     process: Any = SimpleNamespace(pid=os.getpid())
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    return asyncio.run(places(ServerProcess(process, url, Path("log")), NAMES, beside=False))
+    return asyncio.run(measure_tiers(ServerProcess(process, url, Path("log")), NAMES, with_stream=False))
 
 
-def test_adapters_on_disk_are_read_once_and_then_in_ram(answering: Places) -> None:
-    found = measured(answering)
+def test_loads_are_checked(server: FakeServer) -> None:
+    found = measure(server)
     assert (found["disk"]["loads"], found["ram"]["loads"]) == (2, 0)
+    with pytest.raises(RuntimeError, match=r"not all adapters are on disk.*'a1': 'ram'"):
+        measure(server)
+    server.tiers, server.counting = dict.fromkeys(NAMES, "disk"), False
+    with pytest.raises(RuntimeError, match="0 adapters were loaded from disk, not 2"):
+        measure(server)
 
 
-async def test_each_adapter_is_compared_with_itself_when_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = iter([0.030, 0.010, 0.070, 0.020, 0.040, 0.015])
-    asked: list[str] = []
-
-    async def first_token(http: Any, model: str) -> float:
-        asked.append(model)
-        return next(taken)
-
-    monkeypatch.setattr(benchmarks.residency, "first_token", first_token)
-    http: Any = None
-    found = await ask_all(http, ["a0", "a1", "a2"], [])
-    assert asked == ["a0", "a0", "a1", "a1", "a2", "a2"]
-    assert (found["ms_p50"], found["warm_ms_p50"], found["over_warm_ms"]) == pytest.approx((40, 15, 25))
-
-
-async def test_the_longest_gap_of_a_stream_is_seen_even_if_it_begins_with_a_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_each_adapter_is_compared_with_its_warm_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.030, 0.010, 0.070, 0.020, 0.040, 0.015])
     times = [0.0, 0.01]
 
-    async def first_token(http: Any, model: str) -> float:
+    async def request_token(http: Any, model: str) -> float:
         for gap in (0.3 if len(times) == 2 else 0.01, 0.01, 0.02):
             times.append(times[-1] + gap)
-        return 0.04
+        return next(seconds)
 
-    monkeypatch.setattr(benchmarks.residency, "first_token", first_token)
+    monkeypatch.setattr(benchmarks.residency, "request_token", request_token)
     http: Any = None
-    found = await ask_all(http, ["a0", "a1"], times)
-    assert (found["gap_ms_p50"], found["gap_ms_p100"]) == pytest.approx((15, 300))
-    assert (found["warm_gap_ms_p50"], found["warm_gap_ms_p100"]) == pytest.approx((10, 20))
+    found = await request_all(http, ["a0", "a1", "a2"], times)
+    assert (found["ms_p50"], found["warm_ms_p50"], found["over_warm_ms"]) == pytest.approx((40, 15, 25))
+    assert (found["gap_ms_p100"], found["warm_gap_ms_p100"]) == pytest.approx((300, 20))
 
 
-def test_one_that_is_in_ram_already_is_not_measured_as_from_disk(answering: Places) -> None:
-    answering.tiers["a1"] = "ram"
-    with pytest.raises(RuntimeError, match=r"not all are on disk.*'a1': 'ram'"):
-        measured(answering)
-
-
-def test_what_was_not_read_is_not_measured_as_from_disk(answering: Places) -> None:
-    answering.reading = False
-    with pytest.raises(RuntimeError, match="0 adapters were read from disk, not 2"):
-        measured(answering)
-
-
-def test_all_files_of_a_store_are_put_out_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_cache_of_all_files_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "versions" / "one").mkdir(parents=True)
     (tmp_path / "versions" / "one" / "weights").write_bytes(b"x" * 5000)
     (tmp_path / "names.json").write_text("{}")
@@ -131,15 +107,11 @@ def test_all_files_of_a_store_are_put_out_of_the_cache(tmp_path: Path, monkeypat
     monkeypatch.setattr(
         os, "posix_fadvise", lambda f, at, size, how: dropped.append((os.readlink(f"/proc/self/fd/{f}"), how))
     )
-    drop(tmp_path)
-    assert {(Path(path).name, how) for path, how in dropped} == {
-        ("weights", os.POSIX_FADV_DONTNEED),
-        ("names.json", os.POSIX_FADV_DONTNEED),
-    }
+    drop_page_cache(tmp_path)
+    assert {Path(path).name for path, how in dropped if how == os.POSIX_FADV_DONTNEED} == {"weights", "names.json"}
 
 
-def test_what_was_read_from_memory_is_not_the_disk() -> None:
-    check_read({"alone": {"disk": {"read_MB": 10.1}}}, 10.0)
-    check_read({"alone": {"disk": {"read_MB": 0.0}}}, 0.0)
+def test_reads_from_memory_are_an_error() -> None:
+    check_reads({"alone": {"disk": {"read_MB": 10.1}}}, 10.0)
     with pytest.raises(RuntimeError, match="TMPDIR"):
-        check_read({"alone": {"disk": {"read_MB": 0.0}}}, 10.0)
+        check_reads({"alone": {"disk": {"read_MB": 0.0}}}, 10.0)

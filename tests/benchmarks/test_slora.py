@@ -1,4 +1,4 @@
-"""What S-LoRA's comparison runs, in which order, and that a failure is never a good ratio."""
+"""S-LoRA's workload and comparison."""
 
 from __future__ import annotations
 
@@ -12,136 +12,133 @@ import pytest
 
 from benchmarks import plots
 from benchmarks.client import NoAnswer, Outcome, Summary, summarize
-from benchmarks.slora import BURST, BURST_REQUESTS, Client, Load, Plan, body_of, compare, llama_body, ratios
-from benchmarks.workloads import Arrival, Poisson
+from benchmarks.slora import (
+    BURST_RATE,
+    BURST_REQUESTS,
+    Client,
+    Load,
+    Plan,
+    compare,
+    completion_body,
+    llama_body,
+    ratios,
+)
+from benchmarks.workloads import Arrival, Poisson, closed, generate, spread
 from server.errors import BadSetting
-from tests.benchmarks.conftest import Answering, events
+from tests.benchmarks.conftest import FakeServer, events
 
 
-def summary(rate: float = 2.0, first: float = 0.1, failed: int = 0) -> Summary:
-    """Of a hundred requests."""
-    done = [Outcome(0, True, 10, first, 1.0, 0.0, (first,))] * (100 - failed)
+def test_workload_has_the_random_numbers_of_the_paper() -> None:
+    spec = Poisson(rate=3, duration=40, adapters=200, alpha=0.3, cv=2, prompt=(8, 128), output=(8, 64), seed=42)
+    found = generate(spec)
+    np.random.seed(42)
+    popularity = np.random.power(0.3, 120)
+    prompts = np.random.randint(8, 128, 120)
+    outputs = np.random.randint(8, 64, 120)
+    times = np.cumsum(np.random.gamma(0.25, 4 / 3, 120))
+    assert [a.adapter for a in found] == (popularity * 200).astype(int).tolist()
+    assert [a.prompt_tokens for a in found] == prompts.tolist()
+    assert [a.output_tokens for a in found] == outputs.tolist()
+    assert np.allclose([a.time for a in found], times)
+    assert {a.adapter for a in generate(Poisson(rate=10, duration=1, adapters=5, alpha=1e18))} == {4}
+
+
+@pytest.mark.parametrize("wrong", [{"rate": 0.1}, {"adapters": 0}, {"alpha": 0.0}, {"cv": 0.0}])
+def test_workloads_without_requests(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="at least one adapter"):
+        generate(Poisson(**{"rate": 10, "duration": 1, "adapters": 5, **wrong}))  # type: ignore[arg-type]
+
+
+def test_spread_over_time() -> None:
+    plain = closed(2000, [0, 1], 8, 4)
+    assert plain[:2] == [Arrival(0.0, 0, 8, 4), Arrival(0.0, 1, 8, 4)]
+    for cv in (1.0, 0.5):
+        gaps = np.diff([a.time for a in spread(plain, rate=20, cv=cv)])
+        assert gaps.min() > 0 and gaps.mean() == pytest.approx(1 / 20, rel=0.1)
+        assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.1)
+    assert spread(plain, 20) == spread(plain, 20) != spread(plain, 20, seed=1)
+
+
+def summary(rate: float = 2.0, ttft: float = 0.1, failed: int = 0) -> Summary:
+    """A summary of 100 requests."""
+    done = [Outcome(0, True, 10, ttft, 1.0, 0.0, (ttft,))] * (100 - failed)
     return summarize([*done, *[Outcome(0, False, 0, math.nan, 1.0, 0.0, error="429: full")] * failed], 100 / rate)
 
 
 def client() -> Client:
-    return Client("http://nowhere", lambda number: body_of(["a"] * 9, 200, seed=number))
+    return Client("http://nowhere", lambda number: completion_body(["a"] * 9, 200, seed=number))
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, answers: Summary | None = None) -> list[Poisson]:
-    """Runs that are only noted."""
-    asked: list[Poisson] = []
+@pytest.fixture
+def specs(monkeypatch: pytest.MonkeyPatch) -> list[Poisson]:
+    """Records the runs instead of sending requests."""
+    found: list[Poisson] = []
     numbers: list[int] = []
 
-    def run(self: Client, spec: Poisson, slo_seconds: float, number: int) -> Summary:
+    def run(self: Client, spec: Poisson, slo: float, number: int) -> Summary:
         numbers.append(number)
-        assert len(set(numbers)) == len(numbers), "each has prompts of its own"
-        asked.append(spec)
-        return answers or summary()
+        assert len(set(numbers)) == len(numbers), "two runs share prompts"
+        found.append(spec)
+        return summary()
 
     monkeypatch.setattr(Client, "run", run)
-    monkeypatch.setattr(Client, "warm", lambda self, adapters: None)
-    return asked
+    monkeypatch.setattr(Client, "warm_up", lambda self, adapters: None)
+    return found
 
 
-def test_failures_of_either_leave_no_ratio() -> None:
-    """Three percent of the many fail, which looked as fast as the few; few that fail made the many look faster."""
-    few, many = Load(5, 1.0, 0.7, 9, summary()), Load(1000, 1.0, 0.7, 9, summary(first=0.15))
-    [row] = ratios([few, many])
-    assert (row["throughput"], row["failed"]) == (pytest.approx(1.0), {"few": 0, "many": 0})
-    assert row["ttft_p99"] == pytest.approx(1.5)
-    for a, b in ((0, 3), (3, 0), (1, 1)):
-        [row] = ratios([replace(few, summary=summary(failed=a)), replace(many, summary=summary(failed=b))])
-        assert math.isnan(row["throughput"]) and math.isnan(row["ttft_p99"]) and row["failed"] == {"few": a, "many": b}
-
-
-def test_answers_that_are_shorter_than_asked_leave_no_ratio(answering: Answering) -> None:
-    """A server that takes no `ignore_eos` does less than was asked for."""
-    answering.reply = lambda body: (200, events(1))
-    plan = Plan(few=1, many=2, requests=5, alphas=(1.0,), shares=(), rates=(200.0,), prompt=(3, 5), output=(4, 6))
-    said: list[str] = []
-    asking = Client(answering.url, lambda number: body_of(["s0", "s1"], 200, seed=number))
-    _, loads = compare(asking, plan, said.append)
-    assert [(load.summary.finished, load.summary.short, load.summary.tokens) for load in loads] == [(5, 5, 5)] * 4
-    assert "5 shorter than asked" in said[0] and math.isnan(ratios(loads)[0]["throughput"])
-
-
-def test_a_share_that_cannot_be_run_is_told_before_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recorded(monkeypatch)
-    plan = Plan(few=1, many=2, requests=20, duration=2.0, alphas=(1.0,), shares=(0.7, 0.0005))
-    with pytest.raises(BadSetting, match="no request is due"):
-        compare(client(), plan)
-    assert len(asked) == 1, "the capacity's"
-
-
-def test_ratios_are_of_the_medians_of_repeats() -> None:
+def test_ratios_of_medians() -> None:
     rates = {5: (2.0, 4.0, 100.0), 9: (3.0, 0.1, 6.0)}
-    loads = [Load(n, 1.0, 0.7, 9, summary(rate), i) for n, all_ in rates.items() for i, rate in enumerate(all_)]
-    [row] = ratios(loads)
-    assert row["throughput"] == pytest.approx(3.0 / 4.0)
+    loads = [Load(n, 1.0, 0.7, 9, summary(rate), i) for n, values in rates.items() for i, rate in enumerate(values)]
+    assert ratios(loads)[0]["throughput"] == pytest.approx(3.0 / 4.0)
+    few, many = Load(5, 1.0, 0.7, 9, summary()), Load(1000, 1.0, 0.7, 9, summary(ttft=0.15))
+    assert ratios([few, many])[0]["ttft_p99"] == pytest.approx(1.5)
 
 
-def test_few_and_many_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recorded(monkeypatch)
+@pytest.mark.parametrize(("few_failed", "many_failed"), [(0, 3), (3, 0), (1, 1)])
+def test_no_ratios_with_failures(few_failed: int, many_failed: int) -> None:
+    few = Load(5, 1.0, 0.7, 9, summary(failed=few_failed))
+    many = Load(1000, 1.0, 0.7, 9, summary(failed=many_failed))
+    [row] = ratios([few, many])
+    assert math.isnan(row["throughput"]) and math.isnan(row["ttft_p99"])
+    assert row["failed"] == {"few": few_failed, "many": many_failed}
+
+
+def test_few_and_many_alternate(specs: list[Poisson]) -> None:
     plan = Plan(few=2, many=9, alphas=(0.3,), shares=(0.5,), requests=40, repeats=3, cv=2.0, seed=7)
-    most, loads = compare(client(), plan)
-    assert most == pytest.approx(2.0)
-    assert [spec.adapters for spec in asked[1:]] == [2, 9, 9, 2, 2, 9]
+    capacity, loads = compare(client(), plan)
+    assert capacity == pytest.approx(2.0)
     assert [(load.adapters, load.repeat) for load in loads] == [(2, 0), (9, 0), (9, 1), (2, 1), (2, 2), (9, 2)]
-    assert {(s.rate, s.alpha, s.cv, s.seed) for s in asked[1:]} == {(1.0, 0.3, 2.0, 7)}
-    assert {int(s.rate * s.duration) for s in asked[1:]} == {40}
+    assert {(s.rate, s.alpha, s.cv, s.seed) for s in specs[1:]} == {(1.0, 0.3, 2.0, 7)}
+    assert {int(s.rate * s.duration) for s in specs[1:]} == {40}
 
 
-@pytest.mark.parametrize(("requests", "measured"), [(30, 30), (5000, BURST_REQUESTS)])
-def test_the_capacity_is_measured_by_no_more_than_a_run_has(
-    monkeypatch: pytest.MonkeyPatch, requests: int, measured: int
-) -> None:
-    asked = recorded(monkeypatch)
+@pytest.mark.parametrize(("requests", "burst"), [(30, 30), (5000, BURST_REQUESTS)])
+def test_requests_of_the_capacity_measurement(specs: list[Poisson], requests: int, burst: int) -> None:
     compare(client(), Plan(few=2, many=9, requests=requests, alphas=(1.0,), shares=(0.5,), prompt=(3, 5)))
-    assert asked[0].rate == BURST and int(asked[0].rate * asked[0].duration) == measured
-    assert asked[0].prompt == (3, 5)
+    assert specs[0].rate == BURST_RATE and int(specs[0].rate * specs[0].duration) == burst and specs[0].prompt == (3, 5)
 
 
-@pytest.mark.parametrize("requests", [1, 5, 400, 1000])
-def test_a_run_has_as_many_requests_as_are_asked_for(requests: int) -> None:
-    for rate in np.random.default_rng(1).uniform(0.01, 500, 300):
-        spec = Plan(requests=requests).arrivals(float(rate), 5, 1.0)
-        assert int(spec.rate * spec.duration) == requests
+def test_number_of_requests_is_exact() -> None:
+    for requests in (1, 5, 400, 1000):
+        for rate in np.random.default_rng(1).uniform(0.01, 500, 100):
+            spec = Plan(requests=requests).arrivals(float(rate), 5, 1.0)
+            assert int(spec.rate * spec.duration) == requests
 
 
-def test_rates_that_are_given_need_no_capacity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = recorded(monkeypatch)
+def test_rates_need_no_capacity(specs: list[Poisson], tmp_path: Path) -> None:
     plan = Plan(few=2, many=9, alphas=(1.0,), shares=(), rates=(3.0, 5.0), duration=20.0, repeats=1)
-    most, loads = compare(client(), plan)
-    assert most is None and [load.share for load in loads] == [None] * 4
-    assert [(spec.rate, spec.duration) for spec in asked] == [(3.0, 20.0)] * 2 + [(5.0, 20.0)] * 2
-    assert [row["rate"] for row in ratios(loads)] == [3.0, 5.0]
+    capacity, loads = compare(client(), plan)
+    assert capacity is None and [load.share for load in loads] == [None] * 4
+    assert [(spec.rate, spec.duration) for spec in specs] == [(3.0, 20.0)] * 2 + [(5.0, 20.0)] * 2
     assert plots.loads(tmp_path / "x.png", "x", loads).stat().st_size > 1000
-
-
-def test_a_picture_of_failures_alone_stands_on_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    close = plots._pyplot().close
-    drawn = []
-    monkeypatch.setattr(plots._pyplot(), "close", lambda figure: (drawn.append(figure.axes), close(figure)))
-    plots.loads(tmp_path / "x.png", "x", [Load(n, 1.0, 0.7, 9, summary(failed=100)) for n in (5, 9)])
-    plots.loads(tmp_path / "x.png", "x", [Load(n, 1.0, 0.7, 9, summary(failed=n - 5)) for n in (5, 8)])
-    assert [axes.get_ylim()[0] for axes in drawn[0]] == [0, 0]
-    told = [[text.get_text() for text in axes.texts] for axes in drawn[1]]
-    assert all("failed" not in few and many.endswith("\n3 failed") for few, many in told), "even where a bar is drawn"
-
-
-def test_a_capacity_with_failures_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded(monkeypatch, summary(failed=2))
-    with pytest.raises(NoAnswer, match=r"2 of 100 requests failed.*429: full.*--max-queue.*--rate"):
-        compare(client(), Plan(few=2, many=9))
+    failed = [Load(n, 1.0, 0.7, 9, summary(failed=100)) for n in (5, 9)]
+    assert plots.loads(tmp_path / "y.png", "y", failed).stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
-        ({"few": 9, "many": 5}, "must be more adapters"),
-        ({"few": 5, "many": 5}, "must be more adapters"),
-        ({"few": 0}, "must be more adapters"),
+        ({"few": 5, "many": 5}, "--many"),
         ({"cv": 0.0}, "--cv must be above 0"),
         ({"slo": math.nan}, "--slo"),
         ({"alphas": (1.0, -1.0)}, "--alpha"),
@@ -150,57 +147,55 @@ def test_a_capacity_with_failures_is_none(monkeypatch: pytest.MonkeyPatch) -> No
         ({"duration": 0.0}, "--duration"),
         ({"duration": 0.5, "rates": (1.0,)}, "no request is due"),
         ({"duration": 1e5, "rates": (1.0, 1e5)}, "more than 1000000 requests are due"),
-        ({"cv": 1e-200}, "--cv must be above 0, from 0.0001 to 1000000, not 1e-200"),
-        ({"alphas": (1e18,)}, "--alpha"),
         ({"requests": 10**11}, "--requests"),
-        ({"many": 10**11}, "--many"),
     ],
 )
-def test_a_plan_that_cannot_be_run_is_refused_before_anything_is_asked(
-    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], told: str
-) -> None:
-    monkeypatch.setattr(Client, "warm", lambda self, adapters: pytest.fail("something was asked"))
-    with pytest.raises(BadSetting, match=told):
+def test_invalid_plans(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], message: str) -> None:
+    monkeypatch.setattr(Client, "warm_up", lambda self, adapters: pytest.fail("a request was sent"))
+    with pytest.raises(BadSetting, match=message):
         compare(client(), Plan(**wrong))
 
 
-def test_llama_server_reads_every_prompt_again() -> None:
-    arrival = Arrival(0.0, 0, 4, 2)
-    assert llama_body(0, 200)(arrival, 0) | {"prompt": 0} == body_of([""], 200)(arrival, 0) | {
-        "prompt": 0,
-        "lora": [],
-        "cache_prompt": False,
-    }
-    assert [one["scale"] for one in llama_body(2, 200)(arrival, 0)["lora"]] == [1.0, 0.0]
+def test_a_share_without_requests_is_reported_before_the_runs(specs: list[Poisson]) -> None:
+    with pytest.raises(BadSetting, match="no request is due"):
+        compare(client(), Plan(few=1, many=2, requests=20, duration=2.0, alphas=(1.0,), shares=(0.7, 0.0005)))
+    assert len(specs) == 1
 
 
-def test_prompts_of_words_are_as_long_as_those_of_ids() -> None:
-    body, plain = body_of(["a"], 200, text=True), body_of(["a"], 200)
-    for i, length in enumerate((1, 7, 128)):
-        arrival = Arrival(0.0, 0, length, 2)
-        assert len(body(arrival, i)["prompt"].split()) == length == len(plain(arrival, i)["prompt"])
-        assert body(arrival, i) | {"prompt": 0} == plain(arrival, i) | {"prompt": 0}
-        assert llama_body(1, 200, text=True)(arrival, i)["prompt"] == body(arrival, i)["prompt"]
-    assert len({body(Arrival(0.0, 0, 16, 2), i)["prompt"] for i in range(400)}) == 400
+def test_failures_before_the_runs(fake_server: FakeServer) -> None:
+    plan = Plan(few=1, many=2, requests=5, alphas=(1.0,), shares=(0.5,), prompt=(3, 5), output=(4, 6))
+    target = Client(fake_server.url, lambda number: completion_body(["s0", "s1"], 200, seed=number))
+    fake_server.reply = lambda body: (200, events(1)) if len(fake_server.requests) <= 2 else (429, ["full"])
+    with pytest.raises(NoAnswer, match="5 of 5 requests failed during the measurement of the capacity"):
+        compare(target, plan)
+    fake_server.reply = lambda body: (404, ["unknown"])
+    with pytest.raises(NoAnswer, match="2 of 2 adapters did not answer; the first: 404: unknown"):
+        compare(target, plan)
 
 
-def test_a_chat_asks_in_words_and_what_some_servers_do_not_know_can_be_left_out() -> None:
+def test_short_answers_give_no_ratio(fake_server: FakeServer) -> None:
+    fake_server.reply = lambda body: (200, events(1))
+    plan = Plan(few=1, many=2, requests=5, alphas=(1.0,), shares=(), rates=(200.0,), prompt=(3, 5), output=(4, 6))
+    lines: list[str] = []
+    target = Client(fake_server.url, lambda number: completion_body(["s0", "s1"], 200, seed=number), "k:ey")
+    _, loads = compare(target, plan, lines.append)
+    assert [(load.summary.finished, load.summary.short) for load in loads] == [(5, 5)] * 4
+    assert "5 shorter than requested" in lines[0] and math.isnan(ratios(loads)[0]["throughput"])
+    assert {key for _, key, _ in fake_server.requests} == {"Bearer k:ey"} and "k:ey" not in repr(target)
+
+
+def test_bodies() -> None:
     arrival = Arrival(0.0, 1, 16, 2)
-    plain, chat = (
-        body_of(["a", "b"], 200)(arrival, 0),
-        body_of(["a", "b"], 200, chat=True, ignore_eos=False)(arrival, 0),
-    )
+    plain, words = completion_body(["a", "b"], 200), completion_body(["a", "b"], 200, text=True)
+    chat = dict(completion_body(["a", "b"], 200, chat=True, ignore_eos=False)(arrival, 0))
+    expected = {key: value for key, value in plain(arrival, 0).items() if key != "prompt"}
+    assert expected["model"] == "b" and expected["max_tokens"] == 2 and expected["ignore_eos"]
     [message] = chat.pop("messages")
     assert message["role"] == "user" and len(message["content"].split()) == 16
-    assert {**chat, "ignore_eos": True} == {key: value for key, value in plain.items() if key != "prompt"}
-    assert "messages" in llama_body(1, 200, chat=True)(Arrival(0.0, 0, 16, 2), 0)
-
-
-def test_a_server_is_asked_with_its_key(answering: Answering) -> None:
-    answering.reply = lambda body: (200, events(body["max_tokens"]))
-    plan = Plan(few=1, many=3, requests=5, alphas=(1.0,), shares=(), rates=(200.0,), prompt=(3, 5), output=(2, 4))
-    asking = Client(f"{answering.url}/v1/", lambda number: body_of(["s0", "s1", "s2"], 200, seed=number), "k:ey")
-    _, loads = compare(asking, plan)
-    assert [(load.summary.finished, load.summary.failed) for load in loads] == [(5, 0)] * 4
-    assert {key for _, key, _ in answering.asked} == {"Bearer k:ey"} and "k:ey" not in repr(asking)
-    assert {len(body["prompt"]) for *_, body in answering.asked[3:]} <= {3, 4}
+    assert {**chat, "ignore_eos": True} == expected
+    assert len(words(arrival, 0)["prompt"].split()) == len(plain(arrival, 0)["prompt"]) == 16
+    assert len({words(arrival, i)["prompt"] for i in range(400)}) == 400
+    llama = llama_body(2, 200)(replace(arrival, adapter=0), 0)
+    assert [one["scale"] for one in llama["lora"]] == [1.0, 0.0] and llama["cache_prompt"] is False
+    first = replace(arrival, adapter=0)
+    assert llama_body(0, 200)(first, 0)["lora"] == [] and "messages" in llama_body(1, 200, chat=True)(first, 0)
