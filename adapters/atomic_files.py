@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from adapters.errors import StoreFailed, error_text
 
@@ -61,30 +59,3 @@ def store_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreFailed(f"could not write {what}: {error_text(error)}") from None
-
-
-def set_aside(path: Path, copy: bool = False) -> Path:
-    """Rename an unreadable file to the first free of `name.broken.ext`, `name.broken2.ext`, ..., or copy it there.
-
-    Returns the new path. An identical copy that exists is returned instead of a new one.
-    """
-    names = [path.with_suffix(f".broken{number}{path.suffix}") for number in ("", *range(2, 101))]
-    if copy:
-        content = path.read_bytes()
-        same = (name for name in names if name.exists() and name.read_bytes() == content)
-        if (existing := next(same, None)) is not None:
-            return existing
-    aside = next((name for name in names if not name.exists()), names[0])
-    if copy:
-        shutil.copyfile(path, aside)
-    else:
-        os.replace(path, aside)
-    return aside
-
-
-def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of `record` that are fields of the dataclass `kind`; newer versions may write more."""
-    return {name: value for name, value in record.items() if name in kind.__dataclass_fields__}
-
-
-refused = store_errors  # old name

@@ -29,10 +29,6 @@ def valid_unicode(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-encodable = valid_unicode  # old name
-MACHINE = RESOURCE_ERRORS  # old name
-
-
 def shortened(text: str) -> str:
     """Return `text` as valid Unicode of at most about `MAX_MESSAGE` characters, cut in the middle."""
     text = valid_unicode(text)

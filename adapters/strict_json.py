@@ -13,6 +13,3 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {duplicate!r} is there twice")
     return found
-
-
-once = unique_keys  # old name

@@ -27,7 +27,6 @@ SHORT_DIGEST, MIN_DIGEST = 12, 6
 """Digits of a digest in a label, and the fewest that a request may give."""
 DIGEST_SUFFIX = f"@[0-9a-f]{{{MIN_DIGEST},64}}"
 """Pattern of the version part of "name@digest"."""
-AT_DIGEST, NAME_IN_WORDS = DIGEST_SUFFIX, NAME_RULE  # old names
 CHUNK = 1 << 17
 """Values processed at a time: small enough for the cache."""
 _BITS = {torch.float32: ("<u4", 0x7F800000), torch.bfloat16: ("<u2", 0x7F80), torch.float16: ("<u2", 0x7C00)}

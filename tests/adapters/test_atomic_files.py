@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adapters.atomic_files import replace_file, set_aside, sync_folder
+from adapters.atomic_files import replace_file, sync_folder
 
 
 def test_a_file_is_replaced_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +73,3 @@ def test_a_file_system_that_syncs_no_folder_is_written_to(
     else:
         sync_folder(tmp_path)
         assert not caplog.records
-
-
-def test_files_set_aside_get_free_names(tmp_path: Path) -> None:
-    file = tmp_path / "names.json"
-    for content, wanted in zip("abc", ("names.broken.json", "names.broken2.json", "names.broken3.json"), strict=True):
-        file.write_text(content)
-        for _ in range(3 if content == "b" else 1):  # an identical copy is not repeated
-            assert set_aside(file, copy=content == "b").name == wanted and file.exists() == (content == "b")
-    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["a", "b", "c"]
