@@ -40,7 +40,7 @@ def quantize(
 
     With `--quantization none` the weights stay floating point. Files are processed one at a time.
     """
-    from server.model.loader import quantize_folder
+    from server.model.quantized_folder import quantize_folder
     from server.sources import resolve_model
 
     with progress("bytes", quiet=as_json) as bar:

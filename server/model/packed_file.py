@@ -1,17 +1,14 @@
-"""The packed cache: one file that holds a base's resident form, mapped by whoever serves or trains on it.
+"""The packed cache: one file with a base's resident form, mapped by the server and by training processes.
 
-Owns the file format. It is disposable: keyed by the source's digest, the quantization and the backend's layout, it is
-written atomically, verified when it is opened, and made again when anything is wrong with it. When one is written,
-those that nobody has opened for thirty days are removed; what a writer that was killed has left goes with the next
-start. Does not know models.
+A packed file is disposable. Its name is a digest of its key (the source's digest, the quantization, the backend's
+layout). It is written atomically, verified when it is opened, and rebuilt if anything is wrong with it.
 
-Format, all little-endian: 64 bytes of head (magic, offset, length and SHA-256 of the index), then the tensors, each
-at a multiple of 64 bytes, then the index, a JSON object.
+Format, little-endian: 64 bytes of head (magic, offset, length and SHA-256 of the index), then the tensors, each at a
+multiple of 64 bytes, then the index, a JSON object.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -36,8 +33,8 @@ log = logging.getLogger(__name__)
 
 MAGIC = b"loramux1"
 ALIGNMENT = 64
-_ABANDONED = 60.0  # seconds without a write, where nobody holds the file either
-_UNUSED = 30 * 24 * 3600.0  # seconds
+_ABANDONED = 24 * 3600.0  # seconds without a write, after which a temporary file is removed
+_UNUSED = 30 * 24 * 3600.0  # seconds without a use, after which a packed file is removed
 _HEAD = struct.Struct("<8sQQ32s")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -47,7 +44,7 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (
 
 @dataclass(frozen=True)
 class Packed:
-    """What a packed file holds. The tensors lie in the file's pages: read-only by convention, shared, not copied."""
+    """The content of a packed file. The tensors are views of the mapped file and must not be written."""
 
     weights: Mapping[str, Weight]
     tensors: Mapping[str, torch.Tensor]
@@ -55,24 +52,22 @@ class Packed:
 
 
 def packed_path(directory: Path, key: Mapping[str, Any]) -> Path:
-    """Where the packed file for `key` lies, or would."""
+    """The path of the packed file for `key`."""
     return directory / f"base-{hashlib.sha256(_canonical(key)).hexdigest()[:32]}.packed"
 
 
 class PackedWriter:
-    """Writes a packed file tensor by tensor; nothing is seen under its name until `finish`.
+    """Writes a packed file tensor by tensor. It appears at its path with `finish`.
 
-    Used as a context manager: leaving it without `finish` removes what was written. Raises OSError.
+    A context manager: leaving it without `finish` removes what was written. Raises OSError.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self._path, self._key = path, dict(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path.parent)
+        _remove_old(path.parent, "base-*.tmp", _ABANDONED)
         handle, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         self._file: BinaryIO = os.fdopen(handle, "w+b")
-        with suppress(OSError):  # where there are no locks, nothing is taken for abandoned
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._digest = hashlib.sha256()
         self._file.write(bytes(ALIGNMENT))
         self._at = ALIGNMENT
@@ -81,6 +76,14 @@ class PackedWriter:
 
     def __enter__(self) -> PackedWriter:
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._file.closed:
+            with suppress(OSError):  # on a full disk, flushing fails again
+                self._file.close()
+            Path(self._temporary).unlink(missing_ok=True)
 
     def add_weight(self, path: str, weight: Weight) -> None:
         self._weights[path] = {
@@ -95,7 +98,7 @@ class PackedWriter:
         self._tensors[name] = self._write(tensor)
 
     def finish(self, notes: tuple[str, ...] = ()) -> None:
-        """Write the index and give the file its name, once all of it is on the disk."""
+        """Write the index, sync, and move the file to its path. Removes packed files unused for 30 days."""
         index = _canonical(
             {
                 "key": self._key,
@@ -110,38 +113,15 @@ class PackedWriter:
         self._file.write(_HEAD.pack(MAGIC, self._at, len(index), hashlib.sha256(index).digest()))
         self._file.flush()
         os.fsync(self._file.fileno())
-        # What was written lies in memory in small pages and would stay there: whoever maps it reads huge ones.
-        with suppress(OSError, AttributeError):  # where nobody takes advice
+        # Drop the written pages from the page cache: mapping reads them again as huge pages.
+        with suppress(OSError, AttributeError):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._file.close()
         os.replace(self._temporary, self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # not every file system syncs folders; a file whose name is lost is made again
-                os.fsync(directory)
-        finally:
-            os.close(directory)
-        self._remove_unused()
-
-    def _remove_unused(self) -> None:
-        """Remove the packed files of other sources, settings and layouts that have not been opened for long."""
-        for other in self._path.parent.glob("base-*.packed"):
-            with suppress(OSError):  # another's file, or one that somebody else removes: this one is written
-                stat = other.stat()
-                if other != self._path and time.time() - max(stat.st_atime, stat.st_mtime) > _UNUSED:
-                    other.unlink()
-                    log.info("the packed cache %s had not been used for 30 days and is removed", other.name)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._file.closed:
-            with suppress(OSError):  # on a full disk what is not written yet does not fit either
-                self._file.close()
-            Path(self._temporary).unlink(missing_ok=True)
+        _remove_old(self._path.parent, "base-*.packed", _UNUSED)
 
     def _write(self, tensor: torch.Tensor) -> list[Any]:
-        """Append a tensor; returns its dtype, shape and offset, for the index."""
+        """Append a tensor; returns its index entry: dtype, shape and offset."""
         tensor = tensor.detach().contiguous().cpu()
         offset = self._at
         if tensor.numel():
@@ -155,53 +135,48 @@ class PackedWriter:
 
 
 def open_packed(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed | None:
-    """The packed file, mapped; None if there is none. One that is damaged, of another key or another user is removed,
-    where that is allowed, with a line.
+    """Map the packed file; None if there is none. A damaged file, or one of another key, is removed.
 
-    The bytes are verified once for each stamp of the file, but for what noting this use changes of it.
+    The tensors' digest is verified once for each stamp of the file.
     """
-    _remove_abandoned(path.parent)
+    if not path.is_file():
+        return None
     try:
-        if not path.is_file():
-            return None
-        packed = _mapped(path, key, digests)
-        with suppress(OSError):  # on a read-only disk nobody removes it either
-            digests.note_use(path)
-        return packed
-    except PermissionError as error:  # another user's
-        log.warning("the packed cache %s cannot be read and is made again: %s", path.name, error)
+        return _mapped(path, key, digests)
+    except PermissionError as error:
+        log.warning("the packed cache %s cannot be read and is rebuilt: %s", path.name, error)
     except (OSError, ValueError, KeyError, TypeError, struct.error, RuntimeError) as error:
-        log.warning("the packed cache %s is damaged and is made again: %s", path.name, error)
-    with suppress(OSError):  # what cannot be removed is replaced, or nothing is written there at all
+        log.warning("the packed cache %s is damaged and is rebuilt: %s", path.name, error)
+    with suppress(OSError):
         path.unlink(missing_ok=True)
     return None
 
 
-def _remove_abandoned(directory: Path) -> None:
-    """Remove what processes have left that were killed while they wrote; nothing where there are no locks to tell."""
-    for abandoned in directory.glob("base-*.tmp"):
-        with suppress(OSError), abandoned.open("rb") as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                abandoned.unlink(missing_ok=True)
+def _remove_old(directory: Path, pattern: str, seconds: float) -> None:
+    for path in directory.glob(pattern):
+        with suppress(OSError):
+            stat = path.stat()
+            if time.time() - max(stat.st_atime, stat.st_mtime) > seconds:
+                path.unlink()
+                log.info("removed %s, which was not used for %d days", path.name, seconds // 86400)
 
 
 def _mapped(path: Path, key: Mapping[str, Any], digests: Digests) -> Packed:
-    storage = mapped(path).untyped_storage()  # first: otherwise the bytes are read in small pages
+    storage = mapped(path).untyped_storage()  # before reading, which would load small pages
     size = path.stat().st_size
     with path.open("rb") as file:
         magic, end, length, digest = _HEAD.unpack(file.read(_HEAD.size))
         if magic != MAGIC or end + length != size:
-            raise ValueError("its length is not what its head says")
+            raise ValueError("its head or its length is wrong")
         file.seek(end)
         text = file.read(length)
     if hashlib.sha256(text).digest() != digest:
-        raise ValueError("its index does not have the digest that its head says")
+        raise ValueError("the digest of its index is wrong")
     index = json.loads(text)
     if _canonical(index["key"]) != _canonical(key):
-        raise ValueError("it was made of something else")
+        raise ValueError("it belongs to another model")
     if digests.of(path, ALIGNMENT, end) != index["data"]:
-        raise ValueError("its tensors do not have the digest that its index says")
+        raise ValueError("the digest of its tensors is wrong")
 
     def view(entry: list[Any]) -> torch.Tensor:
         dtype, shape = _DTYPES[entry[0]], torch.Size(entry[1])

@@ -1,105 +1,62 @@
-"""Digests of files are remembered once their files have settled."""
+"""Digests of files and their cache."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from server.model import file_digest
-from server.model.file_digest import Digests
+from server.model.file_digest import CACHE, Digests, sha256
 
 
-@pytest.mark.parametrize(("age", "reads"), [(3600.0, 1), (0.0, 2), (-3600.0, 1)], ids=["old", "new", "future"])
-def test_a_file_that_is_not_of_just_now_is_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, reads: int
-) -> None:
-    """As is one that a clock was ahead for."""
-    file = tmp_path / "base.gguf"
-    file.write_bytes(b"base")
-    now = time.time()
-    monkeypatch.setattr(file_digest, "time", SimpleNamespace(time=lambda: now))
-    os.utime(file, (now - age,) * 2)
-    read: list[Path] = []
-    sha256 = file_digest.sha256
+def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reads = tmp_path / "f", 0
 
-    def reading(path: Path, *part: int | None) -> str:
-        read.append(path)
-        return sha256(path, *part)
+    def counted(*arguments: object) -> str:
+        nonlocal reads
+        reads += 1
+        return sha256(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(file_digest, "sha256", reading)
-    assert Digests(tmp_path).of(file) == Digests(tmp_path).of(file) == sha256(file)
-    assert len(read) == reads
+    path.write_bytes(b"abc")
+    monkeypatch.setattr(file_digest, "sha256", counted)
+    for _ in range(3):
+        assert Digests(tmp_path / "cache").of(path) == hashlib.sha256(b"abc").hexdigest()
+    assert Digests(tmp_path / "cache").of(path, 1, 3) == hashlib.sha256(b"bc").hexdigest()
+    assert reads == 2
+    Digests(None).of(path)
+    assert reads == 3
 
 
 @pytest.mark.parametrize("how", ["written", "replaced"])
-def test_a_file_of_the_same_size_and_time_is_another(tmp_path: Path, how: str) -> None:
-    file, other = tmp_path / "base.gguf", tmp_path / "other"
-    for path, content in ((file, b"one"), (other, b"two")):
-        path.write_bytes(content)
-        os.utime(path, (1e9, 1e9))
-    assert Digests(tmp_path).of(file) == file_digest.sha256(file)
-    if how == "replaced":
-        os.replace(other, file)
+def test_a_change_is_noticed_even_with_the_old_size_and_time(tmp_path: Path, how: str) -> None:
+    path, other = tmp_path / "f", tmp_path / "g"
+    path.write_bytes(b"abc")
+    before = path.stat()
+    Digests(tmp_path).of(path)
+    other.write_bytes(b"abd")
+    if how == "written":
+        path.write_bytes(b"abd")
     else:
-        file.write_bytes(b"two")
-        os.utime(file, (1e9, 1e9))
-    assert Digests(tmp_path).of(file) == file_digest.sha256(file)
+        os.replace(other, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert Digests(tmp_path).of(path) == hashlib.sha256(b"abd").hexdigest()
 
 
-def test_what_an_earlier_version_remembered_is_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It knew size and time of the last write alone."""
-    file = tmp_path / "base.gguf"
-    file.write_bytes(b"base")
-    os.utime(file, (1e9, 1e9))
-    remembered = tmp_path / file_digest.REMEMBERED
-    remembered.write_text(json.dumps({f"{file}[0:None]": [4, 10**18, "wrong"]}))
-    assert Digests(tmp_path).of(file) == file_digest.sha256(file) and caplog.text == ""
-    assert json.loads(remembered.read_text()) == {
-        f"{file}[0:None]": [*file_digest.stamp(file), file_digest.sha256(file)]
-    }
+@pytest.mark.parametrize("content", ["[]", "{", '{"x": 5}'])
+def test_a_broken_cache_is_ignored(tmp_path: Path, content: str) -> None:
+    (tmp_path / CACHE).write_text(content)
+    (tmp_path / "f").write_bytes(b"abc")
+    assert Digests(tmp_path).of(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_a_use_that_is_noted_leaves_a_file_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "base.packed"
-    file.write_bytes(b"base")
-    os.utime(file, (1e9, 1e9))
-    digests = Digests(tmp_path)
-    whole, part = digests.of(file), digests.of(file, 1, 3)
-    before = file_digest.stamp(file)
-    digests.note_use(file)
-    assert file_digest.stamp(file) != before and file.stat().st_mtime == 1e9 < file.stat().st_atime
-    monkeypatch.setattr(file_digest, "sha256", None)
-    assert (Digests(tmp_path).of(file), Digests(tmp_path).of(file, 1, 3)) == (whole, part)
-
-
-def test_a_file_that_changed_since_it_was_read_is_not_known_by_its_use(tmp_path: Path) -> None:
-    file = tmp_path / "base.packed"
-    file.write_bytes(b"base")
-    os.utime(file, (1e9, 1e9))
-    digests = Digests(tmp_path)
-    digests.of(file)
-    file.write_bytes(b"more")
-    os.utime(file, (1e9, 1e9))
-    digests.note_use(file)
-    assert digests.of(file) == file_digest.sha256(file)
-
-
-def test_processes_over_one_cache_lose_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with a base of its own, and two that begin with the same one."""
-    files = [tmp_path / name for name in ("a", "b")]
-    for file in files:
-        file.write_bytes(file.name.encode())
-        os.utime(file, (1e9, 1e9))
-    first, second, third = (Digests(tmp_path) for _ in range(3))
-    first.of(files[0])
-    second.of(files[1])
-    third.of(files[0])
-    for digests, file in ((first, files[0]), (third, files[0]), (second, files[1])):
-        digests.note_use(file)
-    monkeypatch.setattr(file_digest, "sha256", None)
-    assert len({Digests(tmp_path).of(file) for file in files}) == 2
+def test_of_all_covers_names_and_content_in_any_order(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    digests, files = Digests(None), [tmp_path / "a", tmp_path / "b"]
+    first = digests.of_all(tmp_path, files)
+    assert digests.of_all(tmp_path, files[::-1]) == first
+    os.replace(tmp_path / "b", tmp_path / "c")
+    assert digests.of_all(tmp_path, [tmp_path / "a", tmp_path / "c"]) != first
