@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from adapters.leases import Lease
 from adapters.weights import Version, is_nonzero
@@ -16,11 +16,8 @@ from server.metrics import RequestRecord
 from server.tasks.delivery import DeliveryInbox
 from server.tasks.resolve import Target
 
-
-class Cancels(Protocol):
-    """The part of the engine that a generation uses."""
-
-    def cancel(self, request_id: str) -> None: ...
+if TYPE_CHECKING:
+    from server.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Generation:
         only_ends: the reader waits for the end and is not woken for each step.
     """
 
-    def __init__(self, id: str, target: Target, lease: Lease, caller: Caller, engine: Cancels) -> None:
+    def __init__(self, id: str, target: Target, lease: Lease, caller: Caller, engine: Engine) -> None:
         self.id = id
         self.target = target
         self.caller = caller

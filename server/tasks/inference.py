@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from adapters.leases import Lease
-from adapters.weights import Choice, Mix, is_nonzero
+from adapters.weights import Choice, is_nonzero
 from server.engine.request import Constraint, Delivery, Request, Sampling
 from server.errors import SHUTTING_DOWN, InvalidRequest, NotFinite, NotReady, QueueFull
 from server.metrics import Metrics, RequestRecord
@@ -20,29 +20,11 @@ from server.tasks.delivery import EventLoopDelivery
 from server.tasks.generation import Caller, Generation, Reply, new_id, request_record
 from server.tasks.resolve import Target
 
+if TYPE_CHECKING:
+    from adapters.registry import Registry
+    from server.engine.engine import Engine
+
 log = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """The part of the engine that inference uses."""
-
-    def check_call(self, requests: int, tokens: int = 0) -> None: ...
-
-    def check_mix(self, mix: Mix) -> None: ...
-
-    def submit(self, request: Request) -> None: ...
-
-    def cancel(self, request_id: str) -> None: ...
-
-
-class Leases(Protocol):
-    """The part of the adapter registry that inference uses."""
-
-    def lease(self, choice: Choice) -> Lease: ...
-
-    def mix(self, choice: Choice) -> Mix: ...
-
-    def check_room(self, mix: Mix) -> None: ...
 
 
 class Inference:
@@ -60,7 +42,7 @@ class Inference:
     def __init__(
         self,
         engine: Engine,
-        leases: Leases,
+        registry: Registry,
         metrics: Metrics,
         delivery: EventLoopDelivery,
         status_of: Callable[[Exception], int],
@@ -69,7 +51,7 @@ class Inference:
         self.on_ended: Callable[[Generation], None] = lambda generation: None
         self.live: set[Generation] = set()
         self.admission = Admission()
-        self.leases = leases
+        self.registry = registry
         self._metrics = metrics
         self._delivery = delivery
         self._status_of = status_of
@@ -92,11 +74,11 @@ class Inference:
         """
         self.admission.check(caller.tenant, target.task.name if target.task else None)
         if target.held is None:
-            self.engine.check_mix(self.leases.mix(target.choice))
+            self.engine.check_mix(self.registry.mix(target.choice))
 
     def lease(self, target: Target) -> Lease:
         """A lease on the target's adapters. Raises UnknownAdapter, InvalidChoice, NoRoom."""
-        return self.leases.lease(target.choice) if target.held is None else target.held.clone()
+        return self.registry.lease(target.choice) if target.held is None else target.held.clone()
 
     def start(
         self,
@@ -145,7 +127,7 @@ class Inference:
                 sampling=sampling,
                 deliver=self._deliver_to(generation, index),
                 mix=lease.mix,
-                check_fits=lambda: self.leases.check_room(lease.mix),
+                check_fits=lambda: self.registry.check_room(lease.mix),
                 fair_key=fair_key,
                 tenant=caller.tenant,
                 priority=caller.priority,

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from adapters.errors import UnknownAdapter
 from adapters.leases import Lease
-from adapters.weights import DIGEST_SUFFIX, NAME, Choice, Version
+from adapters.weights import DIGEST_SUFFIX, NAME, Choice
 from server.errors import UnknownName, rename_params
 from server.tasks.definitions import DEFAULT, BestRoute, Task
 from server.tasks.task_store import TaskStore
 
+if TYPE_CHECKING:
+    from adapters.registry import Registry
+    from server.tasks.routing import BestRouter
+
 _VERSION = re.compile(f"({NAME.pattern}){DIGEST_SUFFIX}")
-
-
-class Versions(Protocol):
-    """The part of the adapter registry that resolving uses."""
-
-    def current(self, name: str) -> Version: ...
-
-    def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
-
-
-class Router(Protocol):
-    """Picks one candidate of a `best` route for the next request."""
-
-    def pick(self, task: Task, route: BestRoute) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class Target:
 class Resolver:
     """Finds the target of a request. `override` is the request's own `adapters`, None if it has none."""
 
-    def __init__(self, tasks: TaskStore, adapters: Versions, base: str, router: Router) -> None:
+    def __init__(self, tasks: TaskStore, adapters: Registry, base: str, router: BestRouter) -> None:
         self.base = base
         self._tasks = tasks
         self._adapters = adapters

@@ -19,27 +19,21 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterError, StoreFailed
-from adapters.weights import Choice, Version
 from server.tasks.definitions import BestRoute, Task
 from server.tasks.intervals import ALPHA, Comparison, Hours, Totals, compare_by_hours, compare_paired
 from server.tasks.mix_key import MixKey
 from server.tasks.quality import FEEDBACK, Quality
 
+if TYPE_CHECKING:
+    from adapters.registry import Registry
+
 EXPLORE_EVERY = 20
 """Requests of which one explores."""
 ROUNDS = 5
 """Rounds of turns whose order is drawn at once."""
-
-
-class Versions(Protocol):
-    """The part of the adapter registry that routing uses."""
-
-    def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
-
-    def load_failed(self, text: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -174,9 +168,9 @@ class _TaskState:
 class BestRouter:
     """Picks the candidate for each request of a task with a `best` route."""
 
-    def __init__(self, quality: Quality, versions: Versions, base: str) -> None:
+    def __init__(self, quality: Quality, registry: Registry, base: str) -> None:
         self._quality = quality
-        self._versions = versions
+        self._registry = registry
         self._base = base
         self._states: dict[str, _TaskState] = {}
 
@@ -185,7 +179,7 @@ class BestRouter:
         state = self._state(task, route)
         keys = self._keys(task, route)
         leader = self._leader(state, keys)
-        loadable = [name for name in keys if not self._versions.load_failed(name)] or list(keys)
+        loadable = [name for name in keys if not self._registry.load_failed(name)] or list(keys)
         main = [name for name in loadable if keys[name] not in state.worse] or loadable
         if leader in loadable:
             main = [leader]
@@ -266,7 +260,7 @@ class BestRouter:
         by_content: dict[tuple[str, ...], dict[str, MixKey]] = {}
         for name in route.candidates:
             try:
-                versions = self._versions.resolve([(name, 1.0)])
+                versions = self._registry.resolve([(name, 1.0)])
             except AdapterError:
                 continue
             content = tuple(version.digest for version, _ in versions)

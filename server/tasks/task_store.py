@@ -14,14 +14,13 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterError, StoreFailed, UnknownAdapter
-from adapters.leases import Lease
 from adapters.peft_format import TASK_FILE
-from adapters.weights import RESERVED, Choice, Version, canonical_mix
+from adapters.weights import RESERVED, canonical_mix
 from server.database import Database
 from server.errors import InvalidRequest, ServerError, UnknownName
 from server.tasks.definitions import (
@@ -36,27 +35,10 @@ from server.tasks.definitions import (
 )
 from server.tasks.task_tables import StoredTasks, load, save
 
+if TYPE_CHECKING:
+    from adapters.registry import Registry
+
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-class AdapterCatalog(Protocol):
-    """The part of the adapter registry that tasks use."""
-
-    def names(self) -> list[str]: ...
-
-    def exists(self, name: str) -> bool: ...
-
-    def current(self, name: str) -> Version: ...
-
-    def metadata(self, name: str) -> Mapping[str, Any]: ...
-
-    def resolve(self, choice: Choice) -> list[tuple[Version, float]]: ...
-
-    def lease(self, choice: Choice) -> Lease: ...
-
-    def run_exclusive(self, call: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +76,7 @@ class TaskStore:
     def __init__(
         self,
         database: Database,
-        adapters: AdapterCatalog,
+        adapters: Registry,
         reserved: Collection[str] = (),
         vocabulary: int | None = None,
         max_mix: int = 8,

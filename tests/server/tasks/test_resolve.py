@@ -1,4 +1,4 @@
-"""What a client's words for a model or a task come to: a template or none, a choice, and whose the choice is."""
+"""Resolving `model`, `?task=` and `adapters` to a target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adapters.errors import UnknownAdapter
 from adapters.weights import Version
 from server.errors import UnknownName
 from server.tasks.definitions import BestRoute, FixedRoute, Task
-from server.tasks.resolve import Resolver
+from server.tasks.resolve import Resolver, Target
 
 A = Version("a", "0123456789ab" + "c" * 52)
 MIX = (("a", 0.5), ("b", 2.0))
@@ -25,17 +25,17 @@ TASKS = {
 
 
 class Adapters:
-    """`a`, of which one version is known by its digest, `b` and `mood`."""
+    """The adapters `a`, of which one version is known by its digest, `b` and `mood`."""
 
     def current(self, name: str) -> Version:
         if name not in ("a", "b", "mood"):
             raise UnknownAdapter("no", "adapters")
         return A
 
-    def resolve(self, choice: Any) -> Any:
+    def resolve(self, choice: Any) -> None:
         for name, _ in choice:
-            bare, _, digest = name.partition("@")
-            self.current(bare)
+            adapter, _, digest = name.partition("@")
+            self.current(adapter)
             if digest and not A.digest.startswith(digest):
                 raise UnknownAdapter("no version", "adapters")
 
@@ -43,12 +43,17 @@ class Adapters:
 def resolver(**more: Task) -> Resolver:
     tasks: Any = SimpleNamespace(find={**TASKS, **more}.get)
     router: Any = SimpleNamespace(pick=lambda task, route: route.candidates[1])
-    return Resolver(tasks, Adapters(), "base", router)
+    adapters: Any = Adapters()
+    return Resolver(tasks, adapters, "base", router)
 
 
-def test_a_model_is_a_version_then_a_task_then_an_adapter_then_the_base() -> None:
-    told = resolver()
-    for name, task, choice in (
+def parts(target: Target) -> tuple[str | None, list[tuple[str, float]], bool]:
+    return target.task and target.task.name, list(target.choice), target.custom_mix
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "choice"),
+    [
         ("a", None, [("a", 1.0)]),
         ("adapter:a", None, [("a", 1.0)]),
         ("a@012345", None, [("a@012345", 1.0)]),
@@ -60,55 +65,48 @@ def test_a_model_is_a_version_then_a_task_then_an_adapter_then_the_base() -> Non
         ("best", "best", [("b", 1.0)]),
         ("plain", "plain", []),
         ("base", None, []),
-    ):
-        found = told.model(name, None)
-        assert (found.task and found.task.name, list(found.choice), found.custom_mix) == (task, choice, False), name
-    named = resolver(base=Task("base", "{input}", FixedRoute(MIX))).model("base", None)
-    assert named.task is not None and list(named.choice) == list(MIX)
+    ],
+)
+def test_a_model_is_a_version_a_task_an_adapter_or_the_base(name: str, task: str | None, choice: Any) -> None:
+    assert parts(resolver().model(name, None)) == (task, choice, False)
+    for own in ([("b", 2.0)], []):
+        assert parts(resolver().model(name, own)) == (task, own, True), "adapters of the request replace the choice"
 
 
-@pytest.mark.parametrize("own", [[("b", 2.0)], []])
-def test_the_adapters_of_a_request_take_the_place_of_those_of_its_model(own: Any) -> None:
-    """An empty list is the base, whatever the model is."""
-    told = resolver()
-    for name in ("a", "adapter:mood", "a@012345", "base", "mood", "best"):
-        found = told.model(name, own)
-        assert (list(found.choice), found.custom_mix) == (own, True), name
-        assert (found.task is None) == (name not in TASKS or "@" in name)
-    for asked, task in ((None, None), ("default", None), ("mood", "mood")):
-        by_task = told.task(asked, own)
-        assert (by_task.task and by_task.task.name, list(by_task.choice), by_task.custom_mix) == (task, own, True)
+@pytest.mark.parametrize(
+    ("name", "task", "choice"), [(None, None, []), ("default", None, []), ("best", "best", [("b", 1.0)])]
+)
+def test_without_a_task_a_request_goes_to_the_base(name: str | None, task: str | None, choice: Any) -> None:
+    assert parts(resolver().task(name, None)) == (task, choice, False)
+    assert parts(resolver().task(name, [("b", 2.0)])) == (task, [("b", 2.0)], True)
 
 
-def test_models_that_are_not_there_are_no_base() -> None:
-    told = resolver()
-    for name in ("c", "c@012345", "a@999999", "adapter:c", "adapter:a@999999"):
-        with pytest.raises((UnknownName, UnknownAdapter)) as missing:
-            told.model(name, None)
-        assert missing.value.param == "model", name
-    for name in ("adapter:", "adapter:base", "adapter:../a", "adapter:a b@012345", "a@01234", "", "x" * 999):
-        with pytest.raises((UnknownName, UnknownAdapter)) as missing:
-            told.model(name, [("a", 1.0)])
-        assert missing.value.param == "model" and len(missing.value.message) < 200, name
-    with pytest.raises(UnknownName, match="GET /v1/models lists them"):
-        told.model("adapter:no name", None)
-
-
-def test_no_task_is_the_default_one_or_the_base() -> None:
-    told = resolver()
+def test_tasks_may_be_called_default_or_base() -> None:
+    own = resolver(default=Task("default", "{input}", FixedRoute(MIX)), base=Task("base", "{input}", FixedRoute(MIX)))
     for name in (None, "default"):
-        found = told.task(name, None)
-        assert (found.task, list(found.choice)) == (None, [])
-        own = resolver(default=Task("default", "{input}", FixedRoute(MIX))).task(name, None)
-        assert own.task is not None and own.task.name == "default" and list(own.choice) == list(MIX)
-    with pytest.raises(UnknownName):
-        resolver(default=Task("default", "{input}", FixedRoute(MIX))).task("", None)
-    assert list(told.task("best", None).choice) == [("b", 1.0)] and not told.task("best", None).custom_mix
-    for name, said in (
-        ("a", "a is an adapter: name it in `adapters`"),
-        ("c" * 300, "GET /tasks lists them"),
-        ("", "GET"),
-    ):
-        with pytest.raises(UnknownName, match=said) as missing:
-            told.task(name, None)
-        assert missing.value.param == "task" and len(missing.value.message) < 200
+        assert parts(own.task(name, None)) == ("default", list(MIX), False)
+    assert parts(own.model("base", None)) == ("base", list(MIX), False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("c", "c@012345", "a@999999", "adapter:c", "adapter:a@999999", "adapter:", "adapter:base", "adapter:../a"),
+        *("adapter:a b@012345", "a@01234", "", "x" * 999),
+    ],
+)
+def test_an_unknown_model_is_an_error_and_never_the_base(name: str) -> None:
+    for own in (None, [("a", 1.0)]):
+        with pytest.raises((UnknownName, UnknownAdapter)) as error:
+            resolver().model(name, own)
+        assert error.value.param == "model" and len(error.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a", "a is an adapter: name it in `adapters`"), ("c" * 300, "GET /tasks lists them"), ("", "GET /tasks")],
+)
+def test_an_unknown_task_is_an_error_with_advice(name: str, message: str) -> None:
+    with pytest.raises(UnknownName, match=message) as error:
+        resolver(default=Task("default", "{input}", FixedRoute(MIX))).task(name, None)
+    assert error.value.param == "task" and len(error.value.message) < 200
