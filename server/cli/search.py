@@ -128,7 +128,7 @@ def search(
         seeds=list(dict.fromkeys(_numbers(seeds, "seeds"))),
         metric=score_metric,
         tolerance=TOLERANCES.get(score_metric, 0.01) if tolerance is None else tolerance,
-        steps=steps or wanted.config.steps(len(found.learned.examples)),
+        steps=steps or wanted.config.steps(len(found.training.examples)),
         share=share,
     )
     for seed in plan.seeds:
@@ -150,9 +150,9 @@ def search(
 
 
 def _ranks(ranks: str, budget: int | None, base: Base, recipe: Recipe) -> list[int]:
-    from server.jobs.rank_trials import within
+    from server.jobs.rank_trials import ranks_within_budget
 
-    return _numbers(ranks, "ranks") if budget is None else within(base.shapes(), recipe.config, budget)
+    return _numbers(ranks, "ranks") if budget is None else ranks_within_budget(base.shapes(), recipe.config, budget)
 
 
 def _run(
@@ -165,7 +165,7 @@ def _run(
     with _report_interrupt(output / TRIALS_FILE), progress("steps", quiet=quiet) as bar:
         if plan.metric == LOSS:
             result = _search(plan, model, found, None, bar, lambda: False, output)
-            return result, Validation(len(found.judged.examples), found.judged.among(found.learned))
+            return result, Validation(len(found.validation.examples), found.validation.among(found.training))
         serving = load_model(settings, choose(settings.kernels, settings.device), quiet=True)
         return asyncio.run(_search_with_engine(settings, serving, plan, model, found, bar, output))
 
@@ -240,19 +240,21 @@ def _scorer(
     from adapters import peft_format
     from adapters.errors import InvalidAdapter, InvalidData
     from server.errors import InvalidRequest
-    from server.jobs.rank_trials import learned_too
+    from server.jobs.rank_trials import count_in_training
     from server.jobs.training_data import answerable
     from server.tasks.evaluation import check_references, evaluate, pairs
 
     services, name = server.services, plan.recipe.name
     services.tasks.put(name, plan.recipe.task)
     context = services.prompts.limit.context
-    records = answerable(found.judges, found.encode, context)
+    records = answerable(found.records, found.encode, context)
     examples = pairs(records)
     if not examples:
-        raise InvalidData(f"None of the {len(found.judges)} validation examples fits into {context} tokens of context.")
+        raise InvalidData(
+            f"None of the {len(found.records)} validation examples fits into {context} tokens of context."
+        )
     check_references([plan.metric], examples)
-    checked = Validation(len(examples), learned_too(found, records))
+    checked = Validation(len(examples), count_in_training(found, records))
 
     def score(weights: LoraWeights) -> float:
         folder = scratch / weights.name
@@ -305,7 +307,7 @@ def _report(plan: Plan, result: RankSearch, found: Examples, checked: Validation
         "steps_of_full_grid": result.steps_of_full_grid,
         "table": [_row(plan, r) for r in result.table],
         "advice": result.advice,
-        "left_out_as_too_long": found.learned.too_long,
+        "left_out_as_too_long": found.training.too_long,
         "judges": checked.count,
         "judges_left_out": found.given - checked.count,
         "learned_too": checked.in_training,

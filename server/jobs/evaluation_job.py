@@ -16,10 +16,10 @@ from adapters.errors import InvalidData, StoreFailed
 from adapters.leases import Lease
 from adapters.weights import Choice
 from server.errors import InvalidRequest, NotReady
+from server.jobs.active_job import ActiveJob
 from server.jobs.errors import JobError
 from server.jobs.file_store import FileStore
 from server.jobs.job_store import RUNNING, Progress
-from server.jobs.runner import ActiveJob
 from server.jobs.worker_messages import DATA
 from server.tasks.definitions import Task
 from server.tasks.evaluation import (

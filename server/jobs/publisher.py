@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,13 @@ from adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_folder
 from adapters.registry import Registry
 from adapters.weights import Version
 from server.errors import InvalidRequest, UnknownName
+from server.jobs.active_job import ActiveJob
+from server.jobs.comparison import Comparison, compare_losses, reason_to_withhold
 from server.jobs.errors import JobError
 from server.jobs.evaluation_job import Evaluate, unit_values, wait_for, warn_of_reach
 from server.jobs.file_store import FileStore
 from server.jobs.job_store import METRICS, TRAINING_ID
-from server.jobs.runner import ActiveJob
-from server.jobs.worker_messages import CANDIDATE, EVALUATED, RESULT, VALIDATION_PAIRS
+from server.jobs.worker_messages import CANDIDATE, RESULT, VALIDATION_PAIRS
 from server.metrics import OTHER
 from server.model.tokenizer import INPUT
 from server.tasks.definitions import FixedRoute, Task, parse
@@ -52,43 +52,6 @@ log = logging.getLogger(__name__)
 RESULTS = "fine-tune-results"
 SOURCE = "job"
 """The publisher in the registry's records."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The scores of a result and of the current version of its name.
-
-    Attributes:
-        current: None if there is no current version, or its score is unknown. NaN if it cannot be evaluated.
-        scores: Both scores by example, if they are from the engine.
-        examples: Identities of the examples.
-        prompt_digest: What both were prompted with; see `prompt_fingerprint`.
-    """
-
-    metric: str
-    samples: int
-    result: float
-    current: float | None
-    scores: tuple[Score, Score | None] | None = None
-    examples: Sequence[str] = ()
-    prompt_digest: str = ""
-
-    @property
-    def better(self) -> bool:
-        """Whether the result is strictly better. Anything is better than a version that cannot be evaluated."""
-        if self.current is None:
-            return False
-        if math.isnan(self.current):
-            return True
-        return self.result < self.current if self.metric == LOSS else self.result > self.current
-
-    def as_json(self) -> dict[str, Any]:
-        current = self.current if self.current is not None and math.isfinite(self.current) else None
-        return {"metric": self.metric, "samples": self.samples, "score": self.result, "replaced": current}
-
-    def __str__(self) -> str:
-        against = f"; the current version has {self.current:.4f}" if self.current is not None else ""
-        return f"{self.metric} {self.result:.4f} on {self.samples:,} examples{against}."
 
 
 class Publisher:
@@ -162,7 +125,7 @@ class Publisher:
         elif failure is None and current is not None:
             active.add_event(f"The result is not compared with {current.label}, because there is no validation_file.")
         self._record_scores(job.request["lora"]["task"], result, current, comparison)
-        reason = _reason_to_withhold(rule, current, comparison, failure)
+        reason = reason_to_withhold(rule, current, comparison, failure)
         if reason is not None:
             job.result["model"] = None
             active.add_event(f"Not published: {reason}")
@@ -192,7 +155,7 @@ class Publisher:
     def _compare(self, active: ActiveJob, current: Version | None) -> Comparison | None:
         """Evaluate the result on the engine, or by losses if the data are not pairs. None if there are no data."""
         if not (active.folder / VALIDATION_PAIRS).exists():
-            return _compare_losses((active.job.trained or {}).get("losses"), current)
+            return compare_losses((active.job.trained or {}).get("losses"), current)
         pairs = of_pairs(data.parse((active.folder / VALIDATION_PAIRS).read_bytes(), VALIDATION_PAIRS))
         task = self._task(active.job.request)
         metric = default_metric(task) if task is not None else LOSS
@@ -294,36 +257,6 @@ class Publisher:
                     self._files.delete(id)
             raise
         shutil.rmtree(active.folder / RESULT, ignore_errors=True)
-
-
-def _compare_losses(losses: Mapping[str, Any] | None, current: Version | None) -> Comparison | None:
-    """The losses that the training process reported. None stands for a loss that is not finite."""
-    if not losses:
-        return None
-    if losses[EVALUATED] is None:
-        raise InvalidData("its validation loss is not finite")
-    # The process compared with the version that was current when it started.
-    known = current is not None and current.digest == losses.get("replaced_digest")
-    theirs = None if not known else math.nan if losses["replaced"] is None else losses["replaced"]
-    return Comparison(LOSS, losses["examples"], losses[EVALUATED], theirs)
-
-
-def _reason_to_withhold(
-    rule: str, current: Version | None, comparison: Comparison | None, failure: str | None
-) -> str | None:
-    """Why a result is not published, or None. `failure` is why it could not be evaluated."""
-    if rule == "never":
-        return "the job has publish=never; the adapter is among its result files."
-    if rule == "if_better" and current is not None:
-        if failure is not None:
-            return f"it could not be compared with {current.label}."
-        if comparison is None:
-            return f"it could not be compared with {current.label}, because there is no validation_file."
-        if comparison.current is None:
-            return f"{current.label} was published after training began, so there is no loss to compare with."
-        if not comparison.better:
-            return f"{current.label} is at least as good."
-    return None
 
 
 def losses_table(events: Sequence[Mapping[str, Any]]) -> str:

@@ -22,15 +22,18 @@ from server.model.tokenizer import ModelTokenizer
 
 @dataclass(frozen=True)
 class Examples:
-    """The data of a search: the training set, and the validation set as records for an engine and as tokens.
+    """The data of a search.
 
-    `given` is the number of validation examples including those that are too long.
+    Attributes:
+        given: Number of validation examples, including those that are skipped.
+        records: The validation examples that an engine can answer.
+        validation: The validation set as tokens.
     """
 
-    learned: Tokens
+    training: Tokens
     given: int
-    judges: Sequence[Record]
-    judged: Tokens
+    records: Sequence[Record]
+    validation: Tokens
     encode: Encode
 
 
@@ -41,28 +44,26 @@ def examples(recipe: Recipe, base: Base, data_dir: Path, limit: int) -> Examples
     file = data_path(data_dir, recipe.data)
     records = data.read(file)
     if recipe.validation:
-        validation = data_path(data_dir, recipe.validation)
-        judges, name = data.read(validation)[:limit], str(validation)
+        path = data_path(data_dir, recipe.validation)
+        held, name = data.read(path)[:limit], str(path)
     else:
         positions = held_out(records, HELD_OUT)
         if not positions:
-            raise InvalidData(
-                f"{file} has {len(records)} examples, too few to hold out a tenth; name a validation file"
-            )
-        judges, name, out = [records[i] for i in positions[:limit]], f"{file}, held out for validation", set(positions)
+            raise InvalidData(f"{file} has {len(records)} examples, too few to hold a tenth out; set validation")
+        held, name, out = [records[i] for i in positions[:limit]], f"{file}, held out for validation", set(positions)
         records = [record for i, record in enumerate(records) if i not in out]
-    learned = data.tokenize(records, encode, max_length, str(file))
-    judged = data.tokenize(judges, encode, max_length, name)
-    return Examples(learned, len(judges), answerable(judges, encode, max_length), judged, encode)
+    training = data.tokenize(records, encode, max_length, str(file))
+    validation = data.tokenize(held, encode, max_length, name)
+    return Examples(training, len(held), answerable(held, encode, max_length), validation, encode)
 
 
-def learned_too(found: Examples, judges: Sequence[Record]) -> int:
-    """How many of these validation examples are also in the training set."""
-    known = {example.ids for example in found.learned.examples}
-    return sum(tuple(found.encode(record)[0]) in known for record in judges)
+def count_in_training(found: Examples, records: Sequence[Record]) -> int:
+    """How many of these validation records are also in the training set."""
+    known = {example.ids for example in found.training.examples}
+    return sum(tuple(found.encode(record)[0]) in known for record in records)
 
 
-def within(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:
+def ranks_within_budget(shapes: Mapping[str, tuple[int, int]], config: TrainingConfig, budget: int) -> list[int]:
     """The ranks 1, 2, 4, ... 2048 whose trainable parameters fit a budget. Raises AdapterError if none does."""
     costs = {
         rank: layers.trainable_parameters(shapes, replace(config, lora_rank=rank).spec())
@@ -104,10 +105,10 @@ class RankTrials:
         try:
             weights = train(
                 self._model,
-                self._found.learned,
+                self._found.training,
                 config,
                 name=f"trial-r{rank}-s{seed}",
-                validation=self._found.judged if self._score is None else None,
+                validation=self._found.validation if self._score is None else None,
                 on_event=lambda event: self._on_event(label, event),
                 stop=self._stop,
             )

@@ -13,6 +13,7 @@ from typing import Any
 
 from adapters.errors import AdapterError, StoreFailed, valid_unicode
 from server.errors import Conflict, ServerError, UnknownName
+from server.jobs.active_job import CLOSING, ActiveJob, JobStopped
 from server.jobs.errors import JobError, os_error_message
 from server.jobs.job_store import (
     ACTIVE,
@@ -32,66 +33,8 @@ from server.jobs.worker_messages import RESUME_FILES, TEMPORARY_FILES
 
 log = logging.getLogger(__name__)
 
-CLOSING = "closing"
-"""The stop reason when the server shuts down."""
 MAX_INTERRUPTED = 3
 """A job fails when the server has ended this often while it ran. Such a job may be what ends the server."""
-
-
-class JobStopped(Exception):
-    """The work stopped because it was asked to."""
-
-
-def _do_nothing() -> None:
-    """The stop callback between two pieces of work."""
-
-
-class ActiveJob:
-    """A job while its work runs. The work reports through it, and clients stop the work through it.
-
-    Attributes:
-        folder: The folder of the job's files.
-        stop_reason: CANCELLED, PAUSED or CLOSING once the work is asked to stop.
-    """
-
-    def __init__(self, job: Job, store: JobStore) -> None:
-        self.job, self.store = job, store
-        self.folder = store.folder(job.id)
-        self.stop_reason: str | None = None
-        self._lock = threading.Lock()
-        self._stop: Callable[[], object] = _do_nothing
-        self._kill: Callable[[], object] = _do_nothing
-
-    def request_stop(self, reason: str, now: bool = False) -> None:
-        """Ask the work to stop at its next checkpoint. With `now`, or when cancelled, it is killed.
-
-        A later request replaces an earlier one, but nothing replaces a cancel.
-        """
-        with self._lock:
-            if self.stop_reason != CANCELLED:
-                self.stop_reason = reason
-            (self._kill if now or self.stop_reason == CANCELLED else self._stop)()
-
-    def on_stop(self, stop: Callable[[], object], kill: Callable[[], object]) -> None:
-        """Register how the current piece of work is stopped. If a stop is already requested, it is called at once."""
-        with self._lock:
-            self._stop, self._kill = stop, kill
-            if self.stop_reason is not None:
-                (kill if self.stop_reason == CANCELLED else stop)()
-
-    def check_stop(self) -> None:
-        """Raise JobStopped if the work was asked to stop."""
-        if self.stop_reason is not None:
-            raise JobStopped
-
-    def set_status(self, status: str) -> None:
-        """Save a new status of the running job."""
-        self.job.status = status
-        self.store.save(self.job)
-
-    def add_event(self, message: str, **more: Any) -> None:
-        """Add an event; see `JobStore.add_event`."""
-        self.store.add_event(self.job, message, **more)
 
 
 JobWork = Callable[[ActiveJob], None]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from server.jobs.active_job import CLOSING, ActiveJob, JobStopped
 from server.jobs.errors import JobError
 from server.jobs.job_store import RUNNING
 from server.jobs.publisher import Publisher
-from server.jobs.runner import CLOSING, ActiveJob, JobStopped
 from server.jobs.training_request import TrainingContext, check_base, worker_spec
 from server.jobs.worker_messages import CHECKPOINT, EVALUATED, FAILED, NOTE, STEP, STOPPED, TRAINED, VALIDATED
 from server.jobs.worker_process import WorkerProcess

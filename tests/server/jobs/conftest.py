@@ -11,8 +11,8 @@ import pytest
 
 from adapters.training import TrainingConfig
 from server.database import Database, database_url
+from server.jobs.active_job import ActiveJob
 from server.jobs.job_store import TRAINING, JobStore
-from server.jobs.runner import ActiveJob
 from server.jobs.worker_messages import BaseSource, WorkerSpec
 
 CONFIG = TrainingConfig(

@@ -17,10 +17,11 @@ from adapters.leases import Lease
 from adapters.weights import Choice, Version, canonical_mix
 from server.database import Database
 from server.errors import InvalidRequest
+from server.jobs.active_job import ActiveJob
 from server.jobs.evaluation_job import EvaluationJob, comparison
 from server.jobs.file_store import FileStore
 from server.jobs.job_store import EVALUATION, Job, JobStore
-from server.jobs.runner import ActiveJob, JobRunner
+from server.jobs.runner import JobRunner
 from server.jobs.worker_messages import DATA
 from server.tasks import scores
 from server.tasks.definitions import FixedRoute, parse
@@ -186,7 +187,7 @@ def test_records_that_cannot_be_written(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"\\ud800": 1}', "mine.jsonl, line 1: it has \\ud800; an example has"),
+        (b'{"\\ud800": 1}', "mine.jsonl, line 1: it has \\ud800; use 'input'"),
         (b'{"prompt": "x", "completion": "y"}', "mine.jsonl, line 1: "),
         (None, "mine.jsonl cannot be read: No such file or directory"),
     ],

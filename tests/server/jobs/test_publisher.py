@@ -20,12 +20,13 @@ from adapters.store import AdapterStore
 from adapters.weights import LowRank, Version, with_digest
 from server.database import Database
 from server.errors import InvalidRequest, NotReady
+from server.jobs.active_job import ActiveJob, JobStopped
+from server.jobs.comparison import Comparison
 from server.jobs.errors import JobError
 from server.jobs.evaluation_job import unit_values, wait_for
 from server.jobs.file_store import FileStore
 from server.jobs.job_store import CANCELLED, TRAINING, Job, JobStore
-from server.jobs.publisher import Comparison, Publisher, losses_table
-from server.jobs.runner import ActiveJob, JobStopped
+from server.jobs.publisher import Publisher, losses_table
 from server.jobs.worker_messages import RESULT, VALIDATION_PAIRS
 from server.tasks.evaluation import Evaluation, Score, prompt_fingerprint
 from server.tasks.resolve import Target

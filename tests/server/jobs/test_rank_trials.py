@@ -14,7 +14,7 @@ import pytest
 from adapters.errors import Diverged, InvalidData
 from adapters.training import TrainingConfig
 from server.jobs import rank_trials
-from server.jobs.rank_trials import RankTrials, examples, within
+from server.jobs.rank_trials import RankTrials, examples, ranks_within_budget
 from server.jobs.recipe import Recipe
 from server.jobs.trainable_model import TrainableModel
 from server.model.loader import Base
@@ -31,17 +31,17 @@ def test_examples_that_no_engine_can_answer_are_not_scored(tiny_base: Base, tmp_
     write(tmp_path, lines)
     config = TrainingConfig(max_length=50, data="d.jsonl")
     found = examples(Recipe("m", "d.jsonl", TASK, config, validation="d.jsonl"), tiny_base, tmp_path, 10)
-    assert [record.line for record in found.judges] == [1]
-    assert len(found.judged.examples) == len(found.learned.examples) == 2, "the loss allows an empty prompt"
+    assert [record.line for record in found.records] == [1]
+    assert len(found.validation.examples) == len(found.training.examples) == 2, "the loss allows an empty prompt"
 
 
 def test_held_out_examples_are_not_learned_even_if_fewer_are_used(tiny_base: Base, tmp_path: Path) -> None:
     write(tmp_path, [{"input": f"the {i // 2}", "output": "good"} for i in range(200)])  # each twice
     recipe = Recipe("m", "d.jsonl", TASK, TrainingConfig(data="d.jsonl"))
     every, few = (examples(recipe, tiny_base, tmp_path, limit) for limit in (500, 5))
-    assert len(every.judged.examples) == 20 and len(few.judged.examples) == 5
-    assert few.learned == every.learned and len(few.learned.examples) == 180
-    assert not set(few.judged.examples) & set(few.learned.examples)
+    assert len(every.validation.examples) == 20 and len(few.validation.examples) == 5
+    assert few.training == every.training and len(few.training.examples) == 180
+    assert not set(few.validation.examples) & set(few.training.examples)
 
 
 def test_held_out_examples_that_are_too_long_are_named(
@@ -67,7 +67,7 @@ def test_a_trial_trains_the_recipe_with_its_rank_steps_and_seed(monkeypatch: pyt
     monkeypatch.setattr(rank_trials, "train", train)
     monkeypatch.setattr(rank_trials.pruning, "parameters", lambda weights: 7)
     recipe: Any = SimpleNamespace(config=TrainingConfig(epochs=2, seed=1, eval_steps=5, patience=3))
-    found: Any = SimpleNamespace(learned="learned", judged="judged")
+    found: Any = SimpleNamespace(training="training", validation="validation")
     events: list[tuple[str, Any]] = []
 
     def stop() -> bool:
@@ -79,7 +79,7 @@ def test_a_trial_trains_the_recipe_with_its_rank_steps_and_seed(monkeypatch: pyt
     by_score = RankTrials(recipe, model, found, score=lambda weights: 0.25, **options)
     assert by_loss(4, 30, 9) == (-1.5, 7) and by_score(4, 30, 9) == (0.25, 7)
     config = replace(recipe.config, lora_rank=4, max_steps=30, epochs=30.0, seed=9, eval_steps=0, patience=0)
-    assert runs == [("model", "learned", config, judged, stop) for judged in ("judged", None)]
+    assert runs == [("model", "training", config, held, stop) for held in ("validation", None)]
     assert events == [("rank 4, 30 steps, seed 9", "an event")] * 2
 
 
@@ -89,7 +89,7 @@ def test_a_trial_that_diverges_has_the_lowest_score(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(rank_trials, "train", train)
     recipe: Any = SimpleNamespace(config=TrainingConfig())
-    found: Any = SimpleNamespace(learned="learned", judged="judged")
+    found: Any = SimpleNamespace(training="training", validation="validation")
     trials = RankTrials(recipe, TrainableModel(tiny_base, "float32"), found)
     (one, few), (two, more) = trials(1, 30, 9), trials(2, 30, 9)
     assert one == two == float("-inf") and more == 2 * few > 0
@@ -98,4 +98,4 @@ def test_a_trial_that_diverges_has_the_lowest_score(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("budget", "ranks"), [(10, [1]), (19, [1]), (20, [1, 2]), (10**9, [2**i for i in range(12)])])
 def test_the_ranks_of_a_budget(budget: int, ranks: list[int]) -> None:
     shapes = {"model.layers.0.self_attn.q_proj": (6, 4)}
-    assert within(shapes, TrainingConfig(target_modules="all-linear"), budget) == ranks
+    assert ranks_within_budget(shapes, TrainingConfig(target_modules="all-linear"), budget) == ranks

@@ -10,9 +10,10 @@ import pytest
 
 from adapters.errors import StoreFailed
 from server.errors import Conflict, UnknownName
+from server.jobs.active_job import ActiveJob, JobStopped
 from server.jobs.errors import JobError
 from server.jobs.job_store import CANCELLED, EVALUATION, TRAINING, Job, JobStore
-from server.jobs.runner import ActiveJob, JobRunner, JobStopped
+from server.jobs.runner import JobRunner
 from server.jobs.worker_messages import DATA, RESUME_FILES, TEMPORARY_FILES
 from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS, until

@@ -113,8 +113,8 @@ def test_a_recipe_without_a_format_trains_on_the_prompt_that_is_served(
     [
         ('target_modules = ["nothing"]', "nothing"),
         ('target_modules = ["q_proj", "mlp.up_porj"]', "mlp.up_porj"),
-        ('lora_rank_of = { "model.layers.7.mlp.up_proj" = 3 }', "'model.layers.7.mlp.up_proj' a rank of 3"),
-        ('target_modules = ["q_proj"]\nlora_rank_of = { "model.layers.0.mlp.up_proj" = 3 }', "a rank of 3"),
+        ('lora_rank_of = { "model.layers.7.mlp.up_proj" = 3 }', "up_proj', which is no linear"),
+        ('target_modules = ["q_proj"]\nlora_rank_of = { "model.layers.0.mlp.up_proj" = 3 }', "not in target_modules"),
     ],
 )
 def test_missing_modules_are_named_before_training(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from server.jobs import training_job
+from server.jobs.active_job import ActiveJob, JobStopped
 from server.jobs.errors import JobError
 from server.jobs.job_store import JobStore
-from server.jobs.runner import ActiveJob, JobStopped
 from server.jobs.training_job import SUMMARY, TrainingJob, WorkerProgress
 
 NOTHING: Any = None
