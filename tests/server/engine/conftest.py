@@ -1,7 +1,8 @@
-"""A runner whose answers are a pure function of tokens, positions and mix, and an engine around it that a test steps.
+"""A fake runner, and an engine on it that a test steps.
 
-The runner reads what it knows of earlier tokens through the block tables alone, so that a wrong block, a wrong slot or
-a prefix of another mix changes its answers. `solo` says what a request must answer, without any engine.
+The runner's logits are a pure function of tokens, positions and mix. It reads earlier tokens through the block tables
+only, so a wrong block, a wrong slot or another mix's prefix changes its answers. `solo` computes the expected answer
+of a request without an engine.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def mix_of(*names: str) -> Mix:
 
 
 def logits_for(history: Sequence[int], mix: Sequence[tuple[str, float]], vocab: int) -> np.ndarray:
-    """Logits after the tokens `history` under `mix`: like noise, and the same wherever they are computed."""
+    """Pseudo-random logits, a function of the tokens `history` and `mix`."""
     h = hashlib.blake2b(np.asarray(history, np.int64).tobytes(), digest_size=8)
     for digest, weight in mix:
         h.update(digest.encode() + struct.pack("<d", weight))
@@ -71,7 +72,7 @@ def logits_for(history: Sequence[int], mix: Sequence[tuple[str, float]], vocab: 
 
 
 class FakeRunner:
-    """See the module. `before` is called with each batch and may raise; what it returns is added to the logits."""
+    """See the module. `before` is called with each batch. It may raise, and its result is added to the logits."""
 
     draw: DeviceSampler | None = None
 
@@ -117,9 +118,9 @@ class FakeRunner:
                     continue
                 n = int(batch.positions[row]) + 1
                 places = [(int(blocks[s, i // size]), i % size) for i in range(n)]
-                assert all(self.mixes[p] == named for p in places), "keys and values of another mix"
+                assert all(self.mixes[p] == named for p in places), "another mix's keys and values"
                 rows[row] = logits_for([int(self.store[p]) for p in places], named, self.vocab)
-        assert max(written.values()) == 1, "two rows share a place"
+        assert max(written.values()) == 1, "two rows write to one position"
         logits = torch.from_numpy(
             np.stack([rows[r] for r in batch.logit_rows.tolist()]) if rows else np.zeros((0, self.vocab), np.float32)
         )
@@ -133,7 +134,7 @@ class FakeRunner:
 
 
 class LateRunner(FakeRunner):
-    """A device that is launched and read later: it knows which tokens it has drawn, and `events` what came when."""
+    """A device whose tokens are read later. `events` records the order of launches and reads."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__(vocab)
@@ -141,10 +142,10 @@ class LateRunner(FakeRunner):
         self.draws = 0
         self.events: list[tuple[str, int]] = []
         self.fault: Exception | None = None
-        """What it has failed at, for good."""
+        """The error after which it cannot be used again."""
 
     def wait_until_nearly_done(self) -> None:
-        """Nothing comes while a test steps an engine."""
+        """Returns at once."""
 
     def wait(self) -> None:
         if self.fault is not None:
@@ -155,11 +156,11 @@ class LateRunner(FakeRunner):
         tokens = batch.tokens
         late = tokens < 0
         tokens[late] = self.drawn[-1 - tokens[late]]
-        tokens[late & (tokens < 0)] = 0  # drawn from a row that was not finite
+        tokens[late & (tokens < 0)] = 0  # sampled from a row that was not finite
         return super().run(batch)
 
     def draw(self, logits: Logits, how: np.ndarray, top_k: np.ndarray) -> LateTokens:
-        """Temperature and noise alone."""
+        """Sample by temperature and random number only."""
         values = logits.rows.numpy().astype(np.float64)
         fine = np.isfinite(values).all(1)
         tokens = values.argmax(1) if len(values) else np.zeros(0, np.int64)
@@ -173,7 +174,7 @@ class LateRunner(FakeRunner):
 
 @dataclass
 class LateTokens:
-    """What `LateRunner` has drawn."""
+    """Tokens that `LateRunner` has sampled."""
 
     tokens: np.ndarray
     number: int
@@ -186,7 +187,7 @@ class LateTokens:
 
 @dataclass
 class Fetcher:
-    """`fetch` whose loads end when the test says so, or at once for names in `ready` (all, if None)."""
+    """A `fetch` whose loads end by `finish`, or at once for names in `ready` (None: all)."""
 
     ready: set[str] | None = None
     pending: list[tuple[Mix, Future[tuple[LoraWeights, ...]]]] = field(default_factory=list)
@@ -218,7 +219,7 @@ class Fetcher:
 
 
 class Heard:
-    """A request with all that it heard."""
+    """A request and its deliveries."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -249,7 +250,7 @@ class Heard:
 
 
 class Bench:
-    """An engine on the fake runner. Its thread does not run unless a test starts it."""
+    """An engine on the fake runner. The test calls `step`, or starts the thread."""
 
     def __init__(self, text: ModelTokenizer, **options: Any) -> None:
         self.text = text
@@ -289,22 +290,22 @@ class Bench:
         return heard
 
     def settle(self, limit: int = 2000) -> int:
-        """Step until nothing runs; answers the number of steps that ran."""
+        """Step until nothing runs. Returns the number of steps."""
         steps = 0
         while self.engine.step():
             steps += 1
-            assert steps < limit, "it does not end"
+            assert steps < limit, "too many steps"
         return steps
 
     def run_until(self, done: Callable[[], bool], seconds: float = SECONDS) -> None:
-        """Step, with real time passing, until `done`."""
+        """Step until `done`, in real time."""
         end = time.monotonic() + seconds
         while not done():
             self.engine.step()
-            assert time.monotonic() < end, "it does not happen"
+            assert time.monotonic() < end, "timed out"
 
     def check_empty(self) -> None:
-        """Nothing is held any more."""
+        """Check that nothing is reserved or queued any more."""
         stats = self.engine.stats()
         assert stats["running"] == stats["waiting"] == stats["loading"] == 0
         assert stats["kv_blocks"]["used"] == 0
@@ -317,7 +318,7 @@ class Bench:
 
 
 def solo(heard: Heard, vocab: int, count: int | None = None) -> list[int]:
-    """The greedy answer to a request by itself, without end tokens."""
+    """The greedy answer to a request alone, without end tokens."""
     request = heard.request
     tokens = list(request.prompt)
     for _ in range(count or request.sampling.max_tokens):
@@ -351,19 +352,19 @@ def text() -> ModelTokenizer:
 
 @pytest.fixture
 def bench(text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
-    """A function that makes a `Bench`; options are those of `Engine`, and `fetch`."""
+    """A function that creates a `Bench`. Its options are those of `Engine`, and `overlapped`."""
     late: list[Delivery] = []
     monkeypatch.setattr("server.engine.engine._ignore", late.append)
     yield lambda **options: Bench(text, **options)
-    assert not late, "a request hears nothing after its end"
+    assert not late, "deliveries after the last one"
 
 
 class Panic(BaseException):
-    """What a library in Rust raises where its code panics."""
+    """Like the exception that a Rust library raises when it panics."""
 
 
 class Tools:
-    """What tests of this folder need by name."""
+    """Helpers for the tests of this package."""
 
     Bench, Fetcher, Heard, State = Bench, Fetcher, Heard, State
     FakeRunner, LateRunner, LateTokens = FakeRunner, LateRunner, LateTokens

@@ -1,4 +1,4 @@
-"""The engine under load: fairness between keys, cold adapters beside warm ones, more requests than it can hold."""
+"""The engine under load: fairness, cold adapters beside warm ones, and more requests than fit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.waiting import until
 
 
 def first_tokens(bench: Callable[..., Any], share: float, load: float, steps: int = 1200) -> list[int]:
-    """Steps from arrival to first token of the requests of "small", which sends `share` of all.
+    """Steps from arrival to first token of requests of the key "small", which sends `share` of all requests.
 
-    A step is the clock. A request keeps one of 8 places for 8 steps, so that a load of 1 is one request a step.
+    Time is counted in steps. A request takes one of 8 places for 8 steps, so a load of 1 is one request per step.
     """
     b = bench(max_queue=10_000, max_queue_tokens=10**7, blocks=256, max_step_tokens=128)
     rng = random.Random(1)
@@ -41,7 +41,7 @@ def first_tokens(bench: Callable[..., Any], share: float, load: float, steps: in
 
 
 @pytest.mark.parametrize("load", [0.9, 1.3])
-def test_a_small_task_does_not_suffer_from_a_large_one(bench: Callable[..., Any], load: float) -> None:
+def test_a_large_key_does_not_delay_a_small_one(bench: Callable[..., Any], load: float) -> None:
     even, uneven = (first_tokens(bench, share, load) for share in (0.5, 1 / 51))
     assert len(uneven) >= 10
     p95 = [values[int(0.95 * len(values))] for values in (even, uneven)]
@@ -49,7 +49,6 @@ def test_a_small_task_does_not_suffer_from_a_large_one(bench: Callable[..., Any]
 
 
 def test_a_cold_adapter_delays_no_warm_request(bench: Callable[..., Any], tools: Any) -> None:
-    """While one adapter takes its time to load, each request on a warm one waits no longer than without it."""
     fetch = tools.Fetcher(ready={"a1"})
     b = bench(fetch=fetch)
     b.runner.before = lambda batch: time.sleep(0.002)
@@ -61,7 +60,7 @@ def test_a_cold_adapter_delays_no_warm_request(bench: Callable[..., Any], tools:
         until(lambda: warm.reason, every=0.001)  # noqa: B023
         waits.append(warm.request.admitted - warm.request.submitted)
     assert not cold.deliveries
-    assert sorted(waits)[20] < 0.05, "a step or so, and nothing of the load"
+    assert sorted(waits)[20] < 0.05
     fetch.finish()
     until(lambda: cold.reason)
     assert cold.reason == "length" and cold.request.load_seconds > 0.1
@@ -69,7 +68,7 @@ def test_a_cold_adapter_delays_no_warm_request(bench: Callable[..., Any], tools:
     b.check_empty()
 
 
-def test_a_thousand_at_once_are_answered_or_refused_in_time(bench: Callable[..., Any], tools: Any) -> None:
+def test_a_thousand_requests_are_answered_or_rejected_in_time(bench: Callable[..., Any], tools: Any) -> None:
     b = bench(max_queue=256, max_batch=16, max_slots=8, blocks=256, max_step_tokens=256)
     b.runner.before = lambda batch: time.sleep(0.001)
     b.engine.start()
@@ -118,8 +117,7 @@ def test_a_thousand_at_once_are_answered_or_refused_in_time(bench: Callable[...,
     b.check_empty()
 
 
-def test_slots_for_many_mixes_from_many_threads(bench: Callable[..., Any], tools: Any) -> None:
-    """Mixes of up to four on three slots less than all adapters need, with cancels: all end, all is given back."""
+def test_many_mixes_compete_for_slots_with_cancellations(bench: Callable[..., Any], tools: Any) -> None:
     b = bench(max_slots=4, max_batch=6, age_limit=0.05)
     b.engine.start()
     rng = random.Random(3)

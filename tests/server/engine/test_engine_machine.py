@@ -1,4 +1,4 @@
-"""State machines: whatever order things happen in, everything that was held comes back, and each request ends once."""
+"""State machines: in any order of events, everything reserved is freed, and each request ends once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = settings(max_examples=60, stateful_step_count=40, deadline=None, suppres
 
 
 class KVMachine(RuleBasedStateMachine):
-    """Sequences of tokens come, find what is cached, grow, and go; a model says what each block holds."""
+    """Sequences are added and freed. A model knows the contents of each block."""
 
     held = Bundle("held")
 
@@ -38,7 +38,7 @@ class KVMachine(RuleBasedStateMachine):
         self.users: dict[int, int] = {}
 
     @rule(target=held, mix=st.sampled_from("AB"), tokens=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=10))
-    def come(self, mix: str, tokens: list[int]) -> Any:
+    def add(self, mix: str, tokens: list[int]) -> Any:
         key, keys = root_hash("base", Mix(((mix, 1.0),)), ""), []
         for i in range(len(tokens) // 2):
             key = next_hash(key, tokens[2 * i : 2 * i + 2])
@@ -64,7 +64,7 @@ class KVMachine(RuleBasedStateMachine):
         return blocks
 
     @rule(blocks=consumes(held), trusted=st.booleans())
-    def go(self, blocks: list[int], trusted: bool) -> None:
+    def free(self, blocks: list[int], trusted: bool) -> None:
         if not trusted:
             self.kv.unregister(blocks)
         self.kv.free(blocks)
@@ -77,7 +77,7 @@ class KVMachine(RuleBasedStateMachine):
         assert self.kv.counts["cached"] == 0
 
     @invariant()
-    def nothing_is_lost(self) -> None:
+    def all_blocks_are_accounted_for(self) -> None:
         counts = self.kv.counts
         assert sum(counts.values()) == 12
         assert counts["used"] == sum(n > 0 for n in self.users.values())
@@ -86,7 +86,7 @@ class KVMachine(RuleBasedStateMachine):
 
 
 class SlotsMachine(RuleBasedStateMachine):
-    """Mixes take slots and give them back; a model says who holds what."""
+    """Mixes are reserved and released. A model counts the users of each adapter."""
 
     room: AdapterMemory | None = None
     held = Bundle("held")
@@ -130,16 +130,16 @@ class SlotsMachine(RuleBasedStateMachine):
             self.holders[digest] = self.holders.get(digest, 0) + 1
         return mix
 
-    @rule(digests=st.sets(names, min_size=1, max_size=4), spared=st.sets(names, max_size=2), fail=st.booleans())
-    def offer(self, digests: set[str], spared: set[str], fail: bool) -> None:
+    @rule(digests=st.sets(names, min_size=1, max_size=4), keep=st.sets(names, max_size=2), fail=st.booleans())
+    def prefetch(self, digests: set[str], keep: set[str], fail: bool) -> None:
         mix = Mix(tuple((d, 0.5) for d in sorted(digests)))
         before = set(self.placed.values())
         self.fail = fail
         try:
-            self.slots.prefetch(mix, [LoraWeights("n", d, {}) for d in mix.digests], spared)
+            self.slots.prefetch(mix, [LoraWeights("n", d, {}) for d in mix.digests], keep)
         except MemoryError:
             assert fail
-        assert before & spared <= set(self.placed.values()) <= before | digests
+        assert before & keep <= set(self.placed.values()) <= before | digests
 
     @rule(mix=consumes(held))
     def free(self, mix: Mix) -> None:
@@ -157,7 +157,7 @@ class SlotsMachine(RuleBasedStateMachine):
         self.slots.release_idle(nbytes)
 
     @invariant()
-    def held_is_placed(self) -> None:
+    def reserved_adapters_have_slots(self) -> None:
         assert set(self.placed.values()) == set(self.slots.resident)
         assert {d for d, n in self.holders.items() if n} <= set(self.placed.values())
         assert self.slots.in_use == sum(n > 0 for n in self.holders.values())
@@ -168,7 +168,7 @@ def test_kv_cache_machine() -> None:
 
 
 class RoomMachine(SlotsMachine):
-    """The same where adapters take bytes, which the slots do not divide: all of them are small."""
+    """With adapters that cost bytes of a memory that the number of slots does not divide."""
 
     room = AdapterMemory(101, lambda weights: 1 + int(weights.digest[0], 16))
 
@@ -180,7 +180,7 @@ def test_slots_machine(machine: type[SlotsMachine]) -> None:
 
 def engine_machine(bench: Any, tools: Any, **options: Any) -> type[RuleBasedStateMachine]:
     class EngineMachine(RuleBasedStateMachine):
-        """Requests of all kinds, loads that end in any order or fail, cancels, faults; at the end all is given back."""
+        """Requests of all kinds, loads that end in any order or fail, cancellations, failed steps."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -239,7 +239,7 @@ def engine_machine(bench: Any, tools: Any, **options: Any) -> type[RuleBasedStat
                 self.fetch.finish(index % len(self.fetch.pending), RuntimeError("bad file") if fails else None)
 
         @rule(name=st.sampled_from(["a0", "a3"]))
-        def forget(self, name: str) -> None:
+        def unload(self, name: str) -> None:
             self.bench.engine.unload(tools.digest_of(name))
 
         @rule()
@@ -272,12 +272,12 @@ def engine_machine(bench: Any, tools: Any, **options: Any) -> type[RuleBasedStat
                 if not self.bench.engine.step() and all(h.reason for h in self.all):
                     break
             for heard in self.all:
-                assert heard.reason is not None, "nothing starves"
+                assert heard.reason is not None, "a request starves"
                 if heard.reason == "length":
                     assert heard.tokens == tools.solo(heard, self.bench.runner.vocab)
                 if heard.reason == "error":
                     assert heard.error is not None
-                    assert "could not be placed" not in str(heard.error), "which is how a fault of the engine is told"
+                    assert "could not be loaded" not in str(heard.error), "an error of the engine"
             self.bench.check_empty()
 
     return EngineMachine

@@ -1,7 +1,7 @@
-"""The engine on real runners: what a request answers alone, it answers in any company.
+"""The engine on real runners: a request's answer does not depend on the other requests.
 
-On the native kernels bit for bit; on the reference ones, whose sums depend on shapes, in tokens, with log-probabilities
-within 1e-4.
+On the native kernels results are equal bit by bit. On the reference kernels, whose accumulation order depends on
+shapes, tokens are equal, and log-probabilities within 1e-4.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ NATIVE = pytest.param("native", marks=pytest.mark.skipif(cpu.unavailable() is no
 
 
 @pytest.fixture
-def company(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Callable[..., Any]:
-    """`company(kernels, **options)`: a bench whose engine runs the tiny base with adapters a0 to a5."""
+def bench_on(tiny_base: Base, tiny_adapter: Callable[..., Any], tools: Any) -> Callable[..., Any]:
+    """`bench_on(kernels, **options)`: a bench whose engine runs the tiny base with adapters a0 to a5."""
 
     def make(kernels: str, **options: Any) -> Any:
         base = tiny_base
@@ -76,17 +76,19 @@ def requests(tools: Any, logprobs: int | None) -> list[tuple[list[int], dict[str
     return made
 
 
-@pytest.mark.parametrize("logprobs", [2, None], ids=["read-at-once", "read-later"])
+@pytest.mark.parametrize("logprobs", [2, None], ids=["synchronous", "asynchronous"])
 @pytest.mark.parametrize("kernels", ["reference", NATIVE])
-def test_alone_and_in_company(company: Callable[..., Any], tools: Any, kernels: str, logprobs: int | None) -> None:
+def test_answers_do_not_depend_on_the_batch(
+    bench_on: Callable[..., Any], tools: Any, kernels: str, logprobs: int | None
+) -> None:
     alone = []
     for tokens, options in requests(tools, logprobs):
-        b = company(kernels, prefix_cache=False)
+        b = bench_on(kernels, prefix_cache=False)
         alone.append(b.submit(tokens, **options))
         b.settle()
         b.check_empty()
-    crowded = company(kernels, max_step_tokens=24, max_batch=5, max_slots=4)
-    tight = company(kernels, blocks=6, max_batch=12, prefix_cache=False)
+    crowded = bench_on(kernels, max_step_tokens=24, max_batch=5, max_slots=4)
+    tight = bench_on(kernels, blocks=6, max_batch=12, prefix_cache=False)
     for b in (crowded, tight):
         heard = [b.submit(tokens, **options) for tokens, options in requests(tools, logprobs)]
         again = [b.submit(tokens, **options) for tokens, options in requests(tools, logprobs)]

@@ -1,4 +1,4 @@
-"""The engine on a real registry: room in RAM, slots and leases between them."""
+"""The engine with a real adapter registry: RAM, slots and leases."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.waiting import until
 COUNT = 6
 
 
-class House:
-    """A registry with room for `room` adapters in RAM, and an engine with 8 slots, both at work."""
+class Server:
+    """A registry with RAM for `room` adapters, and a running engine with 8 slots."""
 
     def __init__(self, root: Path, base: Base, runner: TorchRunner, room: int) -> None:
         self.root = root
@@ -73,10 +73,10 @@ class House:
             self.registry.publish_now(folder.name, folder)
         self.engine.start()
 
-    def ask(
+    def submit(
         self, names: list[str], tokens: int = 8, seconds: float = 30.0, priority: int = 0
     ) -> tuple[Lease, Callable[[], Delivery]]:
-        """Submit a request; answers its lease, and a function that waits for its end."""
+        """Submit a request. Returns its lease, and a function that waits for its end."""
         lease = self.registry.lease([(name, 1.0) for name in names])
         done = threading.Event()
         last: list[Delivery] = []
@@ -103,7 +103,7 @@ class House:
         )
 
         def wait() -> Delivery:
-            assert done.wait(seconds + 10), "a request never heard of its end"
+            assert done.wait(seconds + 10), "a request did not end"
             return last[0]
 
         return lease, wait
@@ -114,49 +114,49 @@ class House:
 
 
 @pytest.fixture
-def open_house(tmp_path: Path, tiny_base: Base, tiny_runner: TorchRunner) -> Iterator[Callable[[int], House]]:
-    houses: list[House] = []
+def open_server(tmp_path: Path, tiny_base: Base, tiny_runner: TorchRunner) -> Iterator[Callable[[int], Server]]:
+    servers: list[Server] = []
 
-    def make(room: int) -> House:
-        houses.append(House(tmp_path, tiny_base, tiny_runner, room))
-        return houses[-1]
+    def make(room: int) -> Server:
+        servers.append(Server(tmp_path, tiny_base, tiny_runner, room))
+        return servers[-1]
 
     yield make
-    for house in houses:
-        house.close()
+    for server in servers:
+        server.close()
 
 
-def test_mixes_that_compete_for_room_in_ram_all_finish(open_house: Callable[[int], House]) -> None:
-    house, dice = open_house(3), random.Random(3)
-    waits = [house.ask(dice.sample([f"a{i}" for i in range(COUNT)], dice.randint(1, 3)))[1] for _ in range(60)]
+def test_mixes_that_compete_for_ram_all_finish(open_server: Callable[[int], Server]) -> None:
+    server, dice = open_server(3), random.Random(3)
+    waits = [server.submit(dice.sample([f"a{i}" for i in range(COUNT)], dice.randint(1, 3)))[1] for _ in range(60)]
     assert [wait().finish_reason for wait in waits] == ["length"] * 60
-    memory = house.registry.memory()
-    assert memory["leases"] == 0 and memory["bytes"] <= 3 * house.size
+    memory = server.registry.memory()
+    assert memory["leases"] == 0 and memory["bytes"] <= 3 * server.size
 
 
-def test_what_is_retired_leaves_slots_and_memory(open_house: Callable[[int], House]) -> None:
-    house = open_house(COUNT)
-    waits = [house.ask([f"a{i}"])[1] for i in range(COUNT)]
+def test_retired_adapters_leave_slots_and_ram(open_server: Callable[[int], Server]) -> None:
+    server = open_server(COUNT)
+    waits = [server.submit([f"a{i}"])[1] for i in range(COUNT)]
     assert all(wait().finish_reason == "length" for wait in waits)
-    assert {entry["tier"] for entry in house.registry.list()} == {"device"}
-    lease, wait = house.ask(["a0", "a1"], tokens=60)
+    assert {entry["tier"] for entry in server.registry.list()} == {"device"}
+    lease, wait = server.submit(["a0", "a1"], tokens=60)
     for i in range(COUNT):
-        house.registry.retire_now(f"a{i}")
+        server.registry.retire_now(f"a{i}")
     assert wait().finish_reason == "length"
-    until(lambda: house.registry.memory()["bytes"] == 0)
-    assert house.engine.stats()["slots"]["resident"] == []
-    until(lambda: not list((house.registry._store.root / "versions").iterdir()))
+    until(lambda: server.registry.memory()["bytes"] == 0)
+    assert server.engine.stats()["slots"]["resident"] == []
+    until(lambda: not list((server.registry._store.root / "versions").iterdir()))
 
 
-def test_steady_traffic_on_all_of_ram_does_not_starve_a_cold_adapter(open_house: Callable[[int], House]) -> None:
-    house = open_house(2)
+def test_steady_traffic_does_not_starve_a_cold_adapter(open_server: Callable[[int], Server]) -> None:
+    server = open_server(2)
     stop = threading.Event()
 
     def keep_busy(name: str) -> None:
         waits: list[Callable[[], Delivery]] = []
         dice = random.Random(name)
         while not stop.is_set():
-            waits.append(house.ask([name], tokens=dice.randint(10, 60))[1])
+            waits.append(server.submit([name], tokens=dice.randint(10, 60))[1])
             if len(waits) >= 5:
                 waits.pop(0)()
         for wait in waits:
@@ -165,9 +165,9 @@ def test_steady_traffic_on_all_of_ram_does_not_starve_a_cold_adapter(open_house:
     threads = [threading.Thread(target=keep_busy, args=(name,)) for name in ("a0", "a1")]
     for thread in threads:
         thread.start()
-    until(lambda: set(house.engine.stats()["slots"]["resident"]) >= set(house.registry._ram.resident()))
+    until(lambda: set(server.engine.stats()["slots"]["resident"]) >= set(server.registry._ram.resident()))
     began = time.monotonic()
-    last = house.ask(["a2"], seconds=10)[1]()
+    last = server.submit(["a2"], seconds=10)[1]()
     waited = time.monotonic() - began
     stop.set()
     for thread in threads:
@@ -176,37 +176,36 @@ def test_steady_traffic_on_all_of_ram_does_not_starve_a_cold_adapter(open_house:
     assert waited < 5
 
 
-def test_an_adapter_that_is_pinned_while_a_mix_waits_ends_the_mix_and_nothing_else(
-    open_house: Callable[[int], House],
+def test_a_mix_that_no_longer_fits_beside_a_pinned_adapter_ends_alone(
+    open_server: Callable[[int], Server],
 ) -> None:
-    """Room for two in RAM: one is pinned after a mix of two others was leased, which can never be there any more."""
-    house = open_house(2)
-    busy = house.ask(["a0"], tokens=200)[1]
-    until(lambda: house.engine.stats()["running"] == 1)
-    mix = house.ask(["a1", "a2"], seconds=30)[1]
-    until(lambda: house.engine.stats()["loading"] == 1)
-    asyncio.run(house.registry.pin("a0"))
+    """RAM fits two adapters. One is pinned after a mix of two others was leased."""
+    server = open_server(2)
+    busy = server.submit(["a0"], tokens=200)[1]
+    until(lambda: server.engine.stats()["running"] == 1)
+    mix = server.submit(["a1", "a2"], seconds=30)[1]
+    until(lambda: server.engine.stats()["loading"] == 1)
+    asyncio.run(server.registry.pin("a0"))
     began = time.monotonic()
     last = mix()
     assert isinstance(last.error, NoRoom) and "pinned" in str(last.error)
-    assert house.ask(["a0"])[1]().finish_reason == "length"
-    assert house.ask(["a3"])[1]().finish_reason == "length"
+    assert server.submit(["a0"])[1]().finish_reason == "length"
+    assert server.submit(["a3"])[1]().finish_reason == "length"
     assert time.monotonic() - began < 15 and busy().finish_reason == "length"
 
 
-def test_an_evaluation_s_load_gives_its_room_to_a_client(open_house: Callable[[int], House]) -> None:
-    """The evaluation's adapters come into RAM, which they fill, when a client waits for another already."""
-    house = open_house(2)
-    low = house.ask(["a0", "a1"], priority=1)[1]
-    high = [house.ask([f"a{i}"], seconds=20)[1] for i in (2, 3, 4, 5)]
+def test_a_load_of_an_evaluation_releases_its_ram_for_a_client(open_server: Callable[[int], Server]) -> None:
+    server = open_server(2)
+    low = server.submit(["a0", "a1"], priority=1)[1]
+    high = [server.submit([f"a{i}"], seconds=20)[1] for i in (2, 3, 4, 5)]
     assert [wait().finish_reason for wait in (*high, low)] == ["length"] * 5
 
 
-def test_traffic_over_adapters_that_come_and_go_leaves_nothing_behind(open_house: Callable[[int], House]) -> None:
-    """Room for 4 of 6 in RAM, mixes of up to 4, some cancelled, while names are published, retired and rolled back."""
-    house, stop = open_house(4), threading.Event()
+def test_nothing_stays_reserved_after_mixed_traffic(open_server: Callable[[int], Server]) -> None:
+    """RAM fits 4 of 6 adapters. Mixes have up to 4, and some requests are cancelled."""
+    server, stop = open_server(4), threading.Event()
     names = [f"a{i}" for i in range(COUNT)]
-    folders = [house.root / name for name in names]
+    folders = [server.root / name for name in names]
     failures: list[BaseException] = []
 
     def client(seed: int) -> None:
@@ -215,12 +214,12 @@ def test_traffic_over_adapters_that_come_and_go_leaves_nothing_behind(open_house
             while not stop.is_set():
                 choice = dice.sample(names, dice.randint(0, 4))
                 try:
-                    lease, wait = house.ask(choice, tokens=dice.randint(1, 12))
+                    lease, wait = server.submit(choice, tokens=dice.randint(1, 12))
                 except UnknownAdapter:
                     continue
                 if dice.random() < 0.2:
                     time.sleep(dice.random() * 0.01)
-                    house.engine.cancel(str(house.last))
+                    server.engine.cancel(str(server.last))
                 last = wait()
                 assert last.finish_reason in ("length", "cancelled"), last.error
         except BaseException as error:
@@ -234,20 +233,20 @@ def test_traffic_over_adapters_that_come_and_go_leaves_nothing_behind(open_house
         name = dice.choice(names)
         if dice.random() < 0.2:
             with suppress(UnknownAdapter):
-                house.registry.retire_now(name)
-        house.registry.publish_now(name, dice.choice(folders))
+                server.registry.retire_now(name)
+        server.registry.publish_now(name, dice.choice(folders))
         if dice.random() < 0.3:
-            old = dice.choice(house.registry.describe(name)["versions"])["version"]
-            asyncio.run(house.registry.roll_back(name, old))
+            old = dice.choice(server.registry.describe(name)["versions"])["version"]
+            asyncio.run(server.registry.roll_back(name, old))
     stop.set()
     for thread in threads:
         thread.join(60)
     assert not failures and not any(thread.is_alive() for thread in threads)
-    assert house.registry.memory()["leases"] == 0
+    assert server.registry.memory()["leases"] == 0
     for name in names:
         with suppress(UnknownAdapter):
-            house.registry.retire_now(name)
-    until(lambda: house.registry.memory()["bytes"] == 0)
-    stats = house.engine.stats()
+            server.registry.retire_now(name)
+    until(lambda: server.registry.memory()["bytes"] == 0)
+    stats = server.engine.stats()
     assert stats["running"] == stats["waiting"] == 0 and stats["slots"]["resident"] == []
     assert stats["kv_blocks"]["used"] == 0

@@ -1,4 +1,4 @@
-"""TorchRunner: storage, slots and what they weigh. Its arithmetic is tested in model/test_decoder.py."""
+"""TorchRunner: storage, slots and memory figures. tests/server/model/test_decoder.py tests the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def step(*mixes: tuple[tuple[int, float], ...]) -> Batch:
-    """One first token for each of the sequences, each in a block of its own."""
+    """The first token of each sequence, each in its own block."""
     count = len(mixes)
     return Batch(
         tokens=np.arange(count) + 5,
@@ -34,11 +34,11 @@ def step(*mixes: tuple[tuple[int, float], ...]) -> Batch:
     )
 
 
-def test_bytes_are_those_that_are_held(tiny_base: Base, tiny_runner: TorchRunner) -> None:
+def test_memory_figures(tiny_base: Base, tiny_runner: TorchRunner) -> None:
     held = tiny_runner.nbytes()
     assert held["base"] == tiny_base.nbytes
     assert tiny_runner.block_bytes(16) == 2 * 2 * 2 * 16 * 16 * 4  # layers, k and v, heads, tokens, dimensions, bytes
-    assert (held["kv_cache"], held["activations"]) == (0, 0)  # pages that were never written take no memory
+    assert (held["kv_cache"], held["activations"]) == (0, 0)  # unwritten pages take no memory
     tiny_runner.run(step((), (), ()))
     held = tiny_runner.nbytes()
     assert held["kv_cache"] == 3 * tiny_runner.block_bytes(16)
@@ -47,7 +47,7 @@ def test_bytes_are_those_that_are_held(tiny_base: Base, tiny_runner: TorchRunner
     assert tiny_runner.nbytes()["kv_cache"] == 0
 
 
-def test_a_cleared_slot_lets_go_and_the_base_is_as_before(
+def test_unloading_adapters_frees_them_and_restores_the_base(
     tiny_runner: TorchRunner, tiny_adapter: Callable[..., LoraWeights]
 ) -> None:
     before = tiny_runner.run(step((), ())).rows
@@ -67,7 +67,7 @@ def test_a_cleared_slot_lets_go_and_the_base_is_as_before(
     assert torch.equal(tiny_runner.run(step((), ())).rows, before)
 
 
-def test_slots_are_as_many_as_were_asked_for(tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]) -> None:
+def test_the_number_of_slots_is_limited(tiny_base: Base, tiny_adapter: Callable[..., LoraWeights]) -> None:
     runner = make_runner(tiny_base, max_slots=1, threads=1)
     runner.load_adapter(0, tiny_adapter(0))
     with pytest.raises(IndexError):
