@@ -1,4 +1,4 @@
-"""The RAM tier: loads once, all or nothing, within its budget, and lets go when the last view dies."""
+"""The RAM cache: one load per version, all or nothing, within the budget, freed with the last view."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def weights_of(digest: str, into: int = 8) -> LoraWeights:
 
 
 class Source:
-    """Loads that can be counted, held back and made to fail."""
+    """Counts loads, delays them, and makes them fail; records callbacks."""
 
     def __init__(self) -> None:
         self.loads: Counter[str] = Counter()
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, BaseException] = {}
         self.sizes: dict[str, int] = {}
-        self.told: list[tuple[str, str]] = []
+        self.outcomes: list[tuple[str, str]] = []
         self.evicted: list[str] = []
         self.pressure: list[int] = []
         self.leased: set[str] = set()
@@ -70,7 +70,7 @@ def make_ram(source: Source) -> Iterator[MakeRam]:
                 load=source.load,
                 size=lambda digest: SIZE,
                 evict_last=lambda digest: digest in source.leased,
-                on_load=lambda digest, outcome, seconds: source.told.append((digest, outcome)),
+                on_load=lambda digest, outcome, seconds: source.outcomes.append((digest, outcome)),
                 on_evict=source.evicted.append,
                 pressure=lambda nbytes: source.pressure.append(nbytes),
             )
@@ -88,18 +88,18 @@ def got(future: Fetched) -> tuple[LoraWeights, ...]:
     return future.result(SECONDS)
 
 
-def test_results_are_in_the_order_asked_and_share_the_one_copy(make_ram: MakeRam, source: Source) -> None:
+def test_views_are_in_the_requested_order_and_share_tensors(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(4)
     b, a = got(ram.fetch(["b", "a"]))
     (again,) = got(ram.fetch(["a"]))
     assert (a.digest, b.digest) == ("a", "b")
     assert again.modules["m"].A.data_ptr() == a.modules["m"].A.data_ptr()
     assert got(ram.fetch([])) == ()
-    assert source.loads == {"a": 1, "b": 1} and sorted(source.told) == [("a", "ok"), ("b", "ok")]
+    assert source.loads == {"a": 1, "b": 1} and sorted(source.outcomes) == [("a", "ok"), ("b", "ok")]
     assert ram.used == ram.held == 2 * SIZE
 
 
-def test_one_load_however_many_ask(make_ram: MakeRam, source: Source) -> None:
+def test_concurrent_fetches_share_one_load(make_ram: MakeRam, source: Source) -> None:
     ram, gate = make_ram(4), source.hold("a")
     futures = [ram.fetch(["a"]) for _ in range(20)]
     threads = [threading.Thread(target=lambda: futures.append(ram.fetch(["a", "b"]))) for _ in range(8)]
@@ -112,21 +112,20 @@ def test_one_load_however_many_ask(make_ram: MakeRam, source: Source) -> None:
     assert source.loads == {"a": 1, "b": 1}
 
 
-def test_a_view_pins_and_its_death_unpins(make_ram: MakeRam, source: Source) -> None:
+def test_a_view_pins_its_version_until_it_dies(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(2)
     views = list(got(ram.fetch(["a"]))) + list(got(ram.fetch(["b"])))
     waiting = ram.fetch(["c"])
     assert source.pressure and set(source.pressure) == {SIZE} and not waiting.done()
     modules = views[0].modules
     del views[0]
-    assert ram.held == 2 * SIZE, "whoever keeps the modules keeps the view"
+    assert ram.held == 2 * SIZE
     del modules
     assert got(waiting)[0].digest == "c"
     assert source.evicted == ["a"] and ram.loaded_at("a") is None and ram.loaded_at("c") is not None
 
 
-def test_pressure_goes_on_until_there_is_room(make_ram: MakeRam, source: Source) -> None:
-    """Whoever holds the views may be unable to let go at the first call, and drop none of its own accord later."""
+def test_pressure_is_called_repeatedly_until_there_is_room(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(1)
     views = list(got(ram.fetch(["a"])))
     source.pressure = Reluctant(views)
@@ -137,13 +136,13 @@ def test_pressure_goes_on_until_there_is_room(make_ram: MakeRam, source: Source)
     waiting = ram.fetch(["d"])
     time.sleep(0.2)
     more = len(source.pressure) - calls
-    assert 0 < more <= 40 * (time.monotonic() - began), "it asks now and then, and does not spin"
+    assert 0 < more <= 40 * (time.monotonic() - began)
     del busy
     got(waiting)
 
 
-def test_who_looks_without_the_lock_sees_all_the_while_that_somebody_waits(source: Source) -> None:
-    """As the thread does that asks for room again and again, and sleeps where nobody waits."""
+def test_the_starved_flag_stays_set_while_a_fetch_waits(source: Source) -> None:
+    """The waker thread reads it without the lock."""
     seen: list[bool] = []
     ram = RamCache(SIZE, load=source.load, size=lambda digest: bool(seen.append(ram._starved)) or SIZE)
     held = got(ram.fetch(["a"]))
@@ -157,7 +156,7 @@ def test_who_looks_without_the_lock_sees_all_the_while_that_somebody_waits(sourc
 
 
 class Reluctant(list[int]):
-    """Pressure that is heard, and gives way at the fifth call."""
+    """Releases its views at the fifth call."""
 
     def __init__(self, views: list[LoraWeights]) -> None:
         super().__init__()
@@ -169,20 +168,20 @@ class Reluctant(list[int]):
             self.views.clear()
 
 
-def test_all_or_nothing_so_that_no_two_mixes_hold_and_wait(make_ram: MakeRam) -> None:
+def test_a_fetch_reserves_all_versions_or_none(make_ram: MakeRam) -> None:
     ram = make_ram(3)
     first = got(ram.fetch(["a", "b"]))
     blocked = ram.fetch(["c", "d"])
-    assert ram.used == 2 * SIZE, "one of c and d would fit, and is not held"
-    assert got(ram.fetch(["b"])), "what needs no room does not wait behind what does"
+    assert ram.used == 2 * SIZE
+    assert got(ram.fetch(["b"]))
     behind = ram.fetch(["e"])
-    assert not behind.done() and not blocked.done(), "what does need room waits its turn"
+    assert not behind.done() and not blocked.done()
     del first
     assert [w.digest for w in got(blocked)] == ["c", "d"]
     assert got(behind)[0].digest == "e"
 
 
-def test_leased_ones_are_evicted_last(make_ram: MakeRam, source: Source) -> None:
+def test_evict_last_versions_are_evicted_last(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(3)
     for digest in "abc":
         got(ram.fetch([digest]))
@@ -193,7 +192,7 @@ def test_leased_ones_are_evicted_last(make_ram: MakeRam, source: Source) -> None
     assert source.evicted == ["c", "d", "a"]
 
 
-def test_a_failed_load_fails_all_who_wait_and_is_not_there(make_ram: MakeRam, source: Source) -> None:
+def test_a_failed_load_fails_all_its_fetches_and_takes_no_room(make_ram: MakeRam, source: Source) -> None:
     ram, gate = make_ram(4), source.hold("b")
     source.errors["b"] = InvalidAdapter("broken")
     futures = [ram.fetch(["a", "b"]), ram.fetch(["b"]), ram.fetch(["b", "c"])]
@@ -204,24 +203,17 @@ def test_a_failed_load_fails_all_who_wait_and_is_not_there(make_ram: MakeRam, so
     until(lambda: ram.held == 0)
     assert "b" not in ram.resident()
     del source.errors["b"]
-    assert got(ram.fetch(["b"])), "the next who asks has another try"
-    assert source.loads["b"] == 2 and ("b", "failed") in source.told
+    assert got(ram.fetch(["b"]))
+    assert source.loads["b"] == 2 and ("b", "failed") in source.outcomes
 
 
-def test_what_can_never_fit_is_refused_at_once(make_ram: MakeRam) -> None:
-    ram = make_ram(2)
-    with pytest.raises(NoRoom, match="the budget is"):
-        ram.fetch(["a", "b", "c"]).result(0)
-    assert ram.used == 0
-
-
-def test_larger_than_was_thought(make_ram: MakeRam, source: Source) -> None:
+def test_a_version_larger_than_expected_waits_for_its_true_size(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(3)
     source.sizes["x"] = 16
     keep = got(ram.fetch(["a"])) + got(ram.fetch(["b"]))
     waiting = ram.fetch(["x"])
     until(lambda: bool(source.pressure))
-    assert ram.used == 2 * SIZE, "it waits for its true size and holds nothing"
+    assert ram.used == 2 * SIZE
     keep = ()
     assert got(waiting)[0].nbytes == 2 * SIZE == ram.size("x")
     assert keep == () and ram.used <= 3 * SIZE
@@ -231,15 +223,17 @@ def test_larger_than_was_thought(make_ram: MakeRam, source: Source) -> None:
     assert "y" not in ram.resident()
 
 
-def test_larger_together_than_was_thought(make_ram: MakeRam, source: Source) -> None:
-    """Each fits, and all of them seemed to."""
+def test_versions_larger_together_than_the_budget_are_refused(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(5)
+    with pytest.raises(NoRoom, match="the budget is"):
+        ram.fetch(list("abcdef")).result(0)
+    assert ram.used == 0
     source.sizes.update(dict.fromkeys("abc", 16))
     together = ram.fetch(["a", "b", "c"])
     with pytest.raises(NoRoom, match="the budget is"):
         got(together)
     until(lambda: ram.held == 0)
-    assert got(ram.fetch(["d"])), "it stands in nobody's way"
+    assert got(ram.fetch(["d"]))
 
 
 @pytest.mark.parametrize("when", ["waiting", "loading", "done"])
@@ -264,7 +258,7 @@ def test_a_cancelled_fetch_holds_nothing(make_ram: MakeRam, source: Source, when
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_who_is_told_may_cancel_who_is_told_next(
+def test_a_callback_may_cancel_another_fetch(
     make_ram: MakeRam, source: Source, fails: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     ram, gate = make_ram(2), source.hold("a")
@@ -273,7 +267,7 @@ def test_who_is_told_may_cancel_who_is_told_next(
     first, second = ram.fetch(["a"]), ram.fetch(["a"])
     first.add_done_callback(lambda _: second.cancel())
     gate.set()
-    until(lambda: source.told == [("a", "failed" if fails else "ok")])
+    until(lambda: source.outcomes == [("a", "failed" if fails else "ok")])
     assert second.cancelled() and first.done()
     assert caplog.messages == (["an adapter cannot be loaded: bad"] if fails else [])
     del first
@@ -290,12 +284,17 @@ def test_discard_frees_now_or_with_the_last_view(make_ram: MakeRam, source: Sour
     assert ram.used == SIZE
     del view
     until(lambda: ram.used == 0)
-    assert not source.evicted
+    assert not source.evicted and ram.loaded_at("a") is None
+    view = got(ram.fetch(["a"]))
+    tensor = weakref.ref(view[0].modules["m"].A)
+    ram.discard("a")
+    del view
+    until(lambda: tensor() is None)
     view = got(ram.fetch(["a"]))
     ram.discard("a")
     view = got(ram.fetch(["a"]))
     del view
-    assert ram.used == SIZE, "it was wanted again"
+    assert ram.used == SIZE
     ram.discard("never there")
 
 
@@ -307,7 +306,7 @@ def test_offer_takes_only_free_room(make_ram: MakeRam, source: Source) -> None:
     assert not source.loads
 
 
-async def test_a_person_waits_for_so_long_and_no_longer(make_ram: MakeRam) -> None:
+async def test_wait_loaded_times_out(make_ram: MakeRam) -> None:
     ram = make_ram(1)
     (view,) = await wait_loaded(ram.fetch(["a"]))
     waiting = ram.fetch(["b"])
@@ -318,7 +317,7 @@ async def test_a_person_waits_for_so_long_and_no_longer(make_ram: MakeRam) -> No
     assert (await wait_loaded(ram.fetch(["b"])))[0].digest == "b"
 
 
-def test_close_cancels_what_waits(make_ram: MakeRam) -> None:
+def test_close_cancels_waiting_fetches(make_ram: MakeRam) -> None:
     ram = make_ram(1)
     views = got(ram.fetch(["a"]))
     waiting = ram.fetch(["b"])
@@ -327,8 +326,7 @@ def test_close_cancels_what_waits(make_ram: MakeRam) -> None:
     assert views[0].modules["m"].A[0, 0] == ord("a")
 
 
-def test_callbacks_may_call_back(make_ram: MakeRam) -> None:
-    """A done-callback runs without the lock: the engine's may well ask again."""
+def test_a_callback_may_fetch_again(make_ram: MakeRam) -> None:
     ram, second = make_ram(2), []
     done = threading.Event()
 
@@ -341,11 +339,10 @@ def test_callbacks_may_call_back(make_ram: MakeRam) -> None:
     assert got(second[0])[0].digest == "b"
 
 
-def test_views_that_die_in_a_garbage_collection_under_the_lock(make_ram: MakeRam) -> None:
-    """A view in a reference cycle dies whenever the collector runs, which may be while this thread has the lock."""
+def test_views_may_die_in_a_garbage_collection_under_the_lock(make_ram: MakeRam) -> None:
     ram = make_ram(4)
     old = gc.get_threshold()
-    gc.freeze()  # so that a collection goes through what is made here, not through all that is imported
+    gc.freeze()  # collect only new objects
     gc.set_threshold(1, 1, 1)
     try:
         for i in range(300):
@@ -360,7 +357,7 @@ def test_views_that_die_in_a_garbage_collection_under_the_lock(make_ram: MakeRam
     assert ram.used <= 4 * SIZE
 
 
-def test_many_threads_never_pass_the_budget(make_ram: MakeRam, source: Source) -> None:
+def test_many_threads_stay_within_the_budget(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(4)
     failures: list[BaseException] = []
 
@@ -386,25 +383,12 @@ def test_many_threads_never_pass_the_budget(make_ram: MakeRam, source: Source) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(2 * SECONDS)  # a client that waits in vain gives up after half of that
+        thread.join(2 * SECONDS)
     assert not failures and not any(thread.is_alive() for thread in threads)
     until(lambda: ram.held == 0)
 
 
-def test_a_small_one_does_not_pass_a_large_one_that_waits_for_room(make_ram: MakeRam, source: Source) -> None:
-    """Small ones that come for ever would keep it waiting for ever."""
-    ram = make_ram(3)
-    first = ram.fetch(["a", "b"])
-    first.result(SECONDS)
-    blocked, behind = ram.fetch(["c", "d"]), ram.fetch(["e"])
-    assert ram.used == 2 * SIZE, "there is room for e, which is not begun"
-    del first
-    assert [weights.digest for weights in blocked.result(SECONDS)] == ["c", "d"]
-    assert behind.result(SECONDS)
-
-
-def test_close_tells_those_too_whose_load_has_not_begun(make_ram: MakeRam, source: Source) -> None:
-    """The loads that no thread has come to are dropped: whoever waits for one would wait for ever."""
+def test_close_cancels_loads_that_have_not_started(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(4)
     source.gates = {digest: threading.Event() for digest in "ab"}
     futures = [ram.fetch([digest]) for digest in "abc"]
@@ -420,34 +404,25 @@ def test_close_tells_those_too_whose_load_has_not_begun(make_ram: MakeRam, sourc
     assert source.loads["c"] == 0
 
 
-def test_a_panic_is_a_load_that_failed(make_ram: MakeRam, source: Source) -> None:
-    """What a library of Rust raises then is no Exception."""
+def test_a_panic_of_a_library_is_a_failed_load(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(1)
     source.errors["a"] = KeyboardInterrupt("called `Option::unwrap()` on a `None` value")
     with pytest.raises(RuntimeError, match="unwrap"):
         ram.fetch(["a"]).result(SECONDS)
     assert ram.used == 0
     del source.errors["a"]
-    assert ram.fetch(["a"]).result(SECONDS)[0].digest == "a" and source.told == [("a", "failed"), ("a", "ok")]
+    assert ram.fetch(["a"]).result(SECONDS)[0].digest == "a" and source.outcomes == [("a", "failed"), ("a", "ok")]
 
 
-def test_what_failed_to_load_takes_no_room(make_ram: MakeRam, source: Source) -> None:
-    ram = make_ram(1)
-    source.errors["a"] = InvalidAdapter("broken")
-    with pytest.raises(InvalidAdapter):
-        ram.fetch(["a"]).result(SECONDS)
-    assert ram.used == 0 and ram.offer(weights_of("b"))
-
-
-def test_the_size_of_what_was_offered_is_its_own_until_it_is_discarded(make_ram: MakeRam) -> None:
+def test_the_true_size_is_kept_until_the_version_is_discarded(make_ram: MakeRam) -> None:
     ram = make_ram(2)
     assert not ram.offer(weights_of("a", 64))
     assert ram.size("a") == 8 * SIZE
     ram.discard("a")
-    assert ram.size("a") == SIZE, "nothing is kept of it"
+    assert ram.size("a") == SIZE
 
 
-def test_what_is_larger_than_was_thought_keeps_its_place(make_ram: MakeRam, source: Source) -> None:
+def test_a_version_larger_than_expected_keeps_its_place_in_the_queue(make_ram: MakeRam, source: Source) -> None:
     ram = make_ram(2)
     keep = ram.fetch(["a"])
     keep.result(SECONDS)
@@ -455,26 +430,14 @@ def test_what_is_larger_than_was_thought_keeps_its_place(make_ram: MakeRam, sour
     large, behind = ram.fetch(["x"]), ram.fetch(["e"])
     source.gates["x"].set()
     until(lambda: ram.size("x") == 2 * SIZE)
-    assert ram.used == SIZE, "it waits before the other, which would fit"
+    assert ram.used == SIZE
     del keep
     assert large.result(SECONDS)[0].digest == "x"
     del large
     assert behind.result(SECONDS)
 
 
-def test_all_who_ask_for_what_is_larger_keep_their_order(make_ram: MakeRam, source: Source) -> None:
-    ram = make_ram(4)
-    keep = ram.fetch(["a"])
-    keep.result(SECONDS)
-    source.gates["x"], source.sizes["x"] = threading.Event(), 24
-    first, second = ram.fetch(["x"]), ram.fetch(["x", "c"])
-    source.gates["x"].set()
-    assert first.result(SECONDS)[0].digest == "x" and not second.done(), "there is room for the first alone"
-    del first, keep
-    assert second.result(SECONDS)
-
-
-def test_whoever_fails_at_being_told_keeps_nobody_waiting(
+def test_a_failing_callback_does_not_block_other_fetches(
     make_ram: MakeRam, source: Source, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(list[int]):
@@ -491,20 +454,19 @@ def test_whoever_fails_at_being_told_keeps_nobody_waiting(
     assert waits.result(SECONDS)[0].digest == "b"
 
 
-def test_what_was_discarded_leaves_memory_though_nobody_comes_by(make_ram: MakeRam) -> None:
-    ram = make_ram(1)
-    future = ram.fetch(["a"])
-    kept = weakref.ref(future.result(SECONDS)[0].modules["m"].A)
-    ram.discard("a")
-    assert kept() is not None
-    del future
-    until(lambda: kept() is None)
-
-
-def test_what_was_discarded_is_not_told_to_be_in_memory(make_ram: MakeRam) -> None:
-    ram = make_ram(1)
-    ram.fetch(["a"]).result(SECONDS)
-    until(lambda: ram.held == 0)
-    assert ram.loaded_at("a") is not None
-    ram.discard("a")
-    assert ram.used == 0 and ram.loaded_at("a") is None
+def test_kept_versions_are_not_evicted(make_ram: MakeRam, source: Source) -> None:
+    ram = make_ram(2)
+    ram.keep(["a", "z"])
+    got(ram.fetch(["a"]))
+    for digest in "bcd":
+        got(ram.fetch([digest]))
+    assert source.evicted == ["b", "c"] and set(ram.resident()) == {"a", "d"}
+    with pytest.raises(
+        NoRoom, match=f"the mix takes {2 * SIZE} bytes in RAM; the budget is {2 * SIZE} .* take {2 * SIZE}"
+    ):
+        ram.check_room(["b", "c"])
+    ram.check_room(["a", "z"])
+    blocked = ram.fetch(["b", "c"])
+    assert not blocked.done()
+    ram.keep([])
+    assert len(got(blocked)) == 2
