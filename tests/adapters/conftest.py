@@ -1,4 +1,4 @@
-"""A tiny Llama and adapters that PEFT itself writes on it."""
+"""A tiny Llama, and adapters written by PEFT and by this package."""
 
 from __future__ import annotations
 
@@ -91,5 +91,5 @@ def write_adapter() -> Callable[..., LoraWeights]:
 
 @pytest.fixture
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that write thousands of times: they crash processes, not machines."""
+    """Skip fsync, for tests with thousands of writes."""
     monkeypatch.setattr("os.fsync", lambda fd: None)

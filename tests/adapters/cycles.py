@@ -1,4 +1,4 @@
-"""Loads and unloads adapters 2,000 times in a process of its own and prints what is left, and memory as it went."""
+"""Script: loads and unloads adapters 2,000 times; prints remaining objects and memory samples as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WARM_UP, CYCLES, SAMPLE = 200, 2000, 20
 
 
 class Device(NoSlots):
-    """An engine's slots that keep what they were given until the cycle ends."""
+    """Slots that keep views until the cycle ends."""
 
     def __init__(self) -> None:
         self.kept: dict[str, LoraWeights] = {}
@@ -36,7 +36,7 @@ class Device(NoSlots):
 
 
 def cycle(registry: Registry, device: Device, folders: list[Path], n: int) -> None:
-    """Lease and load one adapter or a mix, put it into slots, and let go of all of it; publish and retire at times."""
+    """Lease, load and release one adapter or a mix; publish and retire now and then."""
     if n % 20 == 0:
         registry.publish_now("a", folders[n // 20 % 6])
         registry.publish_now("b", folders[(n // 20 + 1) % 6])
@@ -52,7 +52,7 @@ def cycle(registry: Registry, device: Device, folders: list[Path], n: int) -> No
 
 
 def figures(registry: Registry) -> dict[str, int]:
-    """What is left once every name is retired."""
+    """Retire every name and count the objects that remain."""
     for name in ("a", "b"):
         registry.retire_now(name)
     ram = registry._ram
@@ -85,7 +85,7 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     folders = [Path(folder) for folder in given["folders"]]
     shapes = {path: (out, into) for path, (out, into) in given["shapes"].items()}
-    os.fsync = lambda fd: None  # processes crash here, not machines
+    os.fsync = lambda fd: None
     size = read_folder(folders[0], name="a").nbytes
     registry = Registry(AdapterStore(Path(given["store"])), shapes=shapes, ram_bytes=2 * size)
     registry.slots = device = Device()

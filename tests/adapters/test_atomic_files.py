@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Atomic and durable file replacement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from adapters.atomic_files import replace_file, sync_folder
 
 
-def test_a_file_is_replaced_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     rename = os.replace
 
@@ -28,7 +28,7 @@ def test_a_file_is_replaced_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: 
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("names", b"new")]
 
 
-def test_a_disk_that_refuses_leaves_what_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -41,7 +41,7 @@ def test_a_disk_that_refuses_leaves_what_there_was(tmp_path: Path, monkeypatch: 
         assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("names", b"old")]
 
 
-def test_what_stands_is_told_to_be_written(
+def test_a_folder_that_cannot_be_synced_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(folder: Path) -> None:
@@ -54,11 +54,9 @@ def test_what_stands_is_told_to_be_written(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
-def test_a_file_system_that_syncs_no_folder_is_written_to(
+def test_file_systems_without_folder_sync_are_supported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    """One that fails is told of."""
-
     def refused(fd: int) -> None:
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             raise OSError(number, os.strerror(number))

@@ -1,4 +1,4 @@
-"""`LRU` against a plain model, and the few rules that users rely on."""
+"""`LRU`: reservations, pins and eviction, also against a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_least_recently_used_goes_first_and_pinned_never() -> None:
     assert evicted == ["c", "a"]
 
 
-def test_the_keys_asked_for_are_never_their_own_victims() -> None:
+def test_reserved_keys_are_not_evicted_for_each_other() -> None:
     lru: LRU[str] = LRU(2)
     assert lru.add("a", 1) and lru.add("b", 1)
     assert not lru.reserve({"a": 1, "b": 1, "c": 1})
@@ -41,21 +41,24 @@ def test_the_keys_asked_for_are_never_their_own_victims() -> None:
     assert "b" not in lru
 
 
-def test_evict_last() -> None:
+def test_evict_last_and_keep() -> None:
     evicted: list[str] = []
     lru: LRU[str] = LRU(3, evicted.append)
     for key in "abc":
         assert lru.add(key, 1)
     assert lru.reserve({"d": 2}, evict_last=lambda key: key == "a")
     assert evicted == ["b", "c"]
+    lru.free("d")
+    assert not lru.reserve({"e": 2}, keep={"d"}) and lru.reserve({"e": 1}, keep={"d"}) and evicted[2:] == ["a"]
+    assert not lru.resize("e", 2, keep={"d"}) and lru.resize("e", 2) and evicted[3:] == ["d"]
 
 
-def test_room_is_made_of_what_is_neither_pinned_nor_spared() -> None:
+def test_make_room_spares_pinned_and_kept_keys() -> None:
     evicted: list[str] = []
     lru: LRU[str] = LRU(6, evicted.append)
     assert lru.reserve({"a": 2})
     assert lru.add("b", 1) and lru.add("c", 1) and lru.add("d", 1)
-    assert lru.make_room(1, ()) and not evicted, "there is some"
+    assert lru.make_room(1, ()) and not evicted
     assert not lru.make_room(4, {"c"}) and not evicted
     assert lru.make_room(2, {"b"}) and evicted == ["c"] and list(lru) == ["a", "b", "d"]
     assert lru.make_room(4, ()) and evicted == ["c", "b", "d"] and lru.used == 2
@@ -88,7 +91,7 @@ KEYS = st.integers(0, 7)
     st.integers(0, 12),
     st.lists(st.tuples(st.sampled_from(["reserve", "free", "add"]), st.sets(KEYS, min_size=1, max_size=3))),
 )
-def test_bounds_hold_whatever_is_asked(capacity: int, calls: list[tuple[str, set[int]]]) -> None:
+def test_the_capacity_holds_for_any_calls(capacity: int, calls: list[tuple[str, set[int]]]) -> None:
     held: set[int] = set()
     lru: LRU[int] = LRU(capacity, held.discard)
     pins: dict[int, int] = {}
@@ -117,7 +120,7 @@ def test_bounds_hold_whatever_is_asked(capacity: int, calls: list[tuple[str, set
         assert all(k in lru and lru.pins(k) == n for k, n in pins.items() if n)
 
 
-def test_what_grows_evicts_what_somebody_leases_last() -> None:
+def test_resize_respects_evict_last() -> None:
     evicted: list[str] = []
     lru: LRU[str] = LRU(3, evicted.append)
     assert lru.add("a", 1) and lru.add("b", 1) and lru.add("c", 1)

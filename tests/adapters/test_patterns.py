@@ -1,4 +1,4 @@
-"""Strangers' patterns: exactly what `re` says, within a bounded time."""
+"""Untrusted patterns: the results of `re`, within a bounded time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNSLOTH = (
 @pytest.mark.parametrize(
     "pattern", [r".*\.q_proj", r"model\.layers\.(1|2|11)\..*", UNSLOTH, r"(?i)MODEL.*", r"(model)(.*)+\d?j"]
 )
-def test_full_matches_are_pythons(pattern):
+def test_full_matches_equal_re(pattern):
     assert patterns.full_matches(pattern, NAMES, "k") == [re.fullmatch(pattern, n) is not None for n in NAMES]
 
 
@@ -35,7 +35,7 @@ def test_full_matches_are_pythons(pattern):
     "hostile",
     [r"(\w+\.?)+!", r"(.|.|m)*!", r"(.|.)(.|.)(.|.)" * 8 + "!", r"(.*)*\1x", r"(?x)([\w.]+) +!", r"(?x:([\w.]+) +!)"],
 )
-def test_a_hostile_pattern_is_stopped(hostile, monkeypatch):
+def test_a_slow_pattern_is_stopped(hostile, monkeypatch):
     monkeypatch.setattr(patterns, "CHILD_SECONDS", 0.5)
     started = time.monotonic()
     try:
@@ -46,20 +46,20 @@ def test_a_hostile_pattern_is_stopped(hostile, monkeypatch):
 
 
 @pytest.mark.parametrize("child", ["import os; os.kill(os.getpid(), 9)", "raise MemoryError"])
-def test_a_child_that_the_machine_ends_is_no_fault_of_the_pattern(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_child_process_is_a_system_error(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "_CHILD", child)
-    with pytest.raises(StoreFailed, match="^target_modules: .* cannot be matched now: .* exited with ") as told:
+    with pytest.raises(StoreFailed, match="^target_modules: .* cannot be matched now: .* exited with ") as failed:
         patterns.full_matches("(.*)*x", NAMES, "target_modules")
-    assert sys.executable not in told.value.message
+    assert sys.executable not in failed.value.message
 
 
-def test_what_is_no_pattern_is_the_adapters_fault_in_child_process_too() -> None:
+def test_an_invalid_pattern_is_refused_by_the_child_process() -> None:
     for pattern in ("(?a)(?u)q_proj", "(a"):
         with pytest.raises(InvalidAdapter, match="is not a valid pattern"):
             patterns.full_matches(pattern, NAMES, "target_modules")
 
 
-def test_a_machine_that_has_no_child_to_give_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_process_that_cannot_start_is_a_system_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_files(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, "Too many open files", sys.executable)
 
@@ -97,11 +97,11 @@ UNCOUNTED = [
 
 
 @pytest.mark.parametrize("pattern", UNCOUNTED)
-def test_what_is_not_proved_cheap_has_no_bound(pattern):
+def test_unknown_constructs_have_no_bound(pattern):
     assert patterns.steps(pattern, 40) == math.inf
 
 
-def test_the_bound_counts_ways_and_what_is_done_in_each():
+def test_the_bound_counts_ways_and_steps():
     assert patterns.steps(r"model\.layers\.(1|2|11)\..*", 40) < 1000
     assert patterns.steps(r"(?:.*\.)?(?!lm_head)[\w.-]+?(q|k|v)_proj$", 40) < 1e5
     for part in (".*", r"\w+", "a?", "(a|b)", "(a|)", "(a)?", "(?=.*a)"):
@@ -110,8 +110,8 @@ def test_the_bound_counts_ways_and_what_is_done_in_each():
     assert patterns.steps("a{0,9999}b", 40) == pytest.approx(patterns.steps("a*b", 40))
 
 
-def test_a_key_that_reaches_out_of_its_place_is_judged_as_it_is_matched(monkeypatch):
-    """PEFT puts each key into a pattern of its own, where `+` repeats what is before it."""
+def test_the_bound_is_of_the_pattern_that_is_matched(monkeypatch):
+    """PEFT inserts each key into a larger pattern, where `+` repeats the part before it."""
     asked = []
     monkeypatch.setattr(patterns, "_in_child_process", lambda *args: asked.append(args[0]) or [[None] * len(NAMES)])
     patterns.layer_numbers(["+x"], NAMES, "layers_pattern")
@@ -130,7 +130,7 @@ def test_a_key_that_reaches_out_of_its_place_is_judged_as_it_is_matched(monkeypa
 )
 @settings(deadline=None)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_whatever_is_matched_here_is_what_re_says(pattern):
+def test_patterns_matched_in_this_process_equal_re(pattern):
     if patterns.steps(pattern, 40) == math.inf:
         return
     try:
@@ -143,14 +143,14 @@ def test_whatever_is_matched_here_is_what_re_says(pattern):
         assert wanted is None
 
 
-def test_first_suffix_match_is_the_first_in_order():
+def test_the_first_matching_suffix_pattern_counts():
     keys = ["q_proj", r"layers\.1\..*", "proj", "odel.layers.0.self_attn.q_proj"]
     found = patterns.first_suffix_match(keys, NAMES, "rank_pattern")
     for name, index in zip(NAMES, found, strict=True):
         assert index == next((i for i, k in enumerate(keys) if re.match(rf"(.*\.)?({k})$", name)), None)
 
 
-def test_what_is_no_pattern_is_named():
+def test_invalid_patterns_are_refused_with_the_key():
     for pattern in ("(", "x{99999999999}", "a" * 5000, "[z-a]", "(?P<g>a)(?P<g>b)", "(?x)(a"):
         with pytest.raises(InvalidAdapter, match="target_modules"):
             patterns.full_matches(pattern, NAMES, "target_modules")
@@ -169,7 +169,7 @@ KEYS = sorted(peft_config.HONOURED | set(peft_config.HARMLESS) | set(peft_config
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), json_values, max_size=3))
 @settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_any_config_is_read_or_refused(changes):
+def test_any_config_is_parsed_or_refused(changes):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]} | changes
     try:
         parsed = peft_config.parse(json.loads(json.dumps(config)))
@@ -181,14 +181,12 @@ def test_any_config_is_read_or_refused(changes):
         assert all(rank > 0 for rank, _ in sizes.values())
 
 
-def test_a_name_with_a_line_break_is_no_modules() -> None:
-    """`$` would match before it."""
+def test_a_module_name_with_a_line_break_is_refused() -> None:
     with pytest.raises(InvalidAdapter, match="has a line break"):
         patterns.full_matches(".*", ["x\n"], "target_modules")
 
 
-def test_one_match_that_may_take_long_is_not_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few names there are: it holds the lock through all of it."""
+def test_a_single_slow_match_runs_in_the_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(patterns, "_in_child_process", lambda *args: asked.append(args[0]) or [[None]])
     name, slow = "model.layers.0.self_attn.q_proj", ".*" * 4 + "!"

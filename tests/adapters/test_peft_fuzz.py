@@ -1,4 +1,4 @@
-"""Made-up adapter files: read, or refused with one of our own errors; nothing else ever comes out."""
+"""Random adapter files are read or refused with an AdapterError."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def read(config: bytes, tensors: bytes) -> bool:
     return True
 
 
-def test_the_good_one_is_read() -> None:
+def test_the_unchanged_adapter_is_read() -> None:
     assert read(json.dumps(GOOD).encode(), TENSORS)
 
 
 @given(st.sampled_from(KEYS), SCALARS)
 @example("r", 10**400)
 @example("rank_pattern", {"q_proj": 10**400})
-def test_one_key_of_any_value(key: str, value: object) -> None:
+def test_any_value_of_one_key(key: str, value: object) -> None:
     read(json.dumps({**GOOD, key: value}).encode(), TENSORS)
 
 
@@ -68,12 +68,12 @@ def test_any_config(changed: dict) -> None:
 
 
 @given(st.binary(max_size=200) | st.recursive(VALUES, st.lists).map(lambda v: json.dumps(v).encode()))
-def test_any_bytes_for_a_config(config: bytes) -> None:
+def test_any_bytes_as_config(config: bytes) -> None:
     assert not read(config, TENSORS)
 
 
 @given(st.lists(st.tuples(st.integers(0, len(TENSORS) - 1), st.integers(0, 255)), min_size=1, max_size=6))
-def test_changed_bytes_of_tensors(changes: list[tuple[int, int]]) -> None:
+def test_changed_tensor_bytes(changes: list[tuple[int, int]]) -> None:
     data = bytearray(TENSORS)
     for at, value in changes:
         data[at] = value
@@ -81,7 +81,7 @@ def test_changed_bytes_of_tensors(changes: list[tuple[int, int]]) -> None:
 
 
 @given(st.integers(0, len(TENSORS) - 1), st.binary(max_size=64))
-def test_cut_and_continued_tensors(at: int, tail: bytes) -> None:
+def test_truncated_and_extended_tensors(at: int, tail: bytes) -> None:
     if at + len(tail) != len(TENSORS):
         assert not read(json.dumps(GOOD).encode(), TENSORS[:at] + tail)
     else:

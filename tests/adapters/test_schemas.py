@@ -10,7 +10,7 @@ EMBEDDED = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 @pytest.mark.parametrize(
-    ("made_on", "bases", "other"),
+    ("trained_on", "bases", "other"),
     [
         ("smollm2-135m", EMBEDDED, False),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", EMBEDDED, False),
@@ -25,7 +25,9 @@ EMBEDDED = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
         ("anything", (), False),
     ],
 )
-def test_a_base_that_is_named_otherwise_is_a_note(made_on: str | None, bases: tuple[str, ...], other: bool) -> None:
-    notes = base_notes(made_on, bases)
+def test_an_adapter_that_names_another_base_gets_a_note(
+    trained_on: str | None, bases: tuple[str, ...], other: bool
+) -> None:
+    notes = base_notes(trained_on, bases)
     assert bool(notes) == other
-    assert not notes or (repr(made_on) in notes[0] and repr(bases[0]) in notes[0])
+    assert not notes or (repr(trained_on) in notes[0] and repr(bases[0]) in notes[0])

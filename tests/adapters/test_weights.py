@@ -1,4 +1,4 @@
-"""Values of adapters."""
+"""Content digests, checks for NaN and infinity, and canonical mixes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def update(dtype: torch.dtype, rank: int = 3) -> LowRank:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_matrix_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
-    """Wherever it is, and among the largest values that there are."""
+def test_the_matrix_with_nan_or_infinity_is_found(dtype: torch.dtype) -> None:
     modules = {"p": update(torch.float32), "q": update(dtype), "r": update(dtype, 0), "s": update(dtype)}
     assert not_finite(modules) is None and not_finite({}) is None
     for value in (math.nan, math.inf, -math.inf):
@@ -47,7 +46,7 @@ def test_the_matrix_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("at", [0, 5, CHUNK - 1, CHUNK, 2 * CHUNK + 6])
-def test_memory_with_a_value_that_is_not_finite_is_found(dtype: torch.dtype, at: int) -> None:
+def test_a_buffer_with_nan_or_infinity_is_found(dtype: torch.dtype, at: int) -> None:
     limits = torch.finfo(dtype)
     values = torch.tensor([limits.max, limits.min, limits.tiny, -0.0, 0.0, 1.0, -1.0], dtype=dtype)
     values = values.repeat(2 * CHUNK // 7 + 2)[: 2 * CHUNK + 7]
@@ -62,8 +61,8 @@ def memory(values: torch.Tensor) -> bytes:
     return values.view(torch.uint8).numpy().tobytes()
 
 
-def test_the_digest_is_that_of_names_types_shapes_and_bytes() -> None:
-    """As it is stored in registries and journals: however the tensors lie, and of whatever size they are."""
+def test_the_digest_covers_names_dtypes_shapes_and_bytes() -> None:
+    """Stored digests depend on it; strides and sizes must not matter."""
     draw = torch.Generator().manual_seed(3)
     large = torch.randn(300, CHUNK // 256, generator=draw)
     tensors = {
@@ -74,14 +73,14 @@ def test_the_digest_is_that_of_names_types_shapes_and_bytes() -> None:
         "c": torch.zeros(7, 1),
     }
     config = {"scale": {"ü": 0.5, "a": 2}}
-    said = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    expected = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
     for name in sorted(tensors):
         kept = tensors[name].detach().clone(memory_format=torch.contiguous_format)
-        said += f"\n{name}\n{kept.dtype}\n{tuple(kept.shape)}\n".encode() + memory(kept.reshape(-1))
-    assert content_digest(config, tensors) == hashlib.sha256(said).hexdigest()
+        expected += f"\n{name}\n{kept.dtype}\n{tuple(kept.shape)}\n".encode() + memory(kept.reshape(-1))
+    assert content_digest(config, tensors) == hashlib.sha256(expected).hexdigest()
 
 
-def test_codes_are_counted_and_have_no_update_that_others_could_read() -> None:
+def test_quantized_weights_have_sizes_and_no_delta() -> None:
     a, b = torch.zeros(8 * 32, dtype=torch.uint8), torch.zeros(1, 1, 16, 4, dtype=torch.uint8)
     weights = LoraWeights("a", "digest", {"p": LowRank(a, b, 0.5, torch.tensor([0.25, 2.0]), (7, 3))})
     assert weights.ranks == [2] and weights.nbytes == 8 * 32 + 64 + 4 * 2 and weights.modules["p"].shape == (7, 3)
@@ -89,7 +88,7 @@ def test_codes_are_counted_and_have_no_update_that_others_could_read() -> None:
         weights.delta("p")
 
 
-def test_what_one_content_adds_up_to_is_no_matter_of_order() -> None:
+def test_weights_of_equal_content_add_up_in_any_order() -> None:
     digest = "a" * 64
     for weights in itertools.permutations((16.0, 16.0, -16.0)):
         named = [(Version(f"n{i}", digest), weight) for i, weight in enumerate(weights)]
