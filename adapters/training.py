@@ -529,7 +529,7 @@ def _mode(tree: nn.Module, training: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Activation checkpointing: blocks store their inputs only, and recompute activations in the backward pass."""
-    originals = [getattr(block, "whole", block.forward) for block in blocks]
+    originals = [getattr(block, "plain_forward", block.forward) for block in blocks]
     for block, forward in zip(blocks, originals, strict=True):
         block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
     try:

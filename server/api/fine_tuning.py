@@ -40,11 +40,11 @@ async def create(body: schemas.FineTuningBody, services: ServicesDep) -> Respons
         raise InvalidRequest(
             f"model must be the base, {services.model.name!r}; to continue an adapter, set lora.init_from", "model"
         )
-    asked = _training_request(body)
+    wanted = _training_request(body)
 
     def add() -> Job:
         with services.files.lock:
-            request = validate(asked, services.training)
+            request = validate(wanted, services.training)
             return services.jobs.submit(
                 TRAINING,
                 body.suffix or "",

@@ -48,7 +48,7 @@ class CheckpointedLayer(Layer):
     def forward(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
         return self._forward(checkpointed, stream, rotary, context)
 
-    def whole(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
+    def plain_forward(self, stream: torch.Tensor, rotary: Rotary, context: Context) -> torch.Tensor:
         """The forward pass for activation checkpointing of the whole layer."""
         return self._forward(stored, stream, rotary, context)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adapters.data import Chat, Completion, Encode, Pair, Record
+from adapters.data import Chat, Completion, Encode, Record
 from adapters.errors import InvalidData
 from server.errors import InvalidRequest
 from server.model.tokenizer import INPUT, Format, ModelTokenizer
@@ -40,16 +40,14 @@ def encoder(tokenizer: ModelTokenizer, template: Template, max_length: int) -> E
             if isinstance(record, Completion):
                 ids, learned = tokenizer.encode_example(INPUT, "raw", None, record.prompt, record.completion)
             else:
-                ids, learned = _pair(tokenizer, template, record)
+                ids, learned = tokenizer.encode_example(
+                    template.prompt, template.format, template.system, record.input, record.output
+                )
         except InvalidRequest as error:
             raise InvalidData(f"{record.place}: {error.message}") from error
         return ids, [False] * (len(ids) - learned) + [True] * learned
 
     return encode
-
-
-def _pair(tokenizer: ModelTokenizer, template: Template, record: Pair) -> tuple[list[int], int]:
-    return tokenizer.encode_example(template.prompt, template.format, template.system, record.input, record.output)
 
 
 def _chat(tokenizer: ModelTokenizer, record: Chat, max_length: int) -> tuple[list[int], list[bool]]:

@@ -58,8 +58,7 @@ class FileStore:
             write: Writes the content to the path that it is given.
             filename: As the client sent it. Folders in it are removed.
 
-        Raises:
-            StoreFailed: The disk or the database refused. Nothing is left of the file.
+        Raises StoreFailed if the disk or the database refuses; nothing is left of the file then.
         """
         id = f"file-{uuid.uuid4().hex}"
         partial, folder = self._folder / f".new-{id}", self._folder / id
@@ -84,22 +83,14 @@ class FileStore:
         return file
 
     def get(self, id: str) -> File:
-        """A file's metadata.
-
-        Raises:
-            UnknownName: There is no such file.
-        """
+        """A file's metadata. Raises UnknownName."""
         found = self._files.get(id)
         if found is None:
             raise UnknownName(f"there is no file {id[:64]!r}; GET /v1/files lists all files", "file_id")
         return found
 
     def path(self, id: str) -> Path:
-        """The path of a file's content.
-
-        Raises:
-            UnknownName: There is no such file.
-        """
+        """The path of a file's content. Raises UnknownName."""
         self.get(id)
         return self._folder / id / CONTENT
 
@@ -108,12 +99,7 @@ class FileStore:
         return list(self._files.values())[::-1]
 
     def delete(self, id: str) -> None:
-        """Delete a file.
-
-        Raises:
-            UnknownName: There is no such file.
-            Conflict: An unfinished job needs it.
-        """
+        """Delete a file. Raises UnknownName, Conflict if an unfinished job needs it, and StoreFailed."""
         with self.lock:
             self.get(id)
             if (user := self.used_by(id)) is not None:

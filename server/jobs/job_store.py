@@ -128,8 +128,7 @@ class JobStore:
             prefix: The first part of the job's id.
             write_files: Called with the job's folder before the job becomes visible.
 
-        Raises:
-            StoreFailed: The disk or the database refused. Nothing is left of the job.
+        Raises StoreFailed if the disk or the database refuses; nothing is left of the job then.
         """
         id = f"{prefix}-{uuid.uuid4().hex[:24]}"
         job = Job(id, kind, name or f"ft-{id}", dict(request))
@@ -158,11 +157,7 @@ class JobStore:
         return list(self.jobs.values())
 
     def save(self, job: Job) -> None:
-        """Write a job's record.
-
-        Raises:
-            StoreFailed: The database refused.
-        """
+        """Write a job's record. Raises StoreFailed."""
         with self._lock, self._database.transaction() as connection:
             connection.execute(sa.update(jobs).where(jobs.c.id == job.id).values(**_columns(job)))
 
@@ -192,11 +187,7 @@ class JobStore:
             log.error("an event of job %s is lost (%s): %s", job.id, message, error.message)
 
     def events(self, id: str) -> list[dict[str, Any]]:
-        """A job's events, oldest first, each with a unique `id`.
-
-        Raises:
-            StoreFailed: The database cannot be read.
-        """
+        """A job's events, oldest first, each with a unique `id`. Raises StoreFailed."""
         with self._database.read() as connection:
             query = sa.select(job_events).where(job_events.c.job_id == id).order_by(job_events.c.id)
             rows = connection.execute(query).mappings().all()

@@ -92,66 +92,65 @@ class TrainingContext:
     context_length: int | None = None
 
 
-def validate(asked: TrainingRequest, context: TrainingContext) -> dict[str, Any]:
+def validate(request: TrainingRequest, context: TrainingContext) -> dict[str, Any]:
     """The request as it is stored in the job, with all defaults filled in.
 
-    Raises:
-        InvalidRequest, UnknownName, UnknownAdapter: A field is wrong; `param` names it.
+    Raises InvalidRequest, UnknownName or UnknownAdapter; `param` names the wrong field.
     """
     if context.base_source is None:
         raise InvalidRequest(IN_MEMORY_BASE, "model")
     for param in ("training_file", "validation_file"):
-        id = getattr(asked, param)
+        id = getattr(request, param)
         with rename_params(file_id=param):
             if id is not None and context.files.get(id).purpose != "fine-tune":
                 raise InvalidRequest(f"{param} must have the purpose fine-tune; upload it again with that", param)
-    if asked.suffix is not None and (
-        asked.suffix in RESERVED | {context.base_name} or TRAINING_ID.fullmatch(asked.suffix)
+    if request.suffix is not None and (
+        request.suffix in RESERVED | {context.base_name} or TRAINING_ID.fullmatch(request.suffix)
     ):
-        raise InvalidRequest(f"the name {asked.suffix!r} is reserved; choose another suffix", "suffix")
-    task_name = _task_name(asked, context)
+        raise InvalidRequest(f"the name {request.suffix!r} is reserved; choose another suffix", "suffix")
+    task_name = _task_name(request, context)
     task = context.tasks.find(task_name) if task_name is not None else None
     body = task.body() if task is not None else {}
-    _check_ranks(asked, context)
-    request = {
-        "training_file": asked.training_file,
-        "validation_file": asked.validation_file,
-        "suffix": asked.suffix,
-        "seed": asked.seed,
+    _check_ranks(request, context)
+    stored = {
+        "training_file": request.training_file,
+        "validation_file": request.validation_file,
+        "suffix": request.suffix,
+        "seed": request.seed,
         "hyperparameters": {
-            "n_epochs": asked.n_epochs or EPOCHS,
-            "batch_size": asked.batch_size or BATCH,
-            "learning_rate_multiplier": asked.learning_rate_multiplier or 1.0,
+            "n_epochs": request.n_epochs or EPOCHS,
+            "batch_size": request.batch_size or BATCH,
+            "learning_rate_multiplier": request.learning_rate_multiplier or 1.0,
         },
-        "lora": {**vars(asked.lora), "alpha": asked.lora.alpha or 2.0 * asked.lora.r, "task": task_name},
+        "lora": {**vars(request.lora), "alpha": request.lora.alpha or 2.0 * request.lora.r, "task": task_name},
         # The task as it is now, because it may have changed when the job starts or resumes.
         "template": {k: v for k, v in body.items() if k != "route"},
         # A task that comes from an adapter's folder is replaced by the result's, which keeps its route.
         "route": body["route"] if task is not None and task.source == "file" else None,
-        "metadata": dict(asked.metadata or {}) or None,
+        "metadata": dict(request.metadata or {}) or None,
         "base": {"name": context.base_source.name, "id": context.base_source.id},
     }
     try:
-        spec = training_config(request).spec()
-        if asked.lora.init_from is None:
+        spec = training_config(stored).spec()
+        if request.lora.init_from is None:
             spec.ranks(context.module_paths)
     except AdapterError as error:
         raise InvalidRequest(error.message, _PARAM.get(error.param or "", error.param)) from error
-    return request
+    return stored
 
 
-def _task_name(asked: TrainingRequest, context: TrainingContext) -> str | None:
+def _task_name(request: TrainingRequest, context: TrainingContext) -> str | None:
     """The task whose prompt template is used: `lora.task`, or else the task of the result's name."""
-    name = asked.lora.task
+    name = request.lora.task
     if name is None:
-        return asked.suffix if asked.suffix and context.tasks.find(asked.suffix) is not None else None
+        return request.suffix if request.suffix and context.tasks.find(request.suffix) is not None else None
     if context.tasks.find(name) is None:
         raise UnknownName(f"there is no task {name[:64]!r}; GET /tasks lists all tasks", "lora.task")
     return name
 
 
-def _check_ranks(asked: TrainingRequest, context: TrainingContext) -> None:
-    lora = asked.lora
+def _check_ranks(request: TrainingRequest, context: TrainingContext) -> None:
+    lora = request.lora
     highest = max_module_rank(lora.r, lora.auto_rank)
     if highest > context.max_rank:
         why = f", and auto_rank may give a module {AUTO_RANK_FACTOR} times r" if lora.auto_rank else ""
@@ -159,7 +158,7 @@ def _check_ranks(asked: TrainingRequest, context: TrainingContext) -> None:
     if lora.init_from is not None:
         with rename_params(adapters="lora.init_from"):
             context.registry.resolve([(lora.init_from, 1.0)])
-        fixed = set(asked.given & {"r", "alpha", "target_modules"})
+        fixed = set(request.given & {"r", "alpha", "target_modules"})
         fixed |= {name for name in ("rslora", "auto_rank") if getattr(lora, name)}
         for name in sorted(fixed):
             raise InvalidRequest(f"init_from keeps the ranks of that adapter; leave {name} out", f"lora.{name}")
@@ -186,12 +185,7 @@ def training_config(request: Mapping[str, Any]) -> TrainingConfig:
 
 
 def copy_init_adapter(request: Mapping[str, Any], context: TrainingContext, folder: Path) -> None:
-    """Copy the adapter version that training starts from into the job's folder.
-
-    Raises:
-        UnknownAdapter: It was deleted.
-        StoreFailed: It is damaged, or the disk refused.
-    """
+    """Copy the adapter version that training starts from into the job's folder. Raises UnknownAdapter, StoreFailed."""
     name = request["lora"]["init_from"]
     if name is not None:
         with context.registry.lease([(name, 1.0)]) as lease:
@@ -224,10 +218,7 @@ def check_base(base: Mapping[str, str], context: TrainingContext) -> None:
 def worker_spec(name: str, request: Mapping[str, Any], context: TrainingContext, folder: Path) -> WorkerSpec:
     """The spec of the training process. Copies the version that the result would replace into the job's folder.
 
-    Raises:
-        UnknownName: A data file was deleted.
-        JobError: The base or the adapter to start from is missing.
-        StoreFailed: The disk refused.
+    Raises UnknownName for a deleted file, JobError for a missing base or adapter to start from, and StoreFailed.
     """
     if context.base_source is None:
         raise JobError("other_base", IN_MEMORY_BASE)

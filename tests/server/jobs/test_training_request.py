@@ -80,11 +80,11 @@ def test_defaults_and_the_settings_of_a_run(context: TrainingContext) -> None:
     assert request["base"] == {"name": "tiny", "id": "0" * 64}
     default = training_config(request)
     assert (default.epochs, default.batch_size, default.learning_rate, default.save_steps) == (3.0, 16, 5e-4, 20)
-    asked = TrainingRequest(
+    wanted = TrainingRequest(
         file, seed=5, n_epochs=0.5, batch_size=4, learning_rate_multiplier=2.0, lora=Lora(r=16, rslora=True),
         metadata={"a": "b"},
     )  # fmt: skip
-    request = validate(asked, context)
+    request = validate(wanted, context)
     config = training_config(request)
     assert (config.epochs, config.batch_size, config.learning_rate, config.seed) == (0.5, 4, 1e-3, 5)
     assert (config.lora_rank, config.lora_alpha, config.use_rslora) == (16, 32.0, True)
@@ -114,9 +114,9 @@ def test_defaults_and_the_settings_of_a_run(context: TrainingContext) -> None:
 def test_what_is_wrong_with_a_request_is_named(
     context: TrainingContext, fields: dict[str, Any], param: str, message: str
 ) -> None:
-    asked = TrainingRequest(upload(context), **{**fields, "given": frozenset(fields.get("given", ()))})
+    wanted = TrainingRequest(upload(context), **{**fields, "given": frozenset(fields.get("given", ()))})
     with pytest.raises((InvalidRequest, UnknownName), match=message) as error:
-        validate(asked, context)
+        validate(wanted, context)
     assert error.value.param == param
 
 
@@ -152,8 +152,8 @@ def test_only_the_adapter_of_the_tasks_name_brings_the_task(
     own = worker_spec("say", validate(TrainingRequest(upload(context), suffix="say"), context), context, tmp_path)
     route = {"route": say.body()["route"]} if source == "file" else {}
     assert own.task == {"task": "say", **own.template, **route} and "route" not in own.template
-    asked = TrainingRequest(upload(context), suffix="m", lora=Lora(task="say"))
-    other = worker_spec("m", validate(asked, context), context, tmp_path)
+    wanted = TrainingRequest(upload(context), suffix="m", lora=Lora(task="say"))
+    other = worker_spec("m", validate(wanted, context), context, tmp_path)
     assert other.template == own.template and other.task is None
 
 
@@ -195,8 +195,8 @@ def test_training_starts_from_a_copy_of_a_version(with_registry: TrainingContext
     context, registry, folder = with_registry, with_registry.registry, tmp_path / "job"
     first = registry.publish_now("old", write(tmp_path / "v1", 1)).version
     registry.publish_now("old", write(tmp_path / "v2", 2))
-    asked = TrainingRequest(upload(context), lora=Lora(init_from=first.label), given=frozenset({"init_from"}))
-    request = validate(asked, context)
+    wanted = TrainingRequest(upload(context), lora=Lora(init_from=first.label), given=frozenset({"init_from"}))
+    request = validate(wanted, context)
     copy_init_adapter(request, context, folder)
     spec = worker_spec("m", request, context, folder)
     assert (spec.init, spec.init_name) == ((folder / "init").resolve(), "old")
