@@ -96,10 +96,10 @@ def answers(bench: Any) -> None:
     finally:  # what fails or is cut off has compared some
         torch.set_num_threads(before)
         if found:
-            _tell(bench, found, wanted)
+            _send_tables(bench, found, wanted)
 
 
-def _tell(bench: Any, found: list[Compared], wanted: int) -> None:
+def _send_tables(bench: Any, found: list[Compared], wanted: int) -> None:
     """The claim last, after what it is made of."""
     margins = [each.margin for each in found if each.margin is not None]
     equal = len(found) - len(margins)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_ceilings, gpu_products
-from server.engine.backends.cuda.batch import describe
+from server.engine.backends.cuda.batch import build_batch
 from server.engine.backends.cuda.device_model import GATE_UP, QKV
 from server.kernels.cuda import attention, epilogue, lora, matmul, sampling
 from server.kernels.cuda.matmul import FEW_ROWS
@@ -60,10 +60,10 @@ def _tell_others(bench: Any, cold: torch.Tensor) -> None:
     kind = bench.kinds[0]
     for slot, weights in enumerate(bench.adapters(kind)):
         runner.load_adapter(slot, weights)
-    runner._pool.ready(range(n))
+    runner._pool.wait_for_copies(range(n))
     try:
         batch = bench.batch(n, tuple(((slot, 1.0),) for slot in range(n)))
-        step = runner._step_of(describe(batch, runner._pool.ranks))
+        step = runner._device_step(build_batch(batch, runner._pool.ranks))
         calls = [*_adapter_calls(model, step, runner._pool.pool, n, kind.rank), *_other_calls(bench, step, n)]
         for name, call, size in calls:
             seconds = _cold_seconds(bench, call, cold)
@@ -78,7 +78,7 @@ Call = tuple[str, Callable[[], None], int]
 """What it is, how it is launched, and the bytes that it has to read."""
 
 
-def _adapter_calls(model: Any, step: Any, pool: lora.Pool, n: int, rank: int) -> Iterator[Call]:
+def _adapter_calls(model: Any, step: Any, pool: lora.DeviceAdapters, n: int, rank: int) -> Iterator[Call]:
     """Shrink and ending of the matrices that join several modules, the adapters' B's in the ending."""
     layer = model._layers[0]
     for name, matrix, site, slices in (
@@ -123,7 +123,7 @@ def _other_calls(bench: Any, step: Any, n: int) -> Iterator[Call]:
         ("draw with top_k 50", [1.0, 1.0, 0.0, 0.5], 50),
     ):
         given = torch.tensor([how] * n, device=device), torch.full((n,), most, dtype=torch.int32, device=device)
-        yield name, lambda given=given: sampling.draw(logits, *given, tokens), logits.nbytes
+        yield name, lambda given=given: sampling.sample(logits, *given, tokens), logits.nbytes
 
 
 def _cold_seconds(bench: Any, call: Callable[[], None], cold: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adapters.weights import LowRank
-from server.engine.backends.cuda.batch import describe
+from server.engine.backends.cuda.batch import build_batch
 from server.engine.backends.cuda.device_model import QKV
 from server.engine.batch import Batch
 from server.kernels.cuda import attention, epilogue, lora, matmul, packing
@@ -56,7 +56,7 @@ def _products(bench: Any, counts: tuple[int, ...], repeats: int) -> list[str]:
                 matrix.multiply(x, sums, again, how)
                 if not torch.equal(again, out):
                     other.append(f"{name}, {m} rows")
-    _tell(bench, f"products at {_listed(counts)} rows against plain ones: worst relative error", found)
+    _send_tables(bench, f"products at {_listed(counts)} rows against plain ones: worst relative error", found)
     return other
 
 
@@ -65,7 +65,7 @@ def _updates(bench: Any, counts: tuple[int, ...], repeats: int) -> list[str]:
     alone = tuple(((slot, WEIGHT),) for slot in range(bench.rows))
     for slot, each in enumerate(bench.adapters(bench.kinds[0])):
         bench.runner.load_adapter(slot, each)
-    bench.runner._pool.ready(range(bench.rows))
+    bench.runner._pool.wait_for_copies(range(bench.rows))
     found, other = {}, []
     try:
         for m, batch, slots in (
@@ -82,7 +82,7 @@ def _updates(bench: Any, counts: tuple[int, ...], repeats: int) -> list[str]:
     finally:
         for slot in range(bench.rows):
             bench.runner.unload_adapter(slot)
-    _tell(bench, f"adapters' updates at {_listed(counts)} rows against plain ones: worst relative error", found)
+    _send_tables(bench, f"adapters' updates at {_listed(counts)} rows against plain ones: worst relative error", found)
     return other
 
 
@@ -98,7 +98,7 @@ def _attention(bench: Any, longest: int, repeats: int) -> list[str]:
         first = attend()
         found[f"{name}, {batch.context[0]} tokens"] = _error(first.float(), exact)
         other += [f"attention, {name}" for _ in range(repeats) if not torch.equal(attend(), first)]
-    _tell(bench, "attention against a plain one: worst relative error", found)
+    _send_tables(bench, "attention against a plain one: worst relative error", found)
     return other
 
 
@@ -128,7 +128,7 @@ def _steps(bench: Any, n: int, mixes: tuple[SlotWeights, ...], repeats: int) -> 
     first = runner.run(batch).rows.clone()
     for _ in range(repeats):
         yield torch.equal(runner.run(batch).rows, first)
-    shape = describe(batch, runner._pool.ranks).shape.bucket(runner._buckets, runner._width)
+    shape = build_batch(batch, runner._pool.ranks).shape.bucket(runner._buckets, runner._width)
     with torch.inference_mode():
         runner._results.fill_(math.nan)
         runner._compute(shape)
@@ -139,7 +139,7 @@ def _update(bench: Any, batch: Batch, slots: list[int]) -> tuple[Callable[[], to
     """What computes that which the adapters in `slots`, one a row, add to q, k and v of the first layer; and what that
     is."""
     runner, model, pool = bench.runner, bench.runner._model, bench.runner._pool.pool
-    step = runner._step_of(describe(batch, runner._pool.ranks))
+    step = runner._device_step(build_batch(batch, runner._pool.ranks))
     slices, matrix = model._qkv_slices(), model._layers[0].qkv
     x = torch.randn(len(slots), matrix.width, device=bench.device).to(bench.backend.dtype)
     splits = lora.shrink_splits(step.lanes.tile_rows, step.lanes.width, matrix.width)
@@ -172,7 +172,7 @@ def _attended(bench: Any, batch: Batch) -> tuple[Callable[[], torch.Tensor], tor
     in the first layer; and what that is."""
     runner, model, config = bench.runner, bench.runner._model, bench.config
     heads, shared, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    step, cache = runner._step_of(describe(batch, runner._pool.ranks)), runner._storage
+    step, cache = runner._device_step(build_batch(batch, runner._pool.ranks)), runner._storage
     cache[0].normal_()
     n = len(batch.tokens)
     qkv = model._new(n, model._layers[0].qkv.rows, dtype=model.dtype).normal_()
@@ -216,6 +216,6 @@ def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _tell(bench: Any, name: str, found: dict[str, float]) -> None:
+def _send_tables(bench: Any, name: str, found: dict[str, float]) -> None:
     worst = max(found, key=lambda at: found[at])
     bench.tell(name, round(found[worst], 6), f"<= {BOUND}", found[worst] <= BOUND, at=worst, errors=found)

@@ -74,7 +74,7 @@ def _gpu_share(base: Base, runner: Runner) -> Callable[[], Mapping[str, Any] | N
     from server.engine.backends.cuda.runner import CudaRunner
 
     assert isinstance(runner, CudaRunner)
-    return runner.loan
+    return runner.training_share
 
 
 def build_jobs(

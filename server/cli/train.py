@@ -145,7 +145,7 @@ def _ends_all(error: AdapterError | ServerError) -> bool:
 def _errors_name(recipe: Recipe) -> Iterator[None]:
     """Errors in the context start with the name of the recipe."""
     from adapters.errors import AdapterError, TrainingStopped
-    from server.engine.backends.cuda.memory import lacks_memory
+    from server.engine.backends.cuda.memory import is_out_of_memory
 
     try:
         yield
@@ -154,7 +154,7 @@ def _errors_name(recipe: Recipe) -> Iterator[None]:
         raise type(error)(f"{recipe.name}: {error.message}{note}", error.param) from error
     except (MemoryError, RuntimeError) as error:
         message = out_of_memory_message(error)
-        if message is None and lacks_memory(error):
+        if message is None and is_out_of_memory(error):
             message = f"the GPU has too little memory: {error}"
         if message is None:
             raise

@@ -15,7 +15,7 @@ from adapters import peft_format, pruning, rank_search
 from adapters.errors import AdapterError, StoreFailed, TrainingStopped
 from adapters.training import Event, TrainingConfig, train
 from adapters.weights import LoraWeights
-from server.engine.backends.cuda.memory import lacks_memory
+from server.engine.backends.cuda.memory import is_out_of_memory
 from server.errors import out_of_memory_message
 from server.jobs.errors import JobError
 from server.jobs.gpu_share import device_of, place_base, use_device
@@ -65,7 +65,7 @@ def fine_tune(spec: WorkerSpec, base: Base, folder: Path, send: Send, stop: Call
     except (MemoryError, RuntimeError) as error:
         if (message := out_of_memory_message(error)) is not None:
             raise JobError("no_memory", f"{message}; use shorter examples or a smaller rank") from error
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise JobError(
             "no_memory", f"the GPU has too little memory for training beside the server; lower --gpu-memory: {error}"

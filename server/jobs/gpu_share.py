@@ -46,7 +46,7 @@ def place_base(
     mapped = {}
     if share["base"] is not None:
         try:
-            mapped = shared_memory.opened(share["base"], device)
+            mapped = shared_memory.open_shared(share["base"], device)
         except OSError as error:
             message = f"the server's weights could not be shared ({error}); this job uses its own copy"
             send({"kind": NOTE, "message": message})

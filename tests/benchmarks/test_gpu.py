@@ -260,7 +260,7 @@ def test_a_step_that_comes_out_otherwise_is_told(wrong: Any, monkeypatch: pytest
     pool = SimpleNamespace(ranks=[])
     runner = SimpleNamespace(_results=torch.ones(4, 3), _pool=pool, _buckets=[], _width=1, run=run, _compute=compute)
     shape = SimpleNamespace(bucket=lambda buckets, width: None)
-    monkeypatch.setattr(gpu_products, "describe", lambda batch, ranks: SimpleNamespace(shape=shape))
+    monkeypatch.setattr(gpu_products, "build_batch", lambda batch, ranks: SimpleNamespace(shape=shape))
     bench: Any = SimpleNamespace(runner=runner, batch=lambda n, mixes: None)
     same = list(gpu_products._steps(bench, 2, ((), ()), 2))
     assert same == [wrong != 1, wrong != 2, wrong != "kernel by kernel"]
@@ -306,7 +306,9 @@ def test_a_copy_that_is_seen_in_the_steps_is_not_hidden(beside: float, met: bool
     copied: list[int] = []
     bench: Any = SimpleNamespace(
         rows=2, kinds=[None], adapters=lambda kind: [SimpleNamespace(nbytes=80_000_000)],
-        runner=SimpleNamespace(clear=lambda slot: None, place=lambda slot, weights: copied.append(slot)),
+        runner=SimpleNamespace(
+            unload_adapter=lambda slot: None, load_adapter=lambda slot, weights: copied.append(slot)
+        ),
         seconds=lambda call, rounds: 2e-3,
         running_seconds=lambda rows, mixes, before=None: 1e-3 if before is None else (before(), beside)[1],
         tell=lambda name, *values, **more: told.update({name: values}),

@@ -109,7 +109,7 @@ def test_a_difference_is_noise_if_the_others_are_as_large_and_all_are_small(
     margin: float, noise: float, fine: bool
 ) -> None:
     told: Told = {}
-    gpu_answers._tell(bench_of(told, []), [compared(margin, noise)], 1)
+    gpu_answers._send_tables(bench_of(told, []), [compared(margin, noise)], 1)
     assert told[gpu_answers.CLAIM] == (int(fine), 1, fine)
     assert told["greedy answers equal"] == (0,)
     assert told["greedy answers whose first difference is noise"] == (int(fine),)
@@ -118,7 +118,7 @@ def test_a_difference_is_noise_if_the_others_are_as_large_and_all_are_small(
 def test_too_few_answers_meet_nothing() -> None:
     told: Told = {}
     same = gpu_answers.Compared(None, 0.0, 1.0)
-    gpu_answers._tell(bench_of(told, []), [same] * 3, 4)
+    gpu_answers._send_tables(bench_of(told, []), [same] * 3, 4)
     assert told[gpu_answers.CLAIM] == (3, 4, False)
 
 

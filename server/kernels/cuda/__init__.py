@@ -1,7 +1,7 @@
-"""The CUDA backend: Triton kernels for one GPU, imported when they are first asked for.
+"""The CUDA backend: Triton kernels for one GPU.
 
-Owns whether they can run here, and the products that the Python decoder (training) asks of them; a whole step is
-engine/cuda_runner.py's. Where there is no GPU, Triton's interpreter runs the same kernels on a CPU's tensors, slowly.
+This module has the products that the Python decoder (training) uses. Whole steps are in engine/backends/cuda/runner.py.
+Without a GPU, Triton's interpreter runs the same kernels on CPU tensors, slowly.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from server.kernels.recompress import recompress
 from server.kernels.weight import Weight
 
 CAPABILITY = (8, 0)
-"""The oldest compute capability that has bf16 in its matrix units."""
+"""The oldest compute capability with bf16 tensor cores."""
 
 NEWEST_PART = "language/target_info.py"
-"""What the kernels use of Triton, and what only those of 3.5 on have."""
+"""A file that Triton has from version 3.5 on, which the kernels need."""
 
 BLOCK_BYTES = 160 << 20
-"""Bytes of a matrix that a product dequantizes at a time: a linear of seven billion weights' model in bf16 is whole."""
+"""Bytes of a matrix that a product dequantizes at a time: a bf16 linear of a 7B model fits."""
 
 
 def unavailable() -> str | None:
-    """Why the CUDA kernels cannot run on this machine, or None where they can."""
+    """Why the CUDA kernels cannot run on this machine, or None if they can."""
     triton = importlib.util.find_spec("triton")
     if triton is None:
         return f"triton is not installed ({install_command('cuda')})"
@@ -51,7 +51,7 @@ def unavailable() -> str | None:
         return "Triton builds its launchers with a C compiler, and finds none (what CC names, or else gcc or clang)"
     try:
         found = torch.cuda.get_device_capability()
-    except RuntimeError as error:  # it is full, busy, or has a fault
+    except RuntimeError as error:  # it is full, busy, or faulty
         return f"the GPU does not answer: {str(error).splitlines()[0]}"
     if found < CAPABILITY:
         return f"the GPU has compute capability {found[0]}.{found[1]}, and {CAPABILITY[0]}.{CAPABILITY[1]} is needed"
@@ -59,17 +59,17 @@ def unavailable() -> str | None:
 
 
 def _finds_compiler() -> bool:
-    """Whether Triton does, which asks CC first. It takes a second to import, so this is asked where there is a GPU."""
+    """Whether Triton finds a C compiler. It looks at CC first."""
     from triton import knobs
 
     return any(map(shutil.which, [knobs.build.cc] if knobs.build.cc else ["gcc", "clang"]))
 
 
 class Cuda:
-    """The backend of the Triton kernels. The KV cache is bf16, the residual stream float32; adapters are codes beside a
-    base in codes, and bf16 beside one in bf16.
+    """The backend of the Triton kernels, with a bf16 KV cache and a float32 residual stream.
 
-    Weights are packed on the CPU, where they can be kept in a file and mapped; the runner puts them on the GPU.
+    Adapters are int8 for a quantized base and 16-bit for a 16-bit base. Weights are packed on the CPU, so that the
+    packed base can be stored in a file; the runner copies them to the GPU.
     """
 
     name = "cuda"
@@ -87,7 +87,7 @@ class Cuda:
         from server.kernels.cuda.matmul import dequantized
 
         stop = weight.shape[0] if stop is None else min(stop, weight.shape[0])
-        return dequantized(packing.part(weight, start, stop), torch.float32)
+        return dequantized(packing.slice_outputs(weight, start, stop), torch.float32)
 
     def prepare(self, weights: LoraWeights, scheme: str) -> LoraWeights:
         pinned, weights = torch.cuda.is_available(), recompress(weights)
@@ -98,8 +98,8 @@ class Cuda:
         return replace(kept, layout=adapter_layout(kept, self.dtype if scheme == "none" else torch.int8))
 
     def linear(self, weight: Weight, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, in] times the transposed matrix, in x's dtype. On a GPU so many outputs at a time that no more than
-        BLOCK_BYTES are dequantized: a large output table in float32 would be gigabytes."""
+        """x times the transposed matrix. On a GPU at most BLOCK_BYTES are dequantized at a time, because a large output
+        table would take gigabytes."""
         if not _is_on_gpu(weight):
             return _product(x, packing.dequantize(weight).to(x.dtype), update)
         from server.kernels.cuda.matmul import dequantized
@@ -112,11 +112,11 @@ class Cuda:
         for start in range(0, outputs, step):
             stop = min(start + step, outputs)
             part = None if update is None else update[..., start:stop]
-            y[..., start:stop] = _product(x, dequantized(packing.part(weight, start, stop), x.dtype), part)
+            y[..., start:stop] = _product(x, dequantized(packing.slice_outputs(weight, start, stop), x.dtype), part)
         return y
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
-        return packing.rows(weight, ids)
+        return packing.gather_rows(weight, ids)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
@@ -124,5 +124,5 @@ def _product(x: torch.Tensor, weight: torch.Tensor, update: torch.Tensor | None)
 
 
 def _is_on_gpu(weight: Weight) -> bool:
-    """Whether a matrix is quantized and lies where the kernels run."""
+    """Whether a matrix is quantized and on a GPU."""
     return weight.scheme != "none" and weight.tensors["words"].is_cuda

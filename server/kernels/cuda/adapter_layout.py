@@ -1,8 +1,4 @@
-"""`AdapterLayout`: where the matrices of one adapter lie in its memory, as the device is told when it gets a slot.
-
-Found out once, when the adapter is made ready: requests of many adapters give slots away every few steps, and the
-engine's thread is what launches steps. Does not know the device, its slots or the model.
-"""
+"""The layout of a prepared adapter, computed once, so that loading it into a slot is fast."""
 
 from __future__ import annotations
 
@@ -15,15 +11,20 @@ from adapters.weights import LoraWeights
 from server.kernels.lora import Shapes
 
 LINE = 64
-"""Bytes that all matrices, and each module's units, begin at a multiple of, as do the adapters and the parts of them on
-the device."""
+"""Alignment in bytes of matrices, scales, adapters, and parts of adapters on the device."""
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterLayout:
-    """`flat` is all of the adapter's memory in one piece. In the order of `shapes`: where in it each module's A, B and
-    units begin, in elements, int64 [modules, 3]; int32 `ranks`; float32 `scales`. At `cuts` the memory can be parted:
-    where matrices begin, ascending, and its end.
+    """Where the matrices of an adapter lie in its memory.
+
+    Attributes:
+        flat: All of the adapter's memory.
+        shapes: Path and shape of each module.
+        begins: Offsets of each module's A, B and scales in elements, int64 [modules, 3].
+        cuts: Offsets at which the memory may be split, ascending, with its end.
+        ranks: int32 [modules].
+        scales: float32 [modules].
     """
 
     flat: torch.Tensor
@@ -35,9 +36,10 @@ class AdapterLayout:
 
 
 def adapter_layout(weights: LoraWeights, dtype: torch.dtype) -> AdapterLayout:
-    """Those of an adapter in one piece of memory of `dtype`, A [rank, in] row-major and B [out, rank] column-major.
+    """The layout of an adapter in one piece of memory of `dtype`: A [rank, in] row-major, B [out, rank] column-major.
 
-    Raises ValueError if it does not lie so.
+    Raises:
+        ValueError: The adapter was not prepared for the CUDA kernels.
     """
     first = next((update.A for update in weights.modules.values()), torch.empty(0, dtype=dtype))
     flat = torch.empty(0, dtype=first.dtype).set_(first.untyped_storage())

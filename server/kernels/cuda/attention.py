@@ -1,7 +1,7 @@
-"""Attention over paged keys and values: single rows with the context split among programs, and packed prefills.
+"""Attention over the paged KV cache: decode with split contexts, and prefill.
 
-A sequence's split depends on its own context alone, and splits are joined in one order, so a row's result is the same
-in every batch. Keys and values are read where they lie, through the block table.
+The split of a sequence depends on its context length alone, and parts are combined in a fixed order, so a row's result
+does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.launch import begin, options
+from server.kernels.cuda.launch import options, wait_for_previous_kernel
 
 SPLITS = 16
-"""Programs that share a row's context at most, each with whole tiles of it."""
+"""Most programs per decoded row. Each takes whole tiles of the context."""
 TILE = 64
-"""Tokens of a tile of the context."""
+"""Tokens per tile of the context."""
 QUERIES = 64
-"""Rows of a prefill that a program takes."""
+"""Rows of a prefill per program."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -28,9 +28,11 @@ def decode_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Part of one row's attention with the query heads of one KV head: out [n, HEADS, SPLITS, D], weight the log2 of
-    the sum of exponentials."""
-    begin()
+    """One split of a decoded row's attention for the query heads of one KV head.
+
+    Writes out [n, HEADS, SPLITS, D] and weight, the log2 of the sum of exponentials.
+    """
+    wait_for_previous_kernel()
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(sequence_of + item)
     length = tl.load(context + sequence)
@@ -42,7 +44,7 @@ def decode_kernel(
         g, d, t = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BT)
         head = kv_head * GROUP + g
         mine = (g[:, None] < GROUP) & (d[None, :] < D)
-        row = tl.load(row_of + item).to(tl.int64)  # times its width past 2^31 in a long step
+        row = tl.load(row_of + item).to(tl.int64)  # 64-bit, since offsets exceed 2^31 in long steps
         queries = tl.load(q + row * row_stride + head[:, None] * D + d[None, :], mask=mine, other=0.0)
         best = tl.full((BG,), float("-inf"), tl.float32)
         total = tl.zeros((BG,), tl.float32)
@@ -74,9 +76,11 @@ def combine_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out [T, HEADS * D] of a row and head = its splits joined, all of them read at once; zeros for a row without a
-    context. And the sums of its groups unless GROUP is 0."""
-    begin()
+    """Combine the splits of a row and head into out [T, HEADS * D]; zeros for a row without a context.
+
+    Unless GROUP is 0, also write the sums of out's groups.
+    """
+    wait_for_previous_kernel()
     item, head = tl.program_id(0), tl.program_id(1)
     row, length = tl.load(row_of + item).to(tl.int64), tl.load(context + tl.load(sequence_of + item))
     tiles = tl.cdiv(length, BT)
@@ -103,9 +107,11 @@ def prefill_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     SIZE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Causal attention of up to BM neighbouring rows of one sequence, for one head. tiles [n, 4]: sequence, first row,
-    rows, position of the first."""
-    begin()
+    """Causal attention of up to BM adjacent rows of one sequence, for one head.
+
+    tiles [n, 4]: sequence, first row, rows, position of the first row.
+    """
+    wait_for_previous_kernel()
     item, head = tl.program_id(0), tl.program_id(1)
     sequence, row0 = tl.load(tiles + item * 4), tl.load(tiles + item * 4 + 1).to(tl.int64)
     rows, position0 = tl.load(tiles + item * 4 + 2), tl.load(tiles + item * 4 + 3)
@@ -150,11 +156,20 @@ def decode(
     sums: torch.Tensor,
     group: int,
 ) -> None:
-    """Attention of n single rows into their rows of out [T, heads * d].
+    """Attention of n decoded rows.
 
-    qkv [T, (heads + 2 kv_heads) * d] with the queries turned, blocks int32 [S, B], context int32 [S], row_of and
-    sequence_of int32 [n]. `scratch` is float32 [n, heads, SPLITS, d] and [n, heads, SPLITS]. The sums of out's groups,
-    of which a head has whole ones, go into float32 sums [T, heads * d / group], unless `group` is 0.
+    Args:
+        qkv: [T, (heads + 2 kv_heads) * d] with rotated queries.
+        cache: [layers, blocks, kv_heads, 2, size, d].
+        layer: Layer of the cache.
+        blocks: Block tables, int32 [S, B].
+        context: Context lengths, int32 [S].
+        row_of: Rows, int32 [n].
+        sequence_of: Sequences of the rows, int32 [n].
+        scratch: float32 [n, heads, SPLITS, d] and [n, heads, SPLITS].
+        out: Receives [T, heads * d].
+        sums: Receives the sums of out's groups, float32 [T, heads * d / group].
+        group: Size of these groups, a divisor of d; 0 for no sums.
     """
     kv_heads, size, d = cache.shape[2], cache.shape[4], cache.shape[5]
     heads = out.shape[1] // d
@@ -177,11 +192,14 @@ def decode(
 def prefill(
     qkv: torch.Tensor, cache: torch.Tensor, layer: int, blocks: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """Causal attention of the rows of `tiles` (int32 [n, 4]: sequence, first row, rows up to QUERIES, position of the
-    first) over the cache, which holds their own keys and values too, into out [T, heads * d]."""
+    """Causal attention of the rows of `tiles` over the cache, which already contains their keys and values.
+
+    `tiles` is int32 [n, 4]: sequence, first row, rows up to QUERIES, position of the first row. `out` is [T, heads *
+    d].
+    """
     kv_heads, size, d = cache.shape[2], cache.shape[4], cache.shape[5]
     heads, width = out.shape[1] // d, triton.next_power_of_2(max(16, d))
-    tile = TILE if width < 256 else TILE // 2  # of such heads the shared memory of a small GPU holds no more
+    tile = TILE if width < 256 else TILE // 2  # larger tiles exceed the shared memory of small GPUs
     prefill_kernel[(tiles.shape[0], heads)](
         qkv, cache, blocks, tiles, out, layer, cache.shape[1], blocks.shape[1], qkv.shape[1], d**-0.5,
         HEADS=heads, KV_HEADS=kv_heads, D=d, BD=width, SIZE=size, BM=QUERIES, BT=tile, **options(),

@@ -1,9 +1,7 @@
-"""How kernels are launched, one on the heels of the other, and what each does first.
+"""Launch options and programmatic dependent launch (CUDA C++ programming guide).
 
-On GPUs that can, a kernel's programs take their places while those of the kernel before still run, so that a step's
-hundreds of launches do not wait for the device each time (programmatic dependent launch, CUDA C++ programming guide).
-What makes that right: before it reads or writes anything, every program of every kernel waits until the kernel before
-has ended and all that it wrote can be seen. That one has waited likewise, so whatever was launched earlier has ended.
+On GPUs from capability 9.0 on, a kernel's programs start while the previous kernel still runs, which hides launch
+latency. Every program waits for the end of the previous kernel before it reads or writes memory.
 """
 
 from __future__ import annotations
@@ -17,14 +15,15 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 OVERLAPPING = (9, 0)
-"""The first compute capability that launches a kernel before the one ahead has ended."""
+"""The first compute capability with programmatic dependent launch."""
 
 
 @triton.jit
-def begin():
-    """What every kernel does first, in all its programs. In the interpreter, and where kernels do not overlap, none.
+def wait_for_previous_kernel():
+    """First statement of every kernel: wait for the previous kernel. No effect in the interpreter or without dependent
+    launch.
 
-    What comes next is let in only now, so that no more than two kernels share the places.
+    The next kernel may start only then, so at most two kernels share the GPU.
     """
     if cuda_capability_geq(9, 0):
         tl.extra.cuda.gdc_wait()
@@ -32,24 +31,25 @@ def begin():
 
 
 @triton.jit
-def ask_for(places):
-    """Before `begin`: have lines of 128 bytes brought into the second cache, one a pointer, of what no step writes."""
+def prefetch_l2(pointers):
+    """Prefetch lines of 128 bytes into L2, one per pointer. Constant data only, if before the wait."""
     if cuda_capability_geq(9, 0):
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], tl.int32, is_pure=False, pack=1
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
         )
 
 
 @lru_cache(maxsize=1)
 def options() -> dict[str, Any]:
-    """What every launch is given, beside a kernel's own. The same object each time.
+    """Options of every launch. The same dict each time.
 
-    Sums and products are rounded one by one, as the stored form says; where a fused one is meant, tl.fma says so.
+    Fused multiply-add is off, because double-quantized scales are defined by two roundings. Kernels use tl.fma where
+    they want it.
     """
     overlaps = torch.cuda.is_available() and torch.cuda.get_device_capability() >= OVERLAPPING
     return {"enable_fp_fusion": False, **({"launch_pdl": True} if overlaps else {})}
 
 
-def keep_apart() -> bool:
-    """From here on a kernel is launched once the one ahead has ended, on any GPU. Answers whether it was otherwise."""
+def disable_dependent_launch() -> bool:
+    """Turn dependent launch off. Returns whether it was on."""
     return bool(options().pop("launch_pdl", False))

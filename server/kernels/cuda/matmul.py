@@ -1,9 +1,8 @@
-"""Products with a quantized matrix in the layout `words-2`: one kernel from a single row to a prefill.
+"""Products with quantized matrices in the layout of `packing`, from a single row to a prefill.
 
-Codes go into the matrix units as they are, whole numbers that both 16-bit floats hold exactly; a group's scale and zero
-meet the float32 sums. So nothing is rounded but the activations, and two codes cost a shift and one logical operation.
-The levels of nf4 are no whole numbers: they are looked up, rounded to the activations' dtype, as the matrix units want.
-K is cut into `splits` ranges, whose sums are written side by side and added in order by whoever reads them.
+Codes enter the tensor cores as integers, which 16-bit floats hold exactly; scales and zeros are applied to the float32
+sums. Only activations are rounded. nf4 levels are rounded to the dtype of the activations. K is divided into `splits`,
+whose sums are written separately and added by the epilogue.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.launch import ask_for, begin, options
+from server.kernels.cuda.launch import options, prefetch_l2, wait_for_previous_kernel
 from server.kernels.cuda.packing import parts_of
 from server.kernels.packed_format import NF4, TILE
 from server.kernels.weight import Weight
@@ -25,20 +24,19 @@ INT4, FOUR_BIT_FLOAT, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SCHEMES = {"int4": 0, "nf4": 1, "int8": 2}
 TILE_ROWS = tl.constexpr(TILE)
 LINE = tl.constexpr(32)
-"""Words of a cache line."""
+"""32-bit words per cache line."""
 
 PROCESSORS = 132
-"""Multiprocessors of an H100, which splits are chosen for."""
+"""Multiprocessors of an H100, for which splits are chosen."""
 DENSE_ROWS = 1024
-"""Rows from which the matrix is dequantized for cuBLAS instead. Not measured yet."""
+"""Rows from which the matrix is dequantized for cuBLAS instead. Not tuned yet."""
 FEW_ROWS = 64
-"""Most rows of the split product; its tiles have 32 at most, since accumulators are scaled where they lie."""
+"""Most rows of the split-K kernel. Its tiles have at most 32 rows, because accumulators are scaled in registers."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut: rows and outputs of a tile, ranges of K; warps of its program, and how many blocks of it
-    are on their way or in use at once."""
+    """How a product is divided: rows and outputs per tile, splits of K, warps per program, pipeline stages."""
 
     rows: int
     outputs: int
@@ -48,149 +46,143 @@ class Tiling:
 
 
 TILES = {8: (64, 4, 3, 4), 16: (64, 4, 3, 3), 32: (128, 8, 4, 1)}
-"""Of the split product, by rows of a tile: outputs, warps, stages, and how many programs a processor takes at once, as
-their registers let it. While a program works on a block it has one or, with four stages, two more on their way, and
-memory wants 20 KB on their way to each processor."""
+"""Split-K kernel, by rows per tile: outputs, warps, stages, programs per multiprocessor (limited by registers)."""
 WORD_BYTES = 32 * 4
-"""What such a product reads of a block of inputs for an output: 32 words."""
+"""Bytes that a product reads per block of inputs and output."""
 SUM_BYTES = 8
-"""What each range of K costs for an output: its sum is written and read."""
+"""Bytes per output of writing and reading the sum of a split."""
 ROUND_BYTES = 1_500_000
-"""What memory gives while whoever reads the sums waits for those of `SUMS_TOGETHER` ranges."""
+"""Cost in bytes of the latency of loading `SUMS_TOGETHER` sums."""
 SUMS_TOGETHER = 3
-"""Sums of splits, behind the first, that are on their way at once."""
+"""Sums of splits, beyond the first, that are loaded at a time."""
 
 
 def tiling(rows: int, outputs: int, blocks: int) -> Tiling:
-    """The tiling of a product with `rows` rows, K cut into at most 16 ranges.
+    """The tiling of a product with at most 16 splits of K.
 
-    Each warp has 16 outputs, so that the scales lie as the sums do. With more they would go through shared memory one
-    group after the other, each waited for by all warps. Of 32 rows a tile has more of them, since its inputs are read
-    again by each program.
+    Each warp has 16 outputs, so that scales have the register layout of the accumulators. Tiles of 32 rows have more
+    outputs, since each program reads the inputs again.
 
-    Programs come in waves, each waits for its first block, and each range has sums of its own: the least bytes that
-    could pass while all places read, and then the sums. The last wave has memory for fewer, and is through as much
-    sooner, down to two programs a processor: a block takes those as long as one alone.
+    The number of splits minimizes the memory traffic: programs run in waves, each waits for its first block, and each
+    split adds sums. A partial last wave is faster, down to two programs per multiprocessor.
     """
     if rows > FEW_ROWS:
         return Tiling(128 if rows > 128 else 64, 128, 1, warps=8 if rows > 128 else 4)
     tile = next((most for most in TILES if rows <= most), max(TILES))
     each, warps, stages, taken = TILES[tile]
-    programs, places = -(-outputs // each) * -(-rows // tile), PROCESSORS * taken
+    programs, adapter_count = -(-outputs // each) * -(-rows // tile), PROCESSORS * taken
     shortest = min(1.0, 2 / taken)
 
     def cost(splits: int) -> float:
-        full, rest = divmod(programs * splits, places)
-        last = max(rest / places, shortest) if rest else 0.0
+        full, rest = divmod(programs * splits, adapter_count)
+        last = max(rest / adapter_count, shortest) if rest else 0.0
         waves = max(1.0, full + last) * (-(-blocks // splits) + 1)
         sums = splits * rows * outputs * SUM_BYTES + -(-(splits - 1) // SUMS_TOGETHER) * ROUND_BYTES
-        return waves * places * each * WORD_BYTES + sums
+        return waves * adapter_count * each * WORD_BYTES + sums
 
     return Tiling(tile, each, min(range(1, min(16, blocks) + 1), key=cost), warps, stages)
 
 
 @triton.jit
-def spread(step, base, g, n, N):
-    """The step and base of the codes of group g for outputs n, float32."""
+def scale_step_base(step, base, g, n, N):
+    """Step and base of the scale codes of group g for outputs n, float32."""
     tile = (g // TILE_ROWS) * ((N + TILE_ROWS - 1) // TILE_ROWS) + n // TILE_ROWS
     return tl.load(step + tile, mask=n < N, other=0.0), tl.load(base + tile, mask=n < N, other=0.0)
 
 
 @triton.jit
-def decoded(quads, g, step, base):
-    """The scale or zero of group g whose code is in `quads`: rounded as it is stored.
+def decode_scale(quads, g, step, base):
+    """Decode the scale or zero of group g from `quads`, rounded as in the stored form.
 
-    A code becomes a float32 as the last bits of one whose last bit is worth 1: there are fewer units for conversions.
+    The code becomes the mantissa of a float32 with exponent 23, because conversion instructions are slower.
     """
     code = ((quads >> (8 * (g % 4))) & 255 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return (code * step + base).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
-def quads_of(block, stop, codes, step, base, n, N, groups: tl.constexpr):
-    """The codes of a block's groups, four of a quad, with their step and base; of the block before `stop` at most."""
+def load_quads(block, stop, codes, step, base, n, N, groups: tl.constexpr):
+    """Scale codes of a block's groups (four per word) with step and base; clamped to the block before `stop`."""
     block = tl.minimum(block, stop - 1)
-    its_step, its_base = spread(step, base, block * groups, n, N)
+    its_step, its_base = scale_step_base(step, base, block * groups, n, N)
     return tl.load(codes + block * groups // 4 * N + n, mask=n < N, other=0), its_step, its_base
 
 
 @triton.jit
 def part_values(words, levels, part, SCHEME: tl.constexpr, dtype: tl.constexpr):
-    """What a part of words [..., n] stands for, in `dtype` [..., 2 n]; int4 codes come with the offset of `offset_of`
-    added, and levels of nf4 as `levels` has them.
+    """Decode a part of words [..., n] to `dtype` [..., 2 n].
 
-    A 16-bit float whose exponent makes the last bit of its mantissa worth 1 takes a code by a bitwise or, and two are
-    made at once, where they lie. They are put side by side as integers: floats that were looked up are laid out wrongly
-    for the matrix units of capability 10.0 by Triton 3.6.
+    int4 codes have `offset_of` added: a bitwise or puts a code into the mantissa of a 16-bit float, two at a time. nf4
+    values come from `levels`, joined as integers, because Triton 3.6 lays out joined floats wrongly on capability 10.0.
     """
     if SCHEME == INT8:
         low = ((words << (24 - 8 * part)) >> 24).to(tl.float32).to(dtype)
         high = ((words << (8 - 8 * part)) >> 24).to(tl.float32).to(dtype)
-        return paired(low, high)
+        return interleave(low, high)
     elif SCHEME == FOUR_BIT_FLOAT:
         low = tl.load(levels + ((words >> (4 * part)) & 15))
         high = tl.load(levels + ((words >> (16 + 4 * part)) & 15))
         if dtype == tl.float32:
-            return paired(low, high)
+            return interleave(low, high)
         else:
-            return paired(low.to(tl.int16, bitcast=True), high.to(tl.int16, bitcast=True)).to(dtype, bitcast=True)
+            return interleave(low.to(tl.int16, bitcast=True), high.to(tl.int16, bitcast=True)).to(dtype, bitcast=True)
     elif dtype == tl.float32:
         low = ((words >> (4 * part)) & 15).to(dtype)
         high = ((words >> (16 + 4 * part)) & 15).to(dtype)
-        return paired(low, high)
+        return interleave(low, high)
     else:
         both = (words >> (4 * part)) & 0x000F000F | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
-        return paired(both.to(tl.int16), (both >> 16).to(tl.int16)).to(dtype, bitcast=True)
+        return interleave(both.to(tl.int16), (both >> 16).to(tl.int16)).to(dtype, bitcast=True)
 
 
 @triton.jit
-def paired(low, high):
-    """Two of [..., n] in turn, [..., 2 n]."""
+def interleave(low, high):
+    """Interleave two tensors [..., n] to [..., 2 n]."""
     return tl.reshape(tl.join(low, high), low.shape[:-1] + [2 * low.shape[-1]])
 
 
 def offset_of(dtype: torch.dtype) -> int:
-    """What `part_values` adds to the codes of int4 in that dtype."""
+    """The offset that `part_values` adds to int4 codes in that dtype."""
     return {torch.bfloat16: 128, torch.float16: 1024}.get(dtype, 0)
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
-def product_kernel(
+def split_k_kernel(
     x, group_sums, words, levels, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
     out, M, N, K, blocks, splits,
     BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     SCHEME: tl.constexpr, DOUBLE: tl.constexpr, OFFSET: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [splits, M, N] = x [M, K] times the transposed matrix, over one range of K each.
+    """out float32 [splits, M, N] = x [M, K] times the transposed matrix, one split of K per program.
 
-    group_sums float32 [M, K / GROUP] are x's own sums, which meet the zeros of int4. The matrix units have the outputs
-    as rows: they take these many at a time, and x's as few as there are.
+    group_sums float32 [M, K / GROUP] are the sums of x's groups, multiplied by the zeros of int4. Outputs are the rows
+    of the tensor core tiles.
     """
     split = tl.program_id(2)
     n0 = tl.program_id(1) * BN
-    # What the first block reads of the matrix is on its way while the kernel before makes x.
+    # Prefetch the first block while the previous kernel computes x.
     line = tl.minimum(tl.arange(0, BN * RUN // 2 // LINE) * LINE, (N - n0) * RUN // 2 - 1)
-    ask_for(words + (split * blocks // splits * N + n0) * (RUN // 2) + line)
-    begin()
+    prefetch_l2(words + (split * blocks // splits * N + n0) * (RUN // 2) + line)
+    wait_for_previous_kernel()
     dtype: tl.constexpr = x.dtype.element_ty
-    groups: tl.constexpr = PARTS * RUN // GROUP  # of a block; their codes are in one quad
+    groups: tl.constexpr = PARTS * RUN // GROUP  # of a block; their codes share a word
     n = n0 + tl.arange(0, BN)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     i, pair = tl.arange(0, RUN), tl.arange(0, RUN // 2)
     there, here = n < N, m < M
     total = tl.zeros((BN, BM), tl.float32)
     start, stop = split * blocks // splits, (split + 1) * blocks // splits
-    if DOUBLE:  # a block ahead, as nothing else keeps these loads from being waited for where they are
-        s_quad, s_step, s_base = quads_of(start, stop, scale_codes, scale_step, scale_base, n, N, groups)
+    if DOUBLE:  # loaded one block ahead, to hide the latency
+        s_quad, s_step, s_base = load_quads(start, stop, scale_codes, scale_step, scale_base, n, N, groups)
         if SCHEME == INT4:
-            z_quad, z_step, z_base = quads_of(start, stop, zero_codes, zero_step, zero_base, n, N, groups)
+            z_quad, z_step, z_base = load_quads(start, stop, zero_codes, zero_step, zero_base, n, N, groups)
     for block in range(start, stop):
         if DOUBLE:
-            next_s, next_s_step, next_s_base = quads_of(
+            next_s, next_s_step, next_s_base = load_quads(
                 block + 1, stop, scale_codes, scale_step, scale_base, n, N, groups
             )
             if SCHEME == INT4:
-                next_z, next_z_step, next_z_base = quads_of(
+                next_z, next_z_step, next_z_base = load_quads(
                     block + 1, stop, zero_codes, zero_step, zero_base, n, N, groups
                 )
         tile = tl.load(
@@ -206,19 +198,19 @@ def product_kernel(
             rows = tl.load(x + m[None, :] * K + (k + i)[:, None], mask=inside, other=0.0)
             sums = tl.dot(part_values(tile, levels, part, SCHEME, dtype), rows, sums)
             if (part + 1) * RUN % GROUP == 0:
-                # Groups that only pad the inputs have products of zeros, whatever scale they read.
+                # Groups of padding multiply zeros, whatever scale they read.
                 g = block * groups + part * RUN // GROUP
                 of_quad = g if groups < 4 else part * RUN // GROUP
                 if not WHOLE:
                     g = tl.minimum(g, K // GROUP - 1)
                 if DOUBLE:
-                    s = decoded(s_quad, of_quad, s_step, s_base)
+                    s = decode_scale(s_quad, of_quad, s_step, s_base)
                 else:
                     s = tl.load(scale + g * N + n, mask=there, other=0.0).to(tl.float32)
                 total = tl.fma(sums, tl.broadcast_to(s[:, None], (BN, BM)), total)
                 if SCHEME == INT4:
                     if DOUBLE:
-                        z = decoded(z_quad, of_quad, z_step, z_base)
+                        z = decode_scale(z_quad, of_quad, z_step, z_base)
                     else:
                         z = tl.load(zero + g * N + n, mask=there, other=0.0).to(tl.float32)
                     mine = here if WHOLE else here & (k + 0 * m < K)
@@ -238,33 +230,35 @@ def group_values(
     g, n, N, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
     SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """Scale and zero of group g for outputs n, float32. Without a zero the scale stands for it."""
+    """Scale and zero of group g for outputs n, float32. Without a zero it returns the scale twice."""
     there = n < N
     if DOUBLE:
-        step, base = spread(scale_step, scale_base, g, n, N)
-        s = decoded(tl.load(scale_codes + g // 4 * N + n, mask=there, other=0), g, step, base)
+        step, base = scale_step_base(scale_step, scale_base, g, n, N)
+        s = decode_scale(tl.load(scale_codes + g // 4 * N + n, mask=there, other=0), g, step, base)
     else:
         s = tl.load(scale + g * N + n, mask=there, other=0.0).to(tl.float32)
     z = s
     if SCHEME == INT4:
         if DOUBLE:
-            step, base = spread(zero_step, zero_base, g, n, N)
-            z = decoded(tl.load(zero_codes + g // 4 * N + n, mask=there, other=0), g, step, base)
+            step, base = scale_step_base(zero_step, zero_base, g, n, N)
+            z = decode_scale(tl.load(zero_codes + g // 4 * N + n, mask=there, other=0), g, step, base)
         else:
             z = tl.load(zero + g * N + n, mask=there, other=0.0).to(tl.float32)
     return s, z
 
 
 @triton.jit(do_not_specialize=["M"])
-def tiled_kernel(
+def gemm_kernel(
     x, words, levels, scale, scale_codes, scale_step, scale_base, zero, zero_codes, zero_step, zero_base,
     out, M, N, K, blocks,
     BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [M, N] = x [M, K] times the transposed matrix, for many rows: weights are rounded to x's dtype, those
-    of nf4 once more than by `dequantized`, as their levels are in it before they are scaled."""
-    begin()
+    """out float32 [M, N] = x [M, K] times the transposed matrix, for many rows.
+
+    Weights are dequantized to the dtype of x; nf4 levels are rounded before scaling too.
+    """
+    wait_for_previous_kernel()
     dtype: tl.constexpr = x.dtype.element_ty
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -274,7 +268,7 @@ def tiled_kernel(
     for block in range(0, blocks):
         place = (block * N + n)[:, None] * (RUN // 2) + pair[None, :]
         tile = tl.load(words + place, mask=there[:, None], other=0)
-        for part in range(PARTS):  # not unrolled: each would have its own stages
+        for part in range(PARTS):  # not unrolled, since each part would have its own pipeline stages
             k = (block * PARTS + part) * RUN
             g = tl.minimum(k // GROUP, K // GROUP - 1)
             s, z = group_values(
@@ -297,9 +291,8 @@ def dequantize_kernel(
     BN: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     SCHEME: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, K] = outputs of a matrix of N in out's dtype, a block of the inputs a program; the tensors begin at
-    the first of them. For products with very many rows, and for training."""
-    begin()
+    """Dequantize a block of inputs of some outputs into out [rows, K]. The tensors start at the first output."""
+    wait_for_previous_kernel()
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(row, rows - 1)
     block = tl.program_id(1)
@@ -320,9 +313,9 @@ def dequantize_kernel(
 
 @triton.jit
 def group_sums_kernel(x, out, K, GROUP: tl.constexpr, BG: tl.constexpr):
-    """out float32 [M, K / GROUP] = the sums of x's groups."""
-    begin()
-    row = tl.program_id(0).to(tl.int64)  # times K past 2^31 in a long step
+    """out float32 [M, K / GROUP] = sums of x's groups."""
+    wait_for_previous_kernel()
+    row = tl.program_id(0).to(tl.int64)  # 64-bit, since offsets exceed 2^31 in long steps
     g = tl.program_id(1) * BG + tl.arange(0, BG)
     place = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     values = tl.load(x + row * K + place, mask=place < K, other=0.0).to(tl.float32)
@@ -330,13 +323,13 @@ def group_sums_kernel(x, out, K, GROUP: tl.constexpr, BG: tl.constexpr):
 
 
 class Matrix:
-    """A packed matrix on a device, ready to be multiplied with: its tensors and the constants of the kernels."""
+    """A packed matrix on a device, with the arguments of the kernels."""
 
     def __init__(self, weight: Weight, dtype: torch.dtype) -> None:
         self.rows, self.width = weight.shape
         self.group = weight.group
         self.dense = weight.scheme == "none"
-        """Whether it is not quantized: then it is kept in `dtype`, and cuBLAS multiplies."""
+        """Whether the matrix is not quantized. It is kept in `dtype` and multiplied by cuBLAS."""
         self.dense_values = weight.tensors["values"].to(dtype) if self.dense else torch.empty(0)
         self.wants_sums = weight.scheme == "int4"
         """Whether products need the sums of the rows' groups."""
@@ -351,33 +344,35 @@ class Matrix:
         self._whole = self.width == self.blocks * self.constants["PARTS"] * self.constants["RUN"]
 
     def tiling(self, rows: int) -> Tiling:
-        """How a product with that many rows is cut."""
+        """The tiling of a product with that many rows."""
         return Tiling(16, 128, 1) if self.dense else tiling(rows, self.rows, self.blocks)
 
-    def multiply(self, x: torch.Tensor, sums: torch.Tensor, out: torch.Tensor, how: Tiling) -> None:
-        """x [M, in], contiguous, times the transposed matrix, into float32 out [splits, M, rows].
+    def multiply(self, x: torch.Tensor, sums: torch.Tensor, out: torch.Tensor, tiling: Tiling) -> None:
+        """Multiply x [M, in], contiguous, with the transposed matrix into float32 out [splits, M, rows].
 
-        `sums` float32 [M, in / group] are those of x's groups, read if `wants_sums` and M is at most FEW_ROWS.
+        `sums` float32 [M, in / group] are the sums of x's groups, read if `wants_sums` and M is at most FEW_ROWS.
         """
         m = x.shape[0]
         if self.dense or m >= DENSE_ROWS:
             _multiply_dense(x, self.dense_values if self.dense else dequantized(self._weight, x.dtype), out[0])
             return
-        grid = (-(-m // how.rows), -(-self.rows // how.outputs), how.splits)
+        grid = (-(-m // tiling.rows), -(-self.rows // tiling.outputs), tiling.splits)
         sizes = (m, self.rows, self.width, self.blocks)
-        launch = {"num_warps": how.warps, "num_stages": how.stages, **options()}
+        launch = {"num_warps": tiling.warps, "num_stages": tiling.stages, **options()}
         if m > FEW_ROWS:
-            tiled_kernel[grid](x, *self.arguments, out, *sizes, BM=how.rows, BN=how.outputs, **self.constants, **launch)
+            gemm_kernel[grid](
+                x, *self.arguments, out, *sizes, BM=tiling.rows, BN=tiling.outputs, **self.constants, **launch
+            )
             return
-        product_kernel[grid](
-            x, sums, *self.arguments, out, *sizes, how.splits,
-            BM=how.rows, BN=how.outputs, OFFSET=offset_of(x.dtype), WHOLE=self._whole, **self.constants, **launch,
+        split_k_kernel[grid](
+            x, sums, *self.arguments, out, *sizes, tiling.splits,
+            BM=tiling.rows, BN=tiling.outputs, OFFSET=offset_of(x.dtype), WHOLE=self._whole, **self.constants, **launch,
         )  # fmt: skip
 
 
 def _multiply_dense(x: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
-    """x times the transposed values into float32 out. Where the library can leave its sums so, of 16 bits on a GPU, it
-    puts them there itself: a result of its own would be a gigabyte in a long step, which nothing accounts for."""
+    """x times the transposed values into float32 out. On a GPU cuBLAS writes float32 directly, without a temporary
+    result."""
     if x.is_cuda and x.dtype != torch.float32:
         torch.mm(x, values.t(), out_dtype=torch.float32, out=out)
     else:
@@ -385,14 +380,14 @@ def _multiply_dense(x: torch.Tensor, values: torch.Tensor, out: torch.Tensor) ->
 
 
 def arguments(weight: Weight, dtype: torch.dtype) -> list[torch.Tensor]:
-    """A quantized matrix as the kernels take it. What a scheme lacks is never read: the words stand for it."""
+    """The tensors of a quantized matrix as kernel arguments. `words` stands for missing ones, which are never read."""
     words = weight.tensors["words"]
     names = [f"{name}{suffix}" for name in ("scale", "zero") for suffix in ("", "_codes", "_step", "_base")]
     return [words, nf4(words.device, dtype), *(weight.tensors.get(name, words) for name in names)]
 
 
 def constants(weight: Weight) -> dict[str, Any]:
-    """What the kernels are compiled for."""
+    """Compile-time constants of the kernels."""
     return {
         "RUN": 2 * weight.tensors["words"].shape[2],
         "PARTS": parts_of(weight.scheme),
@@ -404,12 +399,12 @@ def constants(weight: Weight) -> dict[str, Any]:
 
 @lru_cache
 def nf4(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The levels of nf4 on a device, rounded to `dtype`."""
+    """The nf4 levels on a device, rounded to `dtype`."""
     return NF4.to(device, dtype)
 
 
 def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """A quantized matrix [rows, in] in a floating dtype, on its device: a whole one, or a `packing.part`."""
+    """Dequantize a matrix, or a slice of one, to [rows, in] on its device."""
     rows, width = weight.shape
     words = weight.tensors["words"]
     blocks, _, pairs = words.shape
@@ -422,6 +417,6 @@ def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def group_sums(x: torch.Tensor, group: int, out: torch.Tensor) -> None:
-    """The sums of each group of the rows of x [M, K], into float32 out [M, K / group]."""
+    """Sums of the groups of the rows of x [M, K], into float32 out [M, K / group]."""
     rows, width = x.shape
     group_sums_kernel[(rows, -(-width // (16 * group)))](x, out, width, GROUP=group, BG=16, **options())

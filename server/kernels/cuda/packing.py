@@ -1,17 +1,15 @@
-"""The layout `words-2`: a quantized matrix as 32-bit words that a tile of a product reads with 16-byte loads.
+"""Packs matrices into 32-bit words that the kernels read with 16-byte loads (layout `words-2`).
 
-A block of the inputs is `parts * run` long, parts being 4 for 4-bit codes and 2 for 8-bit ones. Its word i of row n
-holds the codes of two neighbours in its halves, the inputs p * run + 2 i and the one after it, in its parts p = 0, 1,
-..., lowest bits first. So shifting a tile of words gives `run` neighbouring inputs of every row at once, whose codes
-share a scale, in pairs as the matrix units take 16-bit floats, with no shuffling of bytes or lanes:
+A block of inputs has `parts * run` inputs, with 4 parts for 4-bit codes and 2 for 8-bit codes. Word i of a row holds
+the codes of inputs p * run + 2 i and p * run + 2 i + 1 in its two halves, for parts p from the lowest bits up. So a
+shift of a tile of words gives `run` adjacent inputs of each row, in pairs of 16-bit values, as tensor cores read them:
 
-    words   int32 [blocks, out, run / 2]  blocks = ceil(in / (parts * run)), codes beyond the inputs are 0
-    scale, zero     float16 [in / group, out]    (zero for int4 alone), or double-quantized, for each of the two:
-    s_codes         int32 [ceil(in / group / 4), out], the codes of four neighbouring groups, lowest bits first
+    words   int32 [blocks, out, run / 2], blocks = ceil(in / (parts * run)), zero-padded
+    scale, zero     float16 [in / group, out] (zero for int4 only), or double-quantized, for each (here s):
+    s_codes         int32 [ceil(in / group / 4), out], four groups per word, lowest bits first
     s_step, s_base  float32 [ceil(in / group / 16), ceil(out / 16)]
 
-All tensors have the outputs on axis 1 (tiles of 16 outputs in s_step and s_base): matrices are put side by side by
-concatenation. What the codes mean is kernels/stored.py's.
+Outputs are on axis 1 of all tensors (tiles of 16 in s_step and s_base), so matrices can be concatenated.
 """
 
 from __future__ import annotations
@@ -27,28 +25,27 @@ from server.kernels.weight import Weight
 
 LAYOUT = "words-2"
 RUNS = (128, 64, 32, 16)
-"""Neighbouring inputs of a part: the depth of one product of matrix units."""
+"""Adjacent inputs of a part: the depth of a tensor core product."""
 LONGEST = {"int4": 64, "int8": 64, "nf4": 32}
-"""The longest run of a scheme that leaves registers for more, looking levels up taking most."""
+"""The preferred longest run, limited by registers."""
 GROUPS = (32, 64, 128, 256)
-"""Groups of weights that the kernels take."""
+"""Group sizes that the kernels support."""
 
 
 def parts_of(scheme: str) -> int:
-    """Codes in a word's half."""
+    """Codes per half of a word."""
     return 2 if scheme == "int8" else 4
 
 
-def run_of(scheme: str, width: int, group: int) -> int:
-    """The run that pads the inputs least, the longest among equals; where all are too long, the shortest. Parts are
-    within groups, those within blocks."""
+def run_length(scheme: str, width: int, group: int) -> int:
+    """The run that pads the inputs least, the longest among equals; the shortest if all are too long."""
     parts = parts_of(scheme)
     fitting = [run for run in RUNS if group % run == 0 and parts * run % group == 0]
     return min(fitting, key=lambda run: (max(run, LONGEST[scheme]), -width % (parts * run), -run))
 
 
 def pack(stored: Weight) -> Weight:
-    """The stored matrix in this layout, on its device. Raises BadModel for a group that the kernels do not take."""
+    """Pack a stored matrix on its device. Raises BadModel for an unsupported group size."""
     if stored.scheme == "none":
         values = stored.tensors["codes"]
         kept = values if values.dtype in (torch.bfloat16, torch.float32) else values.bfloat16()
@@ -61,7 +58,7 @@ def pack(stored: Weight) -> Weight:
         )
     codes = stored.tensors["codes"]
     codes = codes.view(torch.uint8) if stored.scheme == "int8" else unpack_nibbles(codes)
-    tensors = {"words": _words(codes, stored.scheme, run_of(stored.scheme, stored.shape[1], stored.group))}
+    tensors = {"words": _words(codes, stored.scheme, run_length(stored.scheme, stored.shape[1], stored.group))}
     for name, tensor in stored.tensors.items():
         if name.endswith("_codes"):
             tensors[name] = _quads(tensor)
@@ -71,7 +68,7 @@ def pack(stored: Weight) -> Weight:
 
 
 def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Rows `start` to `stop` of a packed matrix as float32 [rows, in], those of the stored form bit for bit."""
+    """Dequantize rows `start` to `stop` to float32 [rows, in], exactly as the stored form does."""
     rows, width = weight.shape
     stop = rows if stop is None else min(stop, rows)
     if weight.scheme == "none":
@@ -90,15 +87,15 @@ def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch
     return values
 
 
-def rows(table: Weight, ids: torch.Tensor) -> torch.Tensor:
-    """Rows `ids` (int64 [n]) of a packed table, whose scales are not double-quantized, as float32 [n, in]."""
+def gather_rows(table: Weight, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` (int64 [n]) of a packed table as float32 [n, in]. Its scales must not be double-quantized."""
     axis = 0 if table.scheme == "none" else 1
     found = {name: tensor.index_select(axis, ids) for name, tensor in table.tensors.items()}
     return dequantize(Weight(table.scheme, LAYOUT, (len(ids), table.shape[1]), table.group, found))
 
 
-def part(weight: Weight, start: int, stop: int) -> Weight:
-    """Outputs `start` to `stop` of a packed matrix, over the same memory. `start` is a multiple of 16."""
+def slice_outputs(weight: Weight, start: int, stop: int) -> Weight:
+    """Outputs `start`, a multiple of 16, to `stop` of a packed matrix, as views."""
     assert start % TILE == 0, "scales are in tiles of 16 outputs"
     if weight.scheme == "none":
         tensors = {name: tensor[start:stop] for name, tensor in weight.tensors.items()}
@@ -111,11 +108,12 @@ def part(weight: Weight, start: int, stop: int) -> Weight:
     return Weight(weight.scheme, LAYOUT, (stop - start, weight.shape[1]), weight.group, tensors)
 
 
-def side_by_side(weights: Sequence[Weight], device: torch.device) -> Weight:
-    """One matrix on `device` whose outputs are those of all `weights`, one after the other.
+def concatenate(weights: Sequence[Weight], device: torch.device) -> Weight:
+    """Concatenate the outputs of matrices on `device`.
 
-    Raises BadModel if they cannot be joined: another scheme, group or number of inputs, or double-quantized scales
-    whose outputs are no multiple of 16.
+    Raises:
+        BadModel: The matrices differ in scheme, group or inputs, or have double-quantized scales and outputs that are
+            no multiple of 16.
     """
     first = weights[0]
     same = all((w.scheme, w.group, w.shape[1]) == (first.scheme, first.group, first.shape[1]) for w in weights)
@@ -154,7 +152,7 @@ def _codes(words: torch.Tensor, scheme: str, width: int) -> torch.Tensor:
 
 
 def _shift(parts: int, half: int, part: int) -> int:
-    """Where in a word a code lies."""
+    """Bit position of a code in a word."""
     return 16 * half + 16 // parts * part
 
 

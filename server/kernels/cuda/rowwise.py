@@ -1,6 +1,6 @@
-"""What is done to each row by itself: embedding, RMSNorm, rotary positions with keys and values into their blocks.
+"""Kernels on single rows: embedding, RMSNorm, rotary positions with KV cache writes.
 
-Rows are counted in 64 bits: times their width they pass 2^31 in a long step.
+Row offsets are 64-bit, since they exceed 2^31 in long steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.launch import begin, options
+from server.kernels.cuda.launch import options, wait_for_previous_kernel
 from server.kernels.cuda.matmul import INT8, Matrix, part_values
 
 
@@ -18,8 +18,8 @@ def embed_kernel(
     ids, words, scale, out, N, K,
     RUN: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [T, K] = rows `ids` of an 8-bit table, a block of the inputs a program. An id below 0 gives zeros."""
-    begin()
+    """out float32 [T, K] = rows `ids` of an 8-bit table, one block of inputs per program. Ids below 0 give zeros."""
+    wait_for_previous_kernel()
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(ids + row)
     n = tl.maximum(token, 0)
@@ -35,12 +35,12 @@ def embed_kernel(
 
 @triton.jit
 def rms_norm_kernel(x, weight, out, sums, N, eps, BN: tl.constexpr, GROUP: tl.constexpr):
-    """out [T, N] = x / sqrt(mean(x^2) + eps) * weight, and the sums of its groups unless GROUP is 0."""
-    begin()
+    """out [T, N] = x / sqrt(mean(x^2) + eps) * weight. Unless GROUP is 0, also the sums of out's groups."""
+    wait_for_previous_kernel()
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
     values = tl.load(x + row * N + n, mask=n < N, other=0.0)
-    by = tl.load(weight + n, mask=n < N, other=0.0)  # on its way while the squares are summed up
+    by = tl.load(weight + n, mask=n < N, other=0.0)  # loaded early, in parallel with the sum
     scaled = values * (1.0 / tl.sqrt(tl.sum(values * values, 0) / N + eps))
     scaled = (scaled * by).to(out.dtype.element_ty)
     tl.store(out + row * N + n, scaled, mask=n < N)
@@ -57,11 +57,11 @@ def rotate_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """A head of a row a program: q is normed and turned in place, k and v go into their block of the cache.
+    """One head of a row: norm and rotate q in place, write k and v to the cache.
 
-    The cache is [layers, blocks, kv_heads, 2, SIZE, D]. A row whose position is below 0 is not there.
+    The cache is [layers, blocks, kv_heads, 2, SIZE, D]. Rows with a position below 0 are padding.
     """
-    begin()
+    wait_for_previous_kernel()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row)
     if position >= 0:
@@ -103,23 +103,30 @@ def rotate_kernel(
 
 
 def embed(table: Matrix, ids: torch.Tensor, out: torch.Tensor) -> None:
-    """Rows `ids` (int32 [T], below 0 for none) of a table into float32 out [T, in]."""
+    """Rows `ids` (int32 [T], below 0 for padding) of a table into float32 out [T, in]."""
     if table.dense:
         out.copy_(table.dense_values[ids.clamp(min=0).long()])
         return
     words, _, scale = table.arguments[:3]
     names = ("RUN", "PARTS", "GROUP")
     embed_kernel[(ids.shape[0], table.blocks)](
-        ids, words, scale, out, table.rows, table.width, **{name: table.constants[name] for name in names}, **options()
+        ids,
+        words,
+        scale,
+        out,
+        table.rows,
+        table.width,
+        **{name: table.constants[name] for name in names},
+        **options(),
     )
 
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, sums: torch.Tensor, group: int
 ) -> None:
-    """x float32 [T, n], weight float32 [n]: the normed rows into out [T, n].
+    """RMSNorm of x float32 [T, n] with weight float32 [n] into out [T, n].
 
-    The sums of their groups go into float32 sums [T, n / group], unless `group` is 0.
+    Unless `group` is 0, the sums of out's groups go into float32 sums [T, n / group].
     """
     n = x.shape[1]
     size = triton.next_power_of_2(n)
@@ -138,11 +145,11 @@ def rotate(
     layer: int,
     eps: float,
 ) -> None:
-    """Norm and turn the queries of qkv [T, (heads + 2 kv_heads) * d] in place; keys and values into the cache.
+    """Norm and rotate the queries of qkv [T, (heads + 2 kv_heads) * d] in place; write keys and values to the cache.
 
-    `norms` are the weights of q and k [d], float32, `angles` cos and sin float32 [positions, d / 2], each None where
-    the layer has none. positions and sequence int32 [T], blocks int32 [S, B], cache [layers, blocks, kv_heads, 2, size,
-    d].
+    `norms` are the float32 weights [d] of q and k; `angles` are cos and sin, float32 [positions, d / 2]; each is None
+    if the layer has none. positions and sequence are int32 [T], blocks int32 [S, B], cache [layers, blocks, kv_heads,
+    2, size, d].
     """
     kv_heads, size, d = cache.shape[2], cache.shape[4], cache.shape[5]
     heads = qkv.shape[1] // d - 2 * kv_heads

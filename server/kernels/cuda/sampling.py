@@ -1,9 +1,7 @@
-"""From logits on the device to tokens on the device: the largest, or a draw with temperature, top_k, top_p and min_p;
-and from the tokens of one step to the next, without the host.
+"""Sampling on the device: greedy, or temperature, top_k, top_p and min_p, without a copy of the logits to the host.
 
-A row is a program's alone and its noise is the one number it is given, so what is drawn does not depend on the batch.
-The order is the engine's sampler's: temperature -> top_k -> top_p -> min_p -> one uniform number against the sums over
-ids, ascending. Of equals at the limit of top_k or top_p all stay, where the engine's sampler keeps the lower ids.
+A program samples one row with one given noise value, so samples do not depend on the batch. Filters apply in the order
+of the engine's sampler. Among equal logits at a limit all are kept, while the engine's sampler keeps the lower ids.
 """
 
 from __future__ import annotations
@@ -12,21 +10,20 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cuda.launch import begin, options
+from server.kernels.cuda.launch import options, wait_for_previous_kernel
 
 PIECE = 4096
 """Logits that a program reads at a time."""
 DRAW_WARPS = 16
-"""A row is one program's, which for top_k or top_p goes over all logits up to 16 times: the more warps, the more of
-them are on their way at once."""
+"""Warps of the sampling kernel, which may read all logits 16 times."""
 LOWEST = tl.constexpr(-2147483647)
 NONE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def best_kernel(logits, best, token, V, BV: tl.constexpr):
-    """best and token [L, pieces]: the largest logit of a row's pieces and its first id, -1 if one is not finite."""
-    begin()
+def argmax_kernel(logits, best, token, V, BV: tl.constexpr):
+    """best, token [L, chunks]: maximum of each chunk of a row's logits, and its first id (-1 if one is not finite)."""
+    wait_for_previous_kernel()
     row, piece = tl.program_id(0), tl.program_id(1)
     v = piece * BV + tl.arange(0, BV)
     values = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
@@ -40,20 +37,20 @@ def best_kernel(logits, best, token, V, BV: tl.constexpr):
 
 @triton.jit
 def ordered(values):
-    """float32 as int32 of the same order."""
+    """float32 as int32 with the same order."""
     bits = values.to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
 @triton.jit
 def probabilities(values, top, temperature):
-    """Of logits, the largest one's being 1."""
+    """Probabilities relative to the largest."""
     return tl.exp((values - top) / temperature)
 
 
 @triton.jit
 def mass_above(logits, V, key, top, temperature, BV: tl.constexpr):
-    """The sum of the probabilities of a row's logits that have at least the order `key`."""
+    """Sum of the probabilities of a row's logits whose key is at least `key`."""
     sums = tl.zeros((BV,), tl.float32)
     for start in range(0, V, BV):
         v = start + tl.arange(0, BV)
@@ -65,10 +62,10 @@ def mass_above(logits, V, key, top, temperature, BV: tl.constexpr):
 
 @triton.jit
 def highest_key(logits, V, goal, floor, top, temperature, COUNT: tl.constexpr, BV: tl.constexpr):
-    """The highest order at or above which the mass is at least `goal`, or with COUNT there are so many; `floor` if none
-    above it is.
+    """The highest key such that the mass at or above it is at least `goal` (with COUNT: the number of logits); at least
+    `floor`.
 
-    Three orders are tried at a time: what a pass costs is reading.
+    Each pass over the logits tries three keys, because it is bound by memory.
     """
     low = floor.to(tl.int64)
     high = ordered(top).to(tl.int64)
@@ -99,20 +96,20 @@ def highest_key(logits, V, goal, floor, top, temperature, COUNT: tl.constexpr, B
 
 
 @triton.jit
-def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.constexpr, BV: tl.constexpr):
+def sample_kernel(logits, best, chunk_token, params, top_k, out, V, chunks, BP: tl.constexpr, BV: tl.constexpr):
     """out int32 [L]: the token of a row, -1 if a logit is not finite. how [L, 4]: temperature, top_p, min_p, noise."""
-    begin()
+    wait_for_previous_kernel()
     row = tl.program_id(0)
     p = tl.arange(0, BP)
-    tops = tl.load(best + row * pieces + p, mask=p < pieces, other=float("-inf"))
-    tokens = tl.load(piece_token + row * pieces + p, mask=p < pieces, other=NONE)
+    tops = tl.load(best + row * chunks + p, mask=p < chunks, other=float("-inf"))
+    tokens = tl.load(chunk_token + row * chunks + p, mask=p < chunks, other=NONE)
     top = tl.max(tops, 0)
     token = tl.min(tl.where(tops == top, tokens, NONE), 0)
     fine = tl.min(tokens, 0) >= 0
-    temperature = tl.load(how + row * 4)
+    temperature = tl.load(params + row * 4)
     if fine and temperature > 0.0:
         mine = logits + row.to(tl.int64) * V
-        top_p, min_p = tl.load(how + row * 4 + 1), tl.load(how + row * 4 + 2)
+        top_p, min_p = tl.load(params + row * 4 + 1), tl.load(params + row * 4 + 2)
         k = tl.load(top_k + row)
         key = tl.full((), LOWEST, tl.int32)
         if k > 0 and k < V:
@@ -122,7 +119,7 @@ def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.co
             key = highest_key(mine, V, goal, key, top, temperature, False, BV)
         if min_p > 0.0:
             key = tl.maximum(key, ordered(top + temperature * tl.log(min_p)))
-        goal = tl.load(how + row * 4 + 3) * mass_above(mine, V, key, top, temperature, BV)
+        goal = tl.load(params + row * 4 + 3) * mass_above(mine, V, key, top, temperature, BV)
         before = 0.0
         found = tl.full((), NONE, tl.int32)
         last = token
@@ -140,31 +137,30 @@ def draw_kernel(logits, best, piece_token, how, top_k, out, V, pieces, BP: tl.co
 
 
 @triton.jit(do_not_specialize=["T"])
-def recall_kernel(tokens, drawn, T, BT: tl.constexpr):
-    """Each of tokens [T] that is below 0 becomes the one drawn in row -1 - token."""
-    begin()
+def resolve_kernel(tokens, sampled, T, BT: tl.constexpr):
+    """Replace each token -1 - r in tokens [T] by the sample of row r."""
+    wait_for_previous_kernel()
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     token = tl.load(tokens + t, mask=t < T, other=0)
-    tl.store(tokens + t, tl.load(drawn - 1 - token, mask=token < 0, other=0), mask=token < 0)
+    tl.store(tokens + t, tl.load(sampled - 1 - token, mask=token < 0, other=0), mask=token < 0)
 
 
-def draw(logits: torch.Tensor, how: torch.Tensor, top_k: torch.Tensor, out: torch.Tensor) -> None:
-    """A token of each row of float32 logits [L, vocab] into int32 out [L], -1 where a logit is not finite.
+def sample(logits: torch.Tensor, params: torch.Tensor, top_k: torch.Tensor, out: torch.Tensor) -> None:
+    """Sample a token per row of float32 logits [L, vocab] into int32 out [L], -1 if a logit is not finite.
 
-    how float32 [L, 4] is temperature (0: the largest), top_p, min_p and the row's noise in [0, 1); top_k int32 [L],
-    0 for no limit.
+    how float32 [L, 4] has temperature (0 is greedy), top_p, min_p and noise in [0, 1); top_k int32 [L], 0 for no limit.
     """
     rows, vocab = logits.shape
-    pieces = -(-vocab // PIECE)
-    best = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
-    token = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
-    best_kernel[(rows, pieces)](logits, best, token, vocab, BV=PIECE, **options())
-    draw_kernel[(rows,)](
-        logits, best, token, how, top_k, out, vocab, pieces, BP=triton.next_power_of_2(pieces), BV=PIECE,
+    chunks = -(-vocab // PIECE)
+    best = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
+    token = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    argmax_kernel[(rows, chunks)](logits, best, token, vocab, BV=PIECE, **options())
+    sample_kernel[(rows,)](
+        logits, best, token, params, top_k, out, vocab, chunks, BP=triton.next_power_of_2(chunks), BV=PIECE,
         num_warps=DRAW_WARPS, **options(),
     )  # fmt: skip
 
 
-def recall(tokens: torch.Tensor, drawn: torch.Tensor) -> None:
-    """In tokens int32 [T], in place: -1 - r becomes what was drawn in row r, of drawn int32 [L]."""
-    recall_kernel[(-(-tokens.shape[0] // 256),)](tokens, drawn, tokens.shape[0], BT=256, num_warps=1, **options())
+def resolve_placeholders(tokens: torch.Tensor, sampled: torch.Tensor) -> None:
+    """Replace tokens -1 - r in tokens int32 [T] by the sample of row r in sampled int32 [L], in place."""
+    resolve_kernel[(-(-tokens.shape[0] // 256),)](tokens, sampled, tokens.shape[0], BT=256, num_warps=1, **options())

@@ -1,7 +1,6 @@
-"""A base's matrices in one piece of a GPU's memory, which another process maps: it trains on them without a copy.
+"""Shares the base's matrices on a GPU with a training process through CUDA IPC, without a copy.
 
-Owns where each tensor lies in the piece and the driver's calls between processes (CUDA IPC). Needs no Triton. The piece
-is its maker's alone to change or free, and is mapped for as long as the other process runs; nobody writes to it.
+The owner may change or free the memory. The other process maps it for as long as it runs and only reads it.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ import torch
 from server.kernels.weight import Weight
 
 ALIGNMENT = 256
-"""Bytes that every tensor begins at a multiple of."""
+"""Alignment of every tensor in bytes."""
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.int32, torch.float16, torch.float32)}
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
 
 
-def room(weights: Mapping[str, Weight]) -> int:
-    """Bytes that hold all quantized matrices, however they are joined."""
+def required_bytes(weights: Mapping[str, Weight]) -> int:
+    """Bytes that hold all quantized matrices, with alignment."""
     return sum(w.nbytes + ALIGNMENT * len(w.tensors) for w in weights.values() if w.scheme != "none")
 
 
-class Piece:
-    """`nbytes` bytes on a device, into which matrices are copied one after the other."""
+class SharedBuffer:
+    """A buffer of `nbytes` bytes on a device, filled with matrices one after the other."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._used = 0
 
-    def keep(self, weight: Weight) -> Weight:
-        """The same quantized matrix, in this memory."""
+    def add(self, weight: Weight) -> Weight:
+        """Copy a quantized matrix into the buffer."""
         tensors = {}
         for name, tensor in weight.tensors.items():
             at = self._used
@@ -44,10 +43,11 @@ class Piece:
         return Weight(weight.scheme, weight.layout, weight.shape, weight.group, tensors)
 
 
-def told(weights: Mapping[str, Weight], memory: torch.Tensor) -> dict[str, Any]:
-    """Where matrices lie in a piece's memory, whole ones or parts, and how to map it: as JSON.
+def export(weights: Mapping[str, Weight], memory: torch.Tensor) -> dict[str, Any]:
+    """Describe matrices in a buffer's memory for `open_shared`, as JSON.
 
-    Raises OSError where the driver does not share it.
+    Raises:
+        OSError: The driver cannot share the memory.
     """
     begin = memory.data_ptr()
     return {
@@ -68,9 +68,9 @@ def told(weights: Mapping[str, Weight], memory: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def opened(described: Mapping[str, Any], device: torch.device) -> dict[str, Weight]:
-    """The matrices that another process has told of, in its memory. Raises OSError if it cannot be mapped."""
-    device = torch.empty(0, device=device).device  # with its number, by which torch compares storages' devices
+def open_shared(described: Mapping[str, Any], device: torch.device) -> dict[str, Weight]:
+    """Map the matrices that another process exported. Raises OSError if they cannot be mapped."""
+    device = torch.empty(0, device=device).device  # with its index, which torch compares
     memory, begin = _mapped(described["memory"], device)
 
     def view(entry: list[Any]) -> torch.Tensor:
@@ -98,12 +98,12 @@ class _Handle(ctypes.Structure):
 
 
 def _driver() -> Any:
-    """The driver's library. The calling thread must have a context: any use of the device by torch makes one."""
+    """The driver's library. The calling thread needs a CUDA context, which any use of the device by torch creates."""
     return ctypes.CDLL("libcuda.so.1")
 
 
 def _exported(memory: torch.Tensor) -> dict[str, Any]:
-    """A handle of the allocation that `memory` lies in, and where in it: torch's allocator may have put more there."""
+    """IPC handle of the allocation that contains `memory`, and the offset in it."""
     driver, place = _driver(), memory.data_ptr()
     base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
     _check(
@@ -115,7 +115,7 @@ def _exported(memory: torch.Tensor) -> dict[str, Any]:
 
 
 def _mapped(exported: Mapping[str, Any], device: torch.device) -> tuple[torch.UntypedStorage, int]:
-    """The whole allocation, and where in it the piece begins."""
+    """Map an allocation. Returns it and the offset of the buffer."""
     handle = _Handle.from_buffer_copy(bytes.fromhex(exported["handle"]))
     pointer = ctypes.c_uint64()
     _check(

@@ -21,14 +21,14 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from server.engine.backends.cuda.device_model import DeviceModel, DeviceStep
-from server.engine.backends.cuda.memory import FOR_GRAPHS, work_bytes
+from server.engine.backends.cuda.memory import GRAPH_BYTES, work_bytes
 from server.engine.backends.cuda.runner import CudaRunner
 from server.engine.engine import Engine
 from server.engine.overlap import OverlappedEngine
 from server.engine.request import State
 from server.errors import NoCapacity
 from server.kernels.cuda import Cuda
-from server.kernels.cuda.lora import Pool
+from server.kernels.cuda.lora import DeviceAdapters
 from server.kernels.reference import Reference
 from tests.server.kernels import tiny
 from tests.server.kernels.conftest import _interpreter  # noqa: F401
@@ -49,7 +49,7 @@ def base() -> Tiny:
     return tiny.bases(config, "int4", 32, False, "int8", Cuda(torch.float32), Reference())[0]
 
 
-def adapters_of(row: int, step: DeviceStep, pool: Pool) -> tuple[tuple[bytes, float], ...]:
+def adapters_of(row: int, step: DeviceStep, pool: DeviceAdapters) -> tuple[tuple[bytes, float], ...]:
     """What a row is multiplied with: the first values of each adapter, as its lanes and the pool's tables tell."""
     lanes, found = step.lanes, {}
     weights = lanes.weights[int(step.sequence[row])]
@@ -57,14 +57,14 @@ def adapters_of(row: int, step: DeviceStep, pool: Pool) -> tuple[tuple[bytes, fl
         if not first <= row < first + rows:
             continue
         for i in range(lane, lane + count):
-            slot, weight = int(lanes.slot[i]), float(weights[lanes.place[i]])
+            slot, weight = int(lanes.slot[i]), float(weights[lanes.adapter[i]])
             if int(lanes.index[i]) == 0 and weight:
                 at = int(pool.offsets[slot, 0, 0])
                 found[slot] = pool.values[at : at + 16].numpy().tobytes(), weight
     return tuple(sorted(found.values()))
 
 
-def logits(self: DeviceModel, step: DeviceStep, cache: torch.Tensor, pool: Pool) -> torch.Tensor:
+def logits(self: DeviceModel, step: DeviceStep, cache: torch.Tensor, pool: DeviceAdapters) -> torch.Tensor:
     """In the decoder's place: random numbers of all tokens up to a row and of what each was multiplied with."""
     places = {}
     for row, (token, position) in enumerate(zip(step.tokens.tolist(), step.positions.tolist(), strict=True)):
@@ -95,7 +95,7 @@ def bench_on(base: Tiny, tools: Any, kind: type[Engine], blocks: int = 24) -> An
     }
     sizes = sorted(weights.nbytes for weights in known.values())
     room = sum(sizes[1:]) + sizes[0] // 2
-    memory = work_bytes(base.config, STEP_TOKENS, MAX_BATCH) + FOR_GRAPHS + (4 << 20) + room
+    memory = work_bytes(base.config, STEP_TOKENS, MAX_BATCH) + GRAPH_BYTES + (4 << 20) + room
     runner = CudaRunner(
         base, MAX_BATCH, memory=memory, device=torch.device("cpu"), max_step_tokens=STEP_TOKENS, kv_cache=1 << 20,
         adapters=room,

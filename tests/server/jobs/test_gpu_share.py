@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.backends.cuda.memory import CONTEXT, left_for_training
+from server.engine.backends.cuda.memory import CONTEXT, training_memory
 from server.jobs.errors import JobError
 from server.jobs.fine_tune import fine_tune
 from server.jobs.gpu_share import place_base
@@ -35,12 +35,12 @@ def cuda_base(tiny_folder: Path) -> Base:
 
 def share_of(base: Base, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A share with all weights, without a driver."""
-    piece = shared_memory.Piece(shared_memory.room(base.weights), CPU)
-    kept = {path: piece.keep(w) for path, w in base.weights.items() if w.scheme != "none"}
+    piece = shared_memory.SharedBuffer(shared_memory.required_bytes(base.weights), CPU)
+    kept = {path: piece.add(w) for path, w in base.weights.items() if w.scheme != "none"}
     assert len(kept) > 10
     monkeypatch.setattr(shared_memory, "_exported", lambda memory: {"piece": 1})
     monkeypatch.setattr(shared_memory, "_mapped", lambda exported, device: (piece.memory.untyped_storage(), 0))
-    return {"memory": 1 << 30, "base": shared_memory.told(kept, piece.memory)}
+    return {"memory": 1 << 30, "base": shared_memory.export(kept, piece.memory)}
 
 
 def test_training_on_shared_weights_gives_the_same_adapter(
@@ -79,4 +79,4 @@ def test_weights_that_cannot_be_shared_are_copied(cuda_base: Base, monkeypatch: 
 @pytest.mark.parametrize(("free", "taken", "left"), [(20, 50, 10), (8, 61, 8), (8, 50, 0)])
 def test_training_leaves_the_server_the_memory_that_it_has_not_taken_yet(free: int, taken: int, left: int) -> None:
     gb = 1 << 30
-    assert left_for_training(free * gb, 60 * gb, taken * gb) == max(0, left * gb - CONTEXT)
+    assert training_memory(free * gb, 60 * gb, taken * gb) == max(0, left * gb - CONTEXT)

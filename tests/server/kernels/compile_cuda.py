@@ -1,9 +1,9 @@
-"""Compiles the kernels that steps of a model would launch, for a GPU that need not be here: down to machine code.
+"""Compiles the kernels of a model's steps to machine code, without a GPU.
 
-`python tests/server/kernels/compile_cuda.py [small|7b] [capability]` builds a model whose tensors have shapes and no
-contents, runs a prefill and steps of several buckets through it, and compiles each distinct launch instead of running
-it. Prints a line a kernel; the exit status is 1 if one does not compile, wants more shared memory than there is, or
-touches memory before it has waited for the kernel ahead.
+`python tests/server/kernels/compile_cuda.py [small|7b] [capability]` builds a model of tensors without data, runs a
+prefill and decode steps, and compiles each distinct launch instead of running it. It prints one line per kernel. The
+exit status is 1 if a kernel does not compile, needs too much shared memory, or accesses memory before it waits for the
+previous kernel.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from server.engine.backends.cuda.batch import GraphShape, on_device
+from server.engine.backends.cuda.batch import GraphShape, device_step
 from server.engine.backends.cuda.device_model import DeviceModel
 from server.kernels.cuda import packing, sampling
-from server.kernels.cuda.lora import Pool
+from server.kernels.cuda.lora import DeviceAdapters
 from server.kernels.cuda.matmul import dequantized, group_sums
 from server.kernels.lora import TARGET_MODULES
 from server.kernels.packed_format import stored_parts
@@ -34,7 +34,7 @@ from server.kernels.weight import STORED, Weight
 from server.model.config import ModelConfig, from_hf
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
-"""Bytes of shared memory that a block can have."""
+"""Bytes of shared memory per thread block, by capability."""
 META = torch.device("meta")
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -59,7 +59,7 @@ def seven_billion() -> ModelConfig:
 
 
 class Shapes:
-    """A base of tensors without contents."""
+    """A base model whose tensors have no data."""
 
     def __init__(self, config: ModelConfig, scheme: str, double: bool) -> None:
         self.config = config
@@ -76,7 +76,7 @@ class Shapes:
 
 
 class Driver:
-    """Of the GPU that need not be here: kernels ask what it can do."""
+    """Reports the target to kernels that query it."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -86,22 +86,22 @@ class Driver:
 
 
 class Compiler:
-    """Stands in for `JITFunction.run`: compiles what it has not seen yet."""
+    """Replaces `JITFunction.run`: compiles each distinct launch once."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
         driver.set_active(Driver(self.target))
-        self.most = SHARED[capability]
+        self.max_shared = SHARED[capability]
         self.seen: set[Any] = set()
         self.failed: list[str] = []
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = list(kernel.arg_names)
         options = {k: v for k, v in kwargs.items() if k not in names}
-        given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
         signature, constants, attributes = {}, {}, {}
         for i, name in enumerate(names):
-            value, parameter = given[name], kernel.params[i]
+            value, parameter = arguments[name], kernel.params[i]
             if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
                 signature[name], constants[(i,)] = "constexpr", value
             elif isinstance(value, torch.Tensor):
@@ -117,21 +117,21 @@ class Compiler:
         if key in self.seen:
             return
         self.seen.add(key)
-        began = time.monotonic()
-        said = f"{kernel.__name__} {list(constants.values())} {options}"
+        start = time.monotonic()
+        label = f"{kernel.__name__} {list(constants.values())} {options}"
         try:
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
             made = triton.compile(source, target=self.target, options=options)
         except Exception as error:
-            self.failed.append(said)
-            print(f"{said}: {type(error).__name__}: {str(error)[-800:]}", flush=True)
+            self.failed.append(label)
+            print(f"{label}: {type(error).__name__}: {str(error)[-800:]}", flush=True)
             return
-        if made.metadata.shared > self.most or not self._waits(made.asm["ptx"]):
-            self.failed.append(said)
-        print(f"{said}: {made.metadata.shared} bytes shared, {time.monotonic() - began:.1f} s", flush=True)
+        if made.metadata.shared > self.max_shared or not self._waits(made.asm["ptx"]):
+            self.failed.append(label)
+        print(f"{label}: {made.metadata.shared} bytes shared, {time.monotonic() - start:.1f} s", flush=True)
 
     def _waits(self, code: str) -> bool:
-        """Whether a kernel waits for the one ahead before it touches memory, where kernels overlap."""
+        """Whether the kernel waits for the previous one before it accesses memory, if dependent launch is supported."""
         if self.target.arch < 90:
             return "griddepcontrol" not in code
         return "griddepcontrol.wait" in re.split(r"(?:ld|st|atom|red)\.(?:\w+\.)*global|cp\.async", code)[0]
@@ -146,13 +146,13 @@ def main(which: str, capability: int) -> int:
     sizes = [1] if which == "small" else [1, 16, 32, 64]
     for scheme, double in schemes:
         model = DeviceModel(Shapes(config, scheme, double), META, torch.bfloat16)  # type: ignore[arg-type]
-        model.turn_up_to(256)
-        sites = config.num_hidden_layers * len(TARGET_MODULES)
-        pool = Pool(
+        model.make_rotary_tables(256)
+        modules = config.num_hidden_layers * len(TARGET_MODULES)
+        adapters = DeviceAdapters(
             torch.empty(1 << 20, dtype=torch.bfloat16 if scheme == "none" else torch.int8, device=META),
-            torch.empty(64, sites, 3, dtype=torch.int64, device=META),
-            torch.empty(64, sites, dtype=torch.int32, device=META),
-            torch.empty(64, sites, device=META),
+            torch.empty(64, modules, 3, dtype=torch.int64, device=META),
+            torch.empty(64, modules, dtype=torch.int32, device=META),
+            torch.empty(64, modules, device=META),
             torch.bfloat16,
         )
         size = (config.num_hidden_layers, 64, config.num_key_value_heads, 2, 16, config.head_dim)
@@ -166,19 +166,19 @@ def main(which: str, capability: int) -> int:
             for n in ((100,) if which == "small" else (100, 512))
             for width in widths
         ]
-        if which != "small":  # scores of prompts want many logits, which have kernels of their own
+        if which != "small":  # prompts that are scored have many logits
             shapes += [GraphShape(512, 3, 16, logits, 1, 4, 5, 64, 0, 2) for logits in (100, 200)]
         for shape in shapes:
             memory = torch.empty(shape.elements, dtype=torch.int32, device=META)
-            model.logits(on_device(shape, memory), cache, pool)
-    for matrix in model._matrices():  # prefills of very many rows, and training
+            model.logits(device_step(shape, memory), cache, adapters)
+    for matrix in model._matrices():  # long prefills, and training
         for dtype in (torch.bfloat16, torch.float32):
             dequantized(matrix._weight, dtype)
     logits = torch.empty(4, config.vocab_size, device=META)
-    how, tokens = torch.empty(4, 4, device=META), torch.empty(4, dtype=torch.int32, device=META)
-    sampling.draw(logits, how, tokens, tokens)
-    sampling.recall(tokens, tokens)
-    for matrix in model._matrices():  # as the benchmark asks for them, of each matrix by itself
+    params, tokens = torch.empty(4, 4, device=META), torch.empty(4, dtype=torch.int32, device=META)
+    sampling.sample(logits, params, tokens, tokens)
+    sampling.resolve_placeholders(tokens, tokens)
+    for matrix in model._matrices():  # as benchmarks use them
         sums = torch.empty(1, matrix.width // matrix.group, device=META)
         group_sums(torch.empty(1, matrix.width, dtype=torch.bfloat16, device=META), matrix.group, sums)
     print(f"{len(compiler.seen)} kernels for capability {capability}, {len(compiler.failed)} failed", flush=True)

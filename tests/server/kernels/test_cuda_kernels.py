@@ -39,7 +39,7 @@ def stored_matrix(out: int, width: int, scheme: str, group: int, double: bool, s
 
 
 def on_device(stored: Weight, dtype: torch.dtype = FLOAT) -> matmul.Matrix:
-    return matmul.Matrix(packing.side_by_side([packing.pack(stored)], DEVICE), dtype)
+    return matmul.Matrix(packing.concatenate([packing.pack(stored)], DEVICE), dtype)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -59,18 +59,18 @@ def test_packing_loses_nothing(width: int, scheme: str, group: int, double: bool
     assert torch.equal(packing.dequantize(packed), exact)
     assert torch.equal(packing.dequantize(packed, 5, 37), exact[5:37])
     if not double:
-        assert torch.equal(packing.rows(packed, torch.tensor([40, 3, 3])), exact[[40, 3, 3]])
-    assert torch.equal(matmul.dequantized(packing.side_by_side([packed], DEVICE), torch.float32).cpu(), exact)
-    whole = packing.side_by_side([packed, packed], DEVICE)
+        assert torch.equal(packing.gather_rows(packed, torch.tensor([40, 3, 3])), exact[[40, 3, 3]])
+    assert torch.equal(matmul.dequantized(packing.concatenate([packed], DEVICE), torch.float32).cpu(), exact)
+    whole = packing.concatenate([packed, packed], DEVICE)
     for start, stop in ((16, 37), (48, 96)):  # a part of one, and one of two that were joined
-        part = packing.part(whole, start, stop)
+        part = packing.slice_outputs(whole, start, stop)
         assert torch.equal(packing.dequantize(part).cpu(), torch.cat((exact, exact))[start:stop])
         assert torch.equal(matmul.dequantized(part, torch.float32).cpu(), torch.cat((exact, exact))[start:stop])
 
 
 def test_production_shapes_are_packed_without_padding() -> None:
     for width in (2048, 2560, 3584, 4096, 8192, 14336, 18944):
-        run = packing.run_of("int4", width, 64)
+        run = packing.run_length("int4", width, 64)
         assert run == 64 and width % (4 * run) == 0
     stored = stored_matrix(64, 1024, "int4", 64, True)
     assert packing.pack(stored).nbytes == stored.nbytes
@@ -78,8 +78,8 @@ def test_production_shapes_are_packed_without_padding() -> None:
 
 def test_runs_that_are_all_too_long_are_as_short_as_can_be() -> None:
     """Tiles of longer ones have no room in the shared memory of a small GPU."""
-    assert packing.run_of("nf4", 3584, 256) == 64
-    assert packing.run_of("int8", 3584, 256) == 128
+    assert packing.run_length("nf4", 3584, 256) == 64
+    assert packing.run_length("int8", 3584, 256) == 128
 
 
 def test_a_base_of_seven_billion_takes_less_than_4_7_gigabytes() -> None:
@@ -103,7 +103,7 @@ def test_a_group_that_does_not_fit_is_refused() -> None:
         packing.pack(Weight("int4", "stored", (16, 64), 16, stored.tensors))
     one, other = (packing.pack(stored_matrix(16, 64, "int4", group, False)) for group in (32, 64))
     with pytest.raises(BadModel, match="can not join"):
-        packing.side_by_side([one, other], DEVICE)
+        packing.concatenate([one, other], DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, torch.float16])
@@ -220,7 +220,7 @@ class Adapters:
         self.scales = scales
         put(pieces[0])
         values = torch.cat(pieces).to(DEVICE)
-        self.pool = lora.Pool(values, offsets.to(DEVICE), table.to(DEVICE), scales.to(DEVICE), FLOAT)
+        self.pool = lora.DeviceAdapters(values, offsets.to(DEVICE), table.to(DEVICE), scales.to(DEVICE), FLOAT)
 
     def update(self, x: torch.Tensor, piece: int, mix: dict[int, float]) -> torch.Tensor:
         total = torch.zeros(1)
@@ -248,7 +248,7 @@ def lanes_of(
         tiles=torch.tensor([*table, [0, 0, 0, 0]], dtype=torch.int32, device=DEVICE),
         slot=slot,
         index=index,
-        place=slot,
+        adapter=slot,
         sequence=torch.tensor(owner, dtype=torch.int32, device=DEVICE),
         weights=torch.tensor([[mix.get(place, 0.0) for place in range(3)] for mix in mixes], device=DEVICE),
         width=width,
@@ -347,7 +347,7 @@ def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
             tiles=torch.tensor([[among - 2, 2, 0, rank]], dtype=torch.int32, device=DEVICE),
             slot=torch.zeros(rank, dtype=torch.int32, device=DEVICE),
             index=torch.arange(rank, dtype=torch.int32, device=DEVICE),
-            place=torch.zeros(rank, dtype=torch.int32, device=DEVICE),
+            adapter=torch.zeros(rank, dtype=torch.int32, device=DEVICE),
             sequence=untouched(among, dtype=torch.int32),
             weights=torch.ones(1, 1, device=DEVICE),
             width=width,
@@ -537,7 +537,7 @@ def test_a_product_dequantizes_no_more_than_a_block_at_a_time(
     outputs: int, kind: tuple[str, int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An output table in float32 would be gigabytes. The last block is not full."""
-    weight = packing.side_by_side([packing.pack(stored_matrix(outputs, 128, *kind))], DEVICE)
+    weight = packing.concatenate([packing.pack(stored_matrix(outputs, 128, *kind))], DEVICE)
     exact = packing.dequantize(weight)
     made = []
 
@@ -556,7 +556,7 @@ def test_a_product_dequantizes_no_more_than_a_block_at_a_time(
 
 def choices(logits: torch.Tensor, how: list[list[float]], top_k: list[int]) -> list[int]:
     out = torch.zeros(len(how), dtype=torch.int32, device=DEVICE)
-    sampling.draw(
+    sampling.sample(
         logits.to(DEVICE), torch.tensor(how, device=DEVICE), torch.tensor(top_k, dtype=torch.int32, device=DEVICE), out
     )
     return out.tolist()

@@ -25,12 +25,13 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
 from adapters.weights import LoraWeights, LowRank
 from benchmarks import gpu_answers
 from benchmarks.shapes import QWEN_7B
-from server.engine.backends.cuda import adapter_pool, batch
+from server.engine.backends.cuda import adapter_pool
+from server.engine.backends.cuda import batch as batch_module
 from server.engine.backends.cuda import runner as cuda_runner_module
 from server.engine.backends.cuda.adapter_pool import AdapterPool
-from server.engine.backends.cuda.batch import GraphShape, batch_buckets, describe
+from server.engine.backends.cuda.batch import GraphShape, batch_buckets, build_batch
 from server.engine.backends.cuda.device_model import DeviceModel, DeviceStep
-from server.engine.backends.cuda.memory import DENSE_ROWS, FOR_GRAPHS, MOST_OF_A_GRAPH, share_out, work_bytes
+from server.engine.backends.cuda.memory import DENSE_ROWS, GRAPH_BYTES, MAX_GRAPH_BYTES, divide_memory, work_bytes
 from server.engine.backends.cuda.runner import RETRY_SECONDS, CudaRunner, StepMemory, gpu_memory
 from server.engine.backends.protocol import Runner
 from server.engine.backends.torch.runner import TorchRunner
@@ -89,7 +90,7 @@ def bases(family: str) -> tuple[Tiny, Tiny]:
 
 
 def cuda_runner(base: Tiny, max_batch: int = 4, adapters: int = 1 << 20) -> CudaRunner:
-    memory = work_bytes(base.config, 64, max_batch) + FOR_GRAPHS + (4 << 20) + adapters
+    memory = work_bytes(base.config, 64, max_batch) + GRAPH_BYTES + (4 << 20) + adapters
     runner = CudaRunner(
         base, max_batch, memory=memory, device=DEVICE, max_step_tokens=64, kv_cache=1 << 20, adapters=adapters
     )
@@ -204,7 +205,7 @@ def test_single_rows_need_no_launch_for_the_sums_of_what_they_see(monkeypatch: p
     monkeypatch.setattr(matmul, "group_sums", noted)
     first, second = sequences([4, 4], [(), ()])
     for new in ([(first, 2), (second, 1)], [(first, 1), (second, 1)]):
-        runner._logits(runner._step_of(describe(batch_of(new, False), runner._pool.ranks)))
+        runner._logits(runner._device_step(build_batch(batch_of(new, False), runner._pool.ranks)))
     assert made == [3]
 
 
@@ -340,8 +341,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 
 def capturing_runner() -> CudaRunner:
     runner = cuda_runner(bases("llama-int4")[0])
-    runner._capturing = Stream()
-    runner._numbers[:] = torch.arange(len(runner._numbers))
+    runner._capture_stream = Stream()
+    runner._arrays[:] = torch.arange(len(runner._arrays))
     return runner
 
 
@@ -354,7 +355,7 @@ def test_graphs_share_their_memory(captures: Captures) -> None:
     runner = capturing_runner()
     for size, width in ((2, 0), (4, 64), (2, 0)):
         assert isinstance(runner._graph(bucket(runner, size, width)), Graph)
-    stream = runner._capturing
+    stream = runner._capture_stream
     assert captures.made == [(None, stream, "thread_local", 1), ("pool 1", stream, "thread_local", 3)]
     assert len(captures.computed) == 4, "each has run once before it was captured"
     assert runner.nbytes()["graphs"] == 200
@@ -385,7 +386,7 @@ def test_what_others_take_meanwhile_costs_no_graphs(captures: Captures, monkeypa
     for shape in (one, two, four):
         runner._graph(shape)
     assert list(runner._graphs) == [one, two, four]
-    assert runner.nbytes()["graphs"] == MOST_OF_A_GRAPH + 200 < runner.shares.graphs
+    assert runner.nbytes()["graphs"] == MAX_GRAPH_BYTES + 200 < runner.shares.graphs
 
 
 def test_warming_up_records_nothing_and_stays_within_the_angles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,19 +506,19 @@ def test_a_start_whose_first_steps_find_no_room_says_so(words: str, monkeypatch:
     def lacking(*_: Any) -> None:
         raise RuntimeError(words)
 
-    monkeypatch.setattr(DeviceModel, "turn_up_to", lacking)
+    monkeypatch.setattr(DeviceModel, "make_rotary_tables", lacking)
     with pytest.raises(NoCapacity, match="others have taken .* lower --gpu-memory"):
         cuda_runner(bases("llama-int4")[0])
-    monkeypatch.setattr(DeviceModel, "turn_up_to", lambda *_: 1 / 0)
+    monkeypatch.setattr(DeviceModel, "make_rotary_tables", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cuda_runner(bases("llama-int4")[0])
 
 
 def test_greedy_rows_are_told_nothing_and_others_all_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, sent, told = cuda_runner(bases("llama-int4")[0]), [], []
-    send = CudaRunner._sent
-    monkeypatch.setattr(CudaRunner, "_sent", lambda self, host: sent.append(host.numel()) or send(self, host))
-    monkeypatch.setattr(sampling, "draw", lambda logits, how, top_k, out: told.append((how, top_k)))
+    send = CudaRunner._to_device
+    monkeypatch.setattr(CudaRunner, "_to_device", lambda self, host: sent.append(host.numel()) or send(self, host))
+    monkeypatch.setattr(sampling, "sample", lambda logits, how, top_k, out: told.append((how, top_k)))
     greedy, numbers = np.zeros((3, 4), np.float32), np.array([7, 0, 50], np.int32)
     greedy[:, 1] = 0.9
     drawing = np.random.default_rng(5).random((3, 4), np.float32)
@@ -542,7 +543,7 @@ def test_tokens_that_find_no_memory_are_drawn_again(monkeypatch: pytest.MonkeyPa
         tries.append(0)
         raise torch.OutOfMemoryError("no block of 2 MiB")
 
-    monkeypatch.setattr(sampling, "draw", lacking)
+    monkeypatch.setattr(sampling, "sample", lacking)
     with pytest.raises(NoCapacity, match="lower --gpu-memory"):
         runner.draw(Logits(torch.zeros(1, 61, device=DEVICE)), np.zeros((1, 4), np.float32), np.zeros(1, np.int32))
     assert len(tries) == 2
@@ -561,7 +562,7 @@ def test_a_capture_does_not_touch_the_step_that_it_is_for(graph: bool, monkeypat
         seen.append(runner._step(shape).positions.tolist())
 
     def capture(shape: GraphShape) -> object:
-        runner._numbers.zero_()
+        runner._arrays.zero_()
         return SimpleNamespace(replay=lambda: note(shape)) if graph else None
 
     monkeypatch.setattr(runner, "_graph", capture)
@@ -612,13 +613,13 @@ def test_a_capture_that_breaks_at_the_start_is_tried_with_kernels_that_do_not_ov
     runner._allocated = None
     asked: list[int] = []
 
-    def keep_apart() -> bool:
+    def disable_dependent_launch() -> bool:
         asked.append(len(captures.made))
         if apart:
             captures.error = None
         return len(asked) == 1
 
-    monkeypatch.setattr(cuda_runner_module, "keep_apart", keep_apart)
+    monkeypatch.setattr(cuda_runner_module, "disable_dependent_launch", disable_dependent_launch)
     assert isinstance(runner._graph(bucket(runner, 2)), Graph) is apart
     assert isinstance(runner._graph(bucket(runner, 4)), Graph) is apart
     assert asked == [1] and len(captures.made) == (3 if apart else 2)
@@ -632,7 +633,9 @@ def test_a_capture_that_breaks_later_has_no_kernels_compiled_anew(
 ) -> None:
     """All of them would be, within steps, which may not take that long."""
     runner, captures.error = capturing_runner(), RuntimeError("CUDA error: invalid resource handle")
-    monkeypatch.setattr(cuda_runner_module, "keep_apart", lambda: pytest.fail("kernels are launched otherwise"))
+    monkeypatch.setattr(
+        cuda_runner_module, "disable_dependent_launch", lambda: pytest.fail("kernels are launched otherwise")
+    )
     assert runner._graph(bucket(runner, 2)) is None
     captures.error = None
     assert isinstance(runner._graph(bucket(runner, 4)), Graph)
@@ -686,8 +689,8 @@ def test_steps_take_turns_in_the_memory_that_they_are_sent_from() -> None:
     ours, _ = bases("llama-int4")
     runner = cuda_runner(ours)
     first, second, third = sequences([18, 3, 4], [(), (), ()])
-    small = describe(batch_of([(second, 1)], False), runner._pool.ranks)
-    large = describe(batch_of([(first, 18), (second, 2), (third, 4)], True), runner._pool.ranks)
+    small = build_batch(batch_of([(second, 1)], False), runner._pool.ranks)
+    large = build_batch(batch_of([(first, 18), (second, 2), (third, 4)], True), runner._pool.ranks)
     memory = StepMemory(small.shape.elements, DEVICE)
     pieces = [piece.data_ptr() for piece in memory._pieces]
     assert len(set(pieces)) == StepMemory.PIECES > 2
@@ -737,8 +740,8 @@ def test_steps_of_single_rows_are_padded_to_buckets(monkeypatch: pytest.MonkeyPa
     ranks: Any = {3: 12, 7: 5}
 
     def padded(width: int, lanes: int) -> dict[str, np.ndarray]:
-        numbers = describe(batch, ranks)
-        assert numbers.shape.width == width and numbers.shape.places == 2
+        numbers = build_batch(batch, ranks)
+        assert numbers.shape.width == width and numbers.shape.adapter_count == 2
         shape = numbers.shape.bucket([1, 2, 4], 6)
         assert shape is not None and (shape.rows, shape.blocks, shape.width) == (4, 6, lanes)
         assert numbers.shape.bucket([1, 2], 6) is None and numbers.shape.bucket([4], 1) is None
@@ -751,36 +754,36 @@ def test_steps_of_single_rows_are_padded_to_buckets(monkeypatch: pytest.MonkeyPa
 
     found = padded(32, 64)
     assert found["tiles"].tolist() == [[0, 1, 0, 5], [1, 1, 64, 0], [2, 1, 128, 17], [0, 0, 0, 0]]
-    assert found["slot"][:5].tolist() == [7] * 5 and found["place"][:5].tolist() == [1] * 5
+    assert found["slot"][:5].tolist() == [7] * 5 and found["adapter"][:5].tolist() == [1] * 5
     assert found["slot"][128:145].tolist() == [3] * 12 + [7] * 5
     assert found["index"][128:145].tolist() == [*range(12), *range(5)]
-    monkeypatch.setattr(batch, "_each_by_itself", lambda *_: False)
-    batch._lanes.cache_clear()
+    monkeypatch.setattr(batch_module, "_one_row_tiles", lambda *_: False)
+    batch_module._lanes.cache_clear()
     found = padded(32, 64)
     assert found["tiles"].tolist() == [[0, 3, 0, 17]]
     assert found["slot"][:17].tolist() == [3] * 12 + [7] * 5
     assert found["index"][:17].tolist() == [*range(12), *range(5)]
-    batch._lanes.cache_clear()
+    batch_module._lanes.cache_clear()
 
 
 def test_rows_that_share_large_adapters_are_multiplied_together() -> None:
     def by_itself(rows: int, adapters: int, rank: int, longest: int = 1) -> bool:
         mixes = tuple(((row % adapters, 1.0),) for row in range(rows))
         ranks = tuple((slot, rank) for slot in range(adapters))
-        return batch._each_by_itself(mixes, (longest,) * rows, ranks)
+        return batch_module._one_row_tiles(mixes, (longest,) * rows, ranks)
 
     assert by_itself(1, 1, 64) and by_itself(32, 32, 16) and by_itself(32, 32, 64) and by_itself(32, 1, 16)
     assert not by_itself(32, 1, 64) and not by_itself(64, 4, 16)
     assert not by_itself(2, 2, 2000), "wider than any bucket"
     assert not by_itself(4, 4, 8, longest=3), "a prompt is among them"
-    assert not batch._each_by_itself(((), ()), (1, 1), ()), "nothing to add"
+    assert not batch_module._one_row_tiles(((), ()), (1, 1), ()), "nothing to add"
 
 
 def counted_moves(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows by one whenever adapters are moved together."""
     moves: list[None] = []
-    move = pool._move_together
-    monkeypatch.setattr(pool, "_move_together", lambda: moves.append(None) or move())
+    move = pool._compact
+    monkeypatch.setattr(pool, "_compact", lambda: moves.append(None) or move())
     return moves
 
 
@@ -806,12 +809,12 @@ def test_the_pool_holds_what_fits_to_the_byte_and_moves_it_together(
     pool.unload_adapter(2)
     assert sizes[4] <= sizes[1] + sizes[3]
     with monkeypatch.context() as lacking:
-        lacking.setattr(pool, "_sent", fails)
+        lacking.setattr(pool, "_pinned", fails)
         with pytest.raises(RuntimeError, match="no memory"):
             pool.load_adapter(4, made[4])
     pool.load_adapter(4, made[4])  # in no single gap, but in both together
     assert len(moves) == 2, "and at the first try no memory was there for it"
-    pool.ready(range(6))
+    pool.wait_for_copies(range(6))
     for slot, rank in ((1, 2), (4, 4)):
         for layer in range(2):
             path = f"model.layers.{layer}.self_attn.q_proj"
@@ -852,10 +855,10 @@ def test_adapters_of_all_sizes_come_and_go_and_none_is_harmed(
         else:
             pool.load_adapter(slot, made[kind])
             held[slot] = kind
-            parts = max(parts, len(pool._placed[slot]))
-        pool.ready(range(16))
-        assert sorted(pool._placed) == sorted(held)
-        taken = sorted([*pool._free, *((p.start, p.length) for each in pool._placed.values() for p in each)])
+            parts = max(parts, len(pool._parts[slot]))
+        pool.wait_for_copies(range(16))
+        assert sorted(pool._parts) == sorted(held)
+        taken = sorted([*pool._free, *((p.start, p.length) for each in pool._parts.values() for p in each)])
         assert [start for start, _ in taken] == [0, *accumulate(length for _, length in taken)][:-1], (
             "no gap, no overlap"
         )
@@ -872,7 +875,7 @@ def test_only_who_is_moved_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     for slot in range(4):
         pool.load_adapter(slot, one)
     pool.unload_adapter(1)
-    pool.ready(range(8))  # what is copied from here on is not: on a GPU it would run beside those copies
+    pool.wait_for_copies(range(8))  # what is copied from here on is not: on a GPU it would run beside those copies
     waiting: list[tuple[int, ...]] = []
 
     @contextlib.contextmanager
@@ -915,7 +918,7 @@ def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypat
     size = one.modules["model.layers.0.self_attn.q_proj"].A.untyped_storage().nbytes()
     pool = AdapterPool(config, 3 * size, 6, DEVICE, FLOAT, True)
     monkeypatch.setattr(pool, "_stream", SimpleNamespace(wait_event=waited.append, wait_stream=waited.append))
-    monkeypatch.setattr(pool, "_sent", torch.clone)
+    monkeypatch.setattr(pool, "_pinned", torch.clone)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     for slot, weights in enumerate([one, *others[:2]]):
@@ -923,7 +926,7 @@ def test_a_copy_waits_for_the_steps_that_read_what_it_overwrites_alone(monkeypat
     assert waited == [], "nobody has read anything"
     recorded.clear()
     for slots in ([0], [1, 2], []):
-        pool.used(slots)
+        pool.record_use(slots)
     first, second = recorded
     pool.unload_adapter(0)
     pool.load_adapter(3, others[2])  # where the first one was
@@ -955,7 +958,7 @@ def test_parts_wait_for_all_who_read_what_lay_there_and_moves_for_everybody(monk
     small, large = (backend.prepare(adapter(config, rank, rank), "int4") for rank in (2, 4))
     pool = AdapterPool(config, 6 * small.layout.flat.numel(), 8, DEVICE, FLOAT, True)
     monkeypatch.setattr(pool, "_stream", SimpleNamespace(wait_event=waited.append, wait_stream=waited.append))
-    monkeypatch.setattr(pool, "_sent", torch.clone)
+    monkeypatch.setattr(pool, "_pinned", torch.clone)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: now)
@@ -963,18 +966,18 @@ def test_parts_wait_for_all_who_read_what_lay_there_and_moves_for_everybody(monk
         pool.load_adapter(slot, small)
     recorded.clear()
     for slot in range(6):
-        pool.used([slot])
+        pool.record_use([slot])
     events = list(recorded)
     for slot in (0, 2, 4):
         pool.unload_adapter(slot)
     pool.load_adapter(7, large)
-    parts = [part.start // small.layout.flat.numel() for part in pool._placed[7]]
+    parts = [part.start // small.layout.flat.numel() for part in pool._parts[7]]
     assert parts == [0, 2, 4][: len(parts)] and len(parts) > 1 and lies_in(pool, 7, large)
     assert set(waited) == {events[at] for at in parts}
 
     waited.clear()
     recorded.clear()
-    pool.used([7])
+    pool.record_use([7])
     (read,) = recorded
     pool.unload_adapter(7)
     for slot in (0, 2):
@@ -989,14 +992,14 @@ def test_parts_wait_for_all_who_read_what_lay_there_and_moves_for_everybody(monk
 
 def test_memory_is_shared_out_and_what_does_not_fit_is_refused() -> None:
     config = llama(**WIDTHS)
-    shares = share_out(config, 1 << 30, 512, 32, 8 << 30)
+    shares = divide_memory(config, 1 << 30, 512, 32, 8 << 30)
     assert shares.base + shares.work + shares.graphs + shares.adapters + shares.kv_cache <= shares.total
     assert shares.kv_cache > shares.adapters > 0
-    wanted = share_out(config, 1 << 30, 512, 32, 8 << 30, kv_cache=1 << 30, adapters=2 << 30)
+    wanted = divide_memory(config, 1 << 30, 512, 32, 8 << 30, kv_cache=1 << 30, adapters=2 << 30)
     assert (wanted.kv_cache, wanted.adapters) == (1 << 30, 2 << 30)
     for options in ({"total": 1 << 30}, {"total": 8 << 30, "adapters": 8 << 30}, {"total": 8 << 30, "kv_cache": 10}):
         with pytest.raises(NoCapacity, match="raise --gpu-memory"):
-            share_out(config, 1 << 30, 512, 32, **options)
+            divide_memory(config, 1 << 30, 512, 32, **options)
 
 
 def test_the_head_is_counted_where_it_may_be_dequantized() -> None:
@@ -1056,7 +1059,7 @@ def test_every_quantized_matrix_can_be_lent_as_it_is() -> None:
         assert set(model._parts) == set(quantized)
         for path, part in model._parts.items():
             assert torch.equal(packing.dequantize(part).cpu(), packing.dequantize(quantized[path]))
-            storage = model._piece.memory.untyped_storage()
+            storage = model._buffer.memory.untyped_storage()
             assert all(t.untyped_storage().data_ptr() == storage.data_ptr() for t in part.tensors.values())
 
 

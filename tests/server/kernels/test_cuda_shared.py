@@ -23,11 +23,11 @@ REPO = Path(__file__).resolve().parents[3]
 MAPS = """
 import hashlib, json, sys
 import torch
-from server.kernels.cuda import packing, shared
+from server.kernels.cuda import packing, shared_memory
 device = torch.device("cuda", torch.cuda.current_device())
 torch.zeros(1, device=device)
 try:
-    found = shared_memory.opened(json.load(sys.stdin), device)
+    found = shared_memory.open_shared(json.load(sys.stdin), device)
 except OSError as error:
     sys.exit(f"not shared: {error}")
 exact = {path: packing.dequantize(weight).cpu().numpy().tobytes() for path, weight in found.items()}
@@ -66,17 +66,17 @@ def weights() -> dict[str, Weight]:
 def test_what_is_mapped_is_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole matrices, and those that were joined; the piece begins within an allocation of which it is not all."""
     exact = weights()
-    allocation = torch.zeros(4096 + shared_memory.room(exact), dtype=torch.uint8)
-    piece = shared_memory.Piece(shared_memory.room(exact), CPU)
+    allocation = torch.zeros(4096 + shared_memory.required_bytes(exact), dtype=torch.uint8)
+    piece = shared_memory.SharedBuffer(shared_memory.required_bytes(exact), CPU)
     piece.memory = allocation[4096:]
-    joined = piece.keep(packing.side_by_side([exact["a"], exact["b"]], CPU))
-    parts = {"a": packing.part(joined, 0, 48), "b": packing.part(joined, 48, 96)}
-    parts |= {path: piece.keep(exact[path]) for path in "cd"}
-    assert piece._used <= shared_memory.room(exact)
+    joined = piece.add(packing.concatenate([exact["a"], exact["b"]], CPU))
+    parts = {"a": packing.slice_outputs(joined, 0, 48), "b": packing.slice_outputs(joined, 48, 96)}
+    parts |= {path: piece.add(exact[path]) for path in "cd"}
+    assert piece._used <= shared_memory.required_bytes(exact)
     monkeypatch.setattr(shared_memory, "_driver", lambda: Driver(piece.memory, 4096))
-    told = json.loads(json.dumps(shared_memory.told(parts, piece.memory)))
+    told = json.loads(json.dumps(shared_memory.export(parts, piece.memory)))
     assert told["memory"]["offset"] == 4096
-    found = shared_memory.opened(told, CPU)
+    found = shared_memory.open_shared(told, CPU)
     assert set(found) == set(exact)
     for path, weight in found.items():
         assert torch.equal(packing.dequantize(weight), packing.dequantize(exact[path]))
@@ -87,22 +87,22 @@ def test_a_driver_that_does_not_share_says_so(monkeypatch: pytest.MonkeyPatch) -
     memory = torch.zeros(64, dtype=torch.uint8)
     driver = Driver(memory, 0)
     monkeypatch.setattr(shared_memory, "_driver", lambda: driver)
-    told = shared_memory.told({}, memory)
+    told = shared_memory.export({}, memory)
     driver.status = 801
     with pytest.raises(OSError, match="cuMemGetAddressRange answers 801"):
-        shared_memory.told({}, memory)
+        shared_memory.export({}, memory)
     with pytest.raises(OSError, match="cuIpcOpenMemHandle answers 801"):
-        shared_memory.opened(told, CPU)
+        shared_memory.open_shared(told, CPU)
 
 
 @pytest.mark.gpu
 def test_another_process_maps_a_gpus_memory() -> None:
     """With the real driver: all but the first begin within the piece."""
     exact = weights()
-    piece = shared_memory.Piece(shared_memory.room(exact), torch.device("cuda"))
-    kept = {path: piece.keep(weight) for path, weight in exact.items()}
+    piece = shared_memory.SharedBuffer(shared_memory.required_bytes(exact), torch.device("cuda"))
+    kept = {path: piece.add(weight) for path, weight in exact.items()}
     try:
-        told = shared_memory.told(kept, piece.memory)
+        told = shared_memory.export(kept, piece.memory)
     except OSError as error:
         pytest.skip(f"the driver shares no memory here: {error}")
     torch.cuda.synchronize()

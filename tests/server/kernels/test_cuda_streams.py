@@ -57,14 +57,14 @@ def wrong_reads(made: list[LoraWeights], seed: int, monkeypatch: pytest.MonkeyPa
 
     with LateDevice(draw, monkeypatch) as device:
         pool._stream = device.copies
-        monkeypatch.setattr(pool, "_sent", torch.clone)
+        monkeypatch.setattr(pool, "_pinned", torch.clone)
         for _ in range(60):
             if draw.random() < 0.5:
                 slots = draw.sample(sorted(held), min(len(held), draw.randint(1, 3)))
-                pool.ready(slots)
+                pool.wait_for_copies(slots)
                 for slot in slots:
                     device.main.given.append(lambda slot=slot, kind=held[slot]: read(slot, kind))
-                pool.used(slots)
+                pool.record_use(slots)
             else:
                 slot, kind = draw.randrange(SLOTS), draw.randrange(len(made))
                 held.pop(slot, None)
@@ -91,18 +91,22 @@ def nothing(*_: Any) -> None:
     pass
 
 
-@pytest.mark.parametrize("forgotten", ["ready", "used", "_wait_for_readers", "wait_stream", "_left"])
+@pytest.mark.parametrize(
+    "forgotten", ["wait_for_copies", "record_use", "_wait_for_readers", "wait_stream", "_unloaded"]
+)
+    "forgotten", ["wait_for_copies", "record_use", "_wait_for_readers", "wait_stream", "_unloaded"]
+)
 def test_a_wait_that_is_left_out_is_found(
     made: list[LoraWeights], forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or else the test above would say nothing."""
     if forgotten == "wait_stream":
         monkeypatch.setattr("tests.server.kernels.late.LateStream.wait_stream", nothing)
-    elif forgotten == "_left":
+    elif forgotten == "_unloaded":
         wait = AdapterPool._wait_for_readers
 
         def of_the_slot_alone(pool: AdapterPool, slot: int) -> None:
-            pool._left.clear()
+            pool._unloaded.clear()
             wait(pool, slot)
 
         monkeypatch.setattr(AdapterPool, "_wait_for_readers", of_the_slot_alone)

@@ -147,7 +147,7 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 def uncut(weights: LoraWeights) -> LoraWeights:
     """A prepared adapter that has to lie in one piece."""
-    return replace(weights, places=replace(weights.layout, cuts=weights.layout.cuts[[0, -1]]))
+    return replace(weights, layout=replace(weights.layout, cuts=weights.layout.cuts[[0, -1]]))
 
 
 def lies_in(pool: Any, slot: int, weights: LoraWeights) -> bool:

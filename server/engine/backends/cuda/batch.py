@@ -1,7 +1,6 @@
-"""A step's numbers for the CUDA kernels: built on the CPU as one piece of memory that goes to the device in one copy.
+"""Builds the arrays of a step for the CUDA kernels as one piece of memory, copied to the device at once.
 
-Owns the tiles, the lanes and the buckets. A step in which every sequence has one row and wants its logits is padded
-to a bucket of sequences and of lanes, so that one CUDA graph runs all steps of a bucket.
+Decode steps are padded to buckets of sequences and lanes, so that one CUDA graph serves all steps of a bucket.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from server.kernels.lora import SlotWeights
 
 Ints = npt.NDArray[np.int32]
 
-WIDTHS = tuple(LANES * 4**i for i in range(6))
-"""Buckets of a tile's lanes: the summed ranks of its adapters."""
-ROW_WIDTHS = WIDTHS[:4]
-"""Those of tiles of one row."""
-BESIDE_PROMPTS = 8
-"""Rows that decode in one tile, in a step that reads prompts too."""
-OWN_LANES = 512
-"""Lanes that rows may have of their own, all together, before it counts that some are the same. Not measured yet."""
+LANE_BUCKETS = tuple(LANES * 4**i for i in range(6))
+"""Buckets of lanes per tile (the summed ranks of its adapters)."""
+ROW_LANE_BUCKETS = LANE_BUCKETS[:4]
+"""Buckets for tiles of one row."""
+DECODES_BESIDE_PREFILLS = 8
+"""Decoded rows per tile in a step with prefills."""
+MAX_REPEATED_LANES = 512
+"""Lanes of all one-row tiles together up to which adapters may be read repeatedly. Not tuned yet."""
 
 
 def batch_buckets(most: int) -> list[int]:
-    """The buckets of sequences: powers of two to 16, then every eighth up to `most`."""
+    """Buckets of sequences: powers of two to 16, then multiples of 8 up to `most`."""
     return [b for b in (1, 2, 4, 8, 16) if b < most] + list(range(24, most, 8)) + [most]
 
 
 @dataclass(frozen=True)
 class GraphShape:
-    """Sizes of a step's arrays. Equal shapes have equal addresses within one piece of memory."""
+    """Sizes of a step's arrays. Equal shapes have equal offsets in memory."""
 
     rows: int
     sequences: int
@@ -51,11 +50,11 @@ class GraphShape:
     tiles: int
     tile_rows: int
     width: int
-    """Lanes of a tile, 0 if the step has no adapters."""
-    places: int
+    """Lanes per tile, 0 without adapters."""
+    adapter_count: int
 
     def parts(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-        """(name, first element, shape) of every array."""
+        """(name, offset, shape) of each array."""
         sizes: dict[str, tuple[int, ...]] = {
             "tokens": (self.rows,),
             "positions": (self.rows,),
@@ -69,13 +68,13 @@ class GraphShape:
             "tiles": (self.tiles, 4),
             "slot": (self.tiles * self.width,),
             "index": (self.tiles * self.width,),
-            "place": (self.tiles * self.width,),
-            "weights": (self.sequences, self.places),
+            "adapter": (self.tiles * self.width,),
+            "weights": (self.sequences, self.adapter_count),
         }
         start = 0
         for name, shape in sizes.items():
             yield name, start, shape
-            start += -(-math.prod(shape) // 32) * 32  # every array begins at a whole line of 128 bytes
+            start += -(-math.prod(shape) // 32) * 32  # arrays are aligned to 128 bytes
 
     @property
     def elements(self) -> int:
@@ -83,19 +82,19 @@ class GraphShape:
         return max(start + math.prod(shape), 1)
 
     def bucket(self, batches: Sequence[int], blocks: int) -> GraphShape | None:
-        """The shape of the bucket that this step fits in; None if it is no step of single rows or fits in none."""
+        """The bucket for this step; None unless all rows are decoded with logits and a bucket fits."""
         if not self.rows == self.sequences == self.singles == self.logits:
             return None
         size = next((b for b in batches if b >= self.rows), None)
-        width = next((w for w in (0, *WIDTHS) if w >= self.width), None)
+        width = next((w for w in (0, *LANE_BUCKETS) if w >= self.width), None)
         if size is None or width is None or self.blocks > blocks:
             return None
         shape = GraphShape.single_rows(size, blocks, width, each=self.tile_rows == 1)
-        return shape if self.places <= shape.places else None
+        return shape if self.adapter_count <= shape.adapter_count else None
 
     @classmethod
     def single_rows(cls, size: int, blocks: int, width: int, each: bool) -> GraphShape:
-        """The bucket of `size` single rows with tiles of up to `width` lanes, `each` row a tile by itself or not."""
+        """The bucket of `size` decoded rows with up to `width` lanes per tile; `each`: one row per tile."""
         rows = 1 if each else tile_rows(size)
         tiles = -(-size // rows)
         return cls(size, size, blocks, size, size, 0, tiles, rows, width, min(width * tiles, 16 * size))
@@ -103,20 +102,20 @@ class GraphShape:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A step's arrays at their true sizes, by the names of `GraphShape`, and that shape."""
+    """A step's arrays by the names of `GraphShape`, and its shape before padding."""
 
     shape: GraphShape
     arrays: dict[str, Ints | npt.NDArray[np.float32]]
 
     def write(self, shape: GraphShape, memory: Ints) -> None:
-        """Put the arrays into `memory` as `shape` lays them out, padded with rows and sequences that are not there."""
+        """Write the arrays into `memory` in the layout of `shape`, padded with rows of position -1."""
         for name, start, size in shape.parts():
             target = memory[start : start + math.prod(size)].reshape(size)
             target.fill(-1 if name in ("tokens", "positions") else 0)
             if name in ("sequence", "single_rows", "single_sequences") and size != self.arrays[name].shape:
                 target[:] = np.arange(size[0])
             source = self.arrays[name]
-            if name in ("slot", "index", "place"):  # each tile's lanes begin at a multiple of the width
+            if name in ("slot", "index", "adapter"):  # lanes of a tile begin at multiples of the width
                 source, target = source.reshape(-1, max(self.shape.width, 1)), target.reshape(-1, max(shape.width, 1))
                 if shape.width == 0:
                     continue
@@ -128,12 +127,12 @@ class DeviceBatch:
 
 
 def tile_rows(rows: int) -> int:
-    """Rows of a tile in a step with so many, where tiles have more than one."""
+    """Rows per tile in a step with `rows` rows."""
     return 16 if rows <= 16 else 32 if rows <= 64 else 64
 
 
-def describe(batch: Batch, ranks: Sequence[int]) -> DeviceBatch:
-    """The numbers of a step. `ranks` is the largest rank of each slot's adapter."""
+def build_batch(batch: Batch, ranks: Sequence[int]) -> DeviceBatch:
+    """Build the arrays of a step. `ranks` is the largest rank of each slot's adapter."""
     starts, contexts = batch.row_start, batch.context
     counts = np.diff(starts)
     used = tuple((slot, ranks[slot]) for slot in sorted({slot for mix in batch.mixes for slot, _ in mix}))
@@ -158,7 +157,7 @@ def describe(batch: Batch, ranks: Sequence[int]) -> DeviceBatch:
         "tiles": rows,
         "slot": table[0].reshape(-1),
         "index": table[1].reshape(-1),
-        "place": table[2].reshape(-1),
+        "adapter": table[2].reshape(-1),
         "weights": weights,
     }
     shape = GraphShape(
@@ -172,12 +171,11 @@ def describe(batch: Batch, ranks: Sequence[int]) -> DeviceBatch:
 def _lanes(
     mixes: tuple[SlotWeights, ...], counts: tuple[int, ...], ranks: tuple[tuple[int, int], ...]
 ) -> tuple[int, Ints, Ints, npt.NDArray[np.float32]]:
-    """The rows of a tile, the tiles [tiles, 4], their lanes' (slot, index, place) [3, tiles, width], and the weights
-    [S, places].
+    """Tile rows, tiles [tiles, 4], lanes (slot, index, column) [3, tiles, width] and weights [S, columns].
 
-    Most steps have the mixes of the one before. `ranks` are (slot, rank), ascending.
+    Cached, because successive steps mostly have the same mixes. `ranks` are (slot, rank), ascending.
     """
-    size = 1 if _each_by_itself(mixes, counts, ranks) else tile_rows(sum(counts))
+    size = 1 if _one_row_tiles(mixes, counts, ranks) else tile_rows(sum(counts))
     tiles = list(_tiles(counts, size))
     rank_of = dict(ranks)
     lanes = [
@@ -185,34 +183,31 @@ def _lanes(
         for a, b, _, _ in tiles
     ]
     width = -(-max(map(len, lanes), default=0) // LANES) * LANES
-    place_of = {slot: place for place, (slot, _) in enumerate(ranks)}
+    adapter_index = {slot: index for index, (slot, _) in enumerate(ranks)}
     table = np.zeros((3, len(tiles), width), np.int32)
     for t, pairs in enumerate(lanes):
         if pairs:
             table[0, t, : len(pairs)], table[1, t, : len(pairs)] = zip(*pairs, strict=True)
-            table[2, t, : len(pairs)] = [place_of[slot] for slot, _ in pairs]
+            table[2, t, : len(pairs)] = [adapter_index[slot] for slot, _ in pairs]
     weights = np.zeros((len(mixes), len(ranks) if width else 0), np.float32)
     if width:
         for s, mix in enumerate(mixes):
             for slot, weight in mix:
-                weights[s, place_of[slot]] += weight
+                weights[s, adapter_index[slot]] += weight
     rows = [(row, n, t * width, len(lanes[t])) for t, (_, _, row, n) in enumerate(tiles)]
     return size, np.array(rows, np.int32).reshape(-1, 4), table, weights
 
 
-def _each_by_itself(
-    mixes: tuple[SlotWeights, ...], counts: tuple[int, ...], ranks: tuple[tuple[int, int], ...]
-) -> bool:
-    """Whether each row is to be a tile: if rows are single, and few adapters, or small ones, are used by several."""
+def _one_row_tiles(mixes: tuple[SlotWeights, ...], counts: tuple[int, ...], ranks: tuple[tuple[int, int], ...]) -> bool:
+    """Whether tiles have one row: if all rows are decoded and adapters are few, small or not shared."""
     rank_of = dict(ranks)
     own = [sum(rank_of[slot] for slot in {slot for slot, _ in mix}) for mix in mixes]
-    few = sum(own) <= max(OWN_LANES, 2 * sum(rank_of.values()))
-    return max(counts, default=0) == 1 and 0 < max(own) <= ROW_WIDTHS[-1] and few
+    few = sum(own) <= max(MAX_REPEATED_LANES, 2 * sum(rank_of.values()))
+    return max(counts, default=0) == 1 and 0 < max(own) <= ROW_LANE_BUCKETS[-1] and few
 
 
-def on_device(shape: GraphShape, memory: torch.Tensor) -> DeviceStep:
-    """The views of a step's numbers in the int32 memory that `DeviceBatch.write` filled, wherever it has been
-    copied."""
+def device_step(shape: GraphShape, memory: torch.Tensor) -> DeviceStep:
+    """Views of a step's arrays in the int32 memory that `DeviceBatch.write` filled."""
     parts = {
         name: memory[start : start + math.prod(size)].view(size) if math.prod(size) else memory[:0].view(size)
         for name, start, size in shape.parts()
@@ -221,7 +216,7 @@ def on_device(shape: GraphShape, memory: torch.Tensor) -> DeviceStep:
         parts["tiles"],
         parts["slot"],
         parts["index"],
-        parts["place"],
+        parts["adapter"],
         parts["sequence"],
         parts["weights"].view(torch.float32),
         shape.width,
@@ -242,9 +237,8 @@ def on_device(shape: GraphShape, memory: torch.Tensor) -> DeviceStep:
 
 
 def _tiles(counts: Sequence[int], size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first sequence, last + 1, first row, rows) of each tile: neighbours of one row share it, beside prompts few of
-    them, as each goes through the lanes of all."""
-    together = size if max(counts, default=1) == 1 else min(size, BESIDE_PROMPTS)
+    """(first sequence, last + 1, first row, rows) of each tile. Few decoded rows share a tile beside prefills."""
+    together = size if max(counts, default=1) == 1 else min(size, DECODES_BESIDE_PREFILLS)
     s = row = 0
     while s < len(counts):
         if counts[s] != 1:

@@ -1,9 +1,7 @@
-"""`DeviceModel`: a base's weights on a GPU and a step of its decoder as a list of Triton kernels.
+"""`DeviceModel`: the base's weights on a GPU, and a step of the decoder as a sequence of Triton kernels.
 
-Owns the order of the kernels and what is put side by side: q, k and v, and gate and up, are one matrix each, all of
-them in one piece of memory. It allocates and launches, and never waits for the device or looks at a value on it, so a
-step can be captured as a CUDA graph. Does not know requests, slots' contents or how a step's numbers came to the
-device.
+q, k and v are one matrix, and so are gate and up. A step never synchronizes with the host, so it can be captured as a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import torch
 
 from server.errors import BadModel
 from server.kernels.cuda import attention, epilogue, lora, matmul, packing, rowwise, shared_memory
-from server.kernels.cuda.lora import Lanes, Pool
+from server.kernels.cuda.lora import DeviceAdapters, Lanes
 from server.kernels.cuda.matmul import Matrix
 from server.kernels.lora import TARGET_MODULES
 from server.kernels.packed_format import TILE
@@ -28,13 +26,19 @@ QKV, OUT, GATE_UP, DOWN = 0, 3, 4, 6
 
 @dataclass(frozen=True)
 class DeviceStep:
-    """A step's numbers on the device: T rows of S sequences; rows that only fill a bucket have position -1.
+    """The arrays of a step on the device, for T rows of S sequences. Padding rows have position -1.
 
-    tokens, positions, sequence  int32 [T]       blocks int32 [S, B]    context int32 [S]
-    singles      int32 [n] rows and sequences of the rows that are a sequence's only one, None without any
-    prefills     int32 [n, 4] as kernels/cuda/attention.py has them, None without any
-    logit_rows   int32 [L]
-    lanes        tiles of rows, with their adapters unless `adapters` is off
+    Attributes:
+        tokens: int32 [T].
+        positions: int32 [T].
+        sequence: int32 [T].
+        blocks: int32 [S, B].
+        context: int32 [S].
+        singles: Rows and sequences of decoded rows, int32 [n] each, or None.
+        prefills: int32 [n, 4] as in kernels/cuda/attention.py, or None.
+        logit_rows: int32 [L].
+        lanes: Tiles of rows and their adapters.
+        adapters: Whether any row has an adapter.
     """
 
     tokens: torch.Tensor
@@ -63,12 +67,12 @@ class _Layer:
 
 
 class DeviceModel:
-    """The base's weights on `device`, activations in `dtype`. Raises BadModel for shapes that do not fit."""
+    """The base on `device`, with activations in `dtype`. Raises BadModel for unsupported shapes."""
 
     def __init__(self, base: Source, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = base.config, device, dtype
         _check(base)
-        self._piece = shared_memory.Piece(shared_memory.room(base.weights), device)
+        self._buffer = shared_memory.SharedBuffer(shared_memory.required_bytes(base.weights), device)
         self._parts: dict[str, Weight] = {}
         self._layers = [self._layer(base, i) for i in range(base.config.num_hidden_layers)]
         self._table = self._matrix(base, "model.embed_tokens")
@@ -77,37 +81,45 @@ class DeviceModel:
         self._angles = (torch.empty(0), torch.empty(0))
         self.nbytes = sum(matrix.nbytes for matrix in self._matrices()) + sum(t.nbytes for t in self._vectors())
 
-    def told(self) -> dict[str, Any]:
-        """Where the quantized matrices of the base's modules lie, for another process; see kernels/cuda/shared.py."""
-        return shared_memory.told(self._parts, self._piece.memory)
+    def export(self) -> dict[str, Any]:
+        """Describe the quantized matrices for another process; see kernels/cuda/shared_memory.py."""
+        return shared_memory.export(self._parts, self._buffer.memory)
 
-    def turn_up_to(self, positions: int) -> None:
-        """Make the angles of so many positions."""
+    def make_rotary_tables(self, positions: int) -> None:
+        """Compute the rotary tables for that many positions."""
         inverse, factor = frequencies(self.config)
         cosine, sine = angles(inverse, factor, torch.arange(min(positions, self.config.context_length)))
         self._angles = (cosine.to(self.device), sine.to(self.device))
 
-    def logits(self, step: DeviceStep, cache: torch.Tensor, pool: Pool) -> torch.Tensor:
-        """float32 [L, vocab] of the step's `logit_rows`; its keys and values are in the cache after it.
+    def logits(self, step: DeviceStep, cache: torch.Tensor, adapters: DeviceAdapters) -> torch.Tensor:
+        """Run a step.
 
-        cache [layers, blocks, kv_heads, 2, block_size, head_dim] in the model's dtype.
+        Args:
+            step: The step's arrays.
+            cache: KV cache [layers, blocks, kv_heads, 2, block_size, head_dim]; receives new keys and values.
+            adapters: The adapters on the device.
+
+        Returns:
+            Logits of the step's `logit_rows`, float32 [L, vocab].
         """
         stream = self._new(step.tokens.shape[0], self.config.hidden_size)
         rowwise.embed(self._table, step.tokens, stream)
         for index, layer in enumerate(self._layers):
-            site = index * len(TARGET_MODULES)
+            module = index * len(TARGET_MODULES)
             x, sums = self._normed(stream, layer.input_norm, layer.qkv)
-            seen, seen_sums = self._attend(index, layer, x, sums, step, cache, pool)
-            self._finish(layer.out, OUT, layer.biases[1], seen, seen_sums, step, pool, site, stream, add=True)
+            attention_out, attention_sums = self._attend(index, layer, x, sums, step, cache, adapters)
+            self._finish(
+                layer.out, OUT, layer.biases[1], attention_out, attention_sums, step, adapters, module, stream, add=True
+            )
             x, sums = self._normed(stream, layer.post_norm, layer.gate_up)
-            hidden, sums = self._gated(layer, x, sums, step, pool, site)
-            self._finish(layer.down, DOWN, layer.biases[3], hidden, sums, step, pool, site, stream, add=True)
-        wanted = stream.index_select(0, step.logit_rows)
-        x, sums = self._normed(wanted, self._norm, self._head)
-        how = self._head.tiling(x.shape[0])
-        result = self._new(how.splits, x.shape[0], self._head.rows)
-        self._head.multiply(x, sums, result, how)
-        return result[0] if how.splits == 1 else result.sum(0)
+            hidden, sums = self._gated(layer, x, sums, step, adapters, module)
+            self._finish(layer.down, DOWN, layer.biases[3], hidden, sums, step, adapters, module, stream, add=True)
+        selected = stream.index_select(0, step.logit_rows)
+        x, sums = self._normed(selected, self._norm, self._head)
+        tiling = self._head.tiling(x.shape[0])
+        result = self._new(tiling.splits, x.shape[0], self._head.rows)
+        self._head.multiply(x, sums, result, tiling)
+        return result[0] if tiling.splits == 1 else result.sum(0)
 
     # -- parts of a layer
 
@@ -119,86 +131,100 @@ class DeviceModel:
         sums: torch.Tensor,
         step: DeviceStep,
         cache: torch.Tensor,
-        pool: Pool,
+        adapters: DeviceAdapters,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What each row sees, and the sums of its groups where they are made beside it: of single rows alone."""
+        """Attention of each row; also the sums of its groups if a kernel computes them (decoded rows only)."""
         heads, d = self.config.num_attention_heads, self.config.head_dim
         qkv = self._new(x.shape[0], layer.qkv.rows, dtype=self.dtype)
-        self._finish(layer.qkv, QKV, layer.biases[0], x, sums, step, pool, index * len(TARGET_MODULES), qkv)
+        self._finish(layer.qkv, QKV, layer.biases[0], x, sums, step, adapters, index * len(TARGET_MODULES), qkv)
         turns = self._angles if layer.has_rope else None
         rowwise.rotate(
             qkv, layer.head_norms, turns, step.positions, step.sequence, step.blocks, cache, index,
             self.config.rms_norm_eps,
         )  # fmt: skip
-        seen = self._new(x.shape[0], heads * d, dtype=self.dtype)
-        seen_sums, group = seen, 0
+        attention_out = self._new(x.shape[0], heads * d, dtype=self.dtype)
+        attention_sums, group = attention_out, 0
         if step.singles is not None:
             n = step.singles[0].shape[0]
             scratch = self._new(n, heads, attention.SPLITS, d), self._new(n, heads, attention.SPLITS)
             if layer.out.wants_sums and d % layer.out.group == 0:
                 group = layer.out.group
-                seen_sums = self._new(x.shape[0], heads * d // group)
+                attention_sums = self._new(x.shape[0], heads * d // group)
             attention.decode(
-                qkv, cache, index, step.blocks, step.context, *step.singles, scratch, seen, seen_sums, group
+                qkv, cache, index, step.blocks, step.context, *step.singles, scratch,
+                attention_out, attention_sums, group,
             )  # fmt: skip
         if step.prefills is not None:
-            attention.prefill(qkv, cache, index, step.blocks, step.prefills, seen)
-        return seen, seen_sums if group and step.prefills is None else None
+            attention.prefill(qkv, cache, index, step.blocks, step.prefills, attention_out)
+        return attention_out, attention_sums if group and step.prefills is None else None
 
     def _gated(
-        self, layer: _Layer, x: torch.Tensor, sums: torch.Tensor, step: DeviceStep, pool: Pool, site: int
+        self,
+        layer: _Layer,
+        x: torch.Tensor,
+        sums: torch.Tensor,
+        step: DeviceStep,
+        adapters: DeviceAdapters,
+        module: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The MLP's hidden rows and the sums of their groups."""
-        product, shrunk = self._product(layer.gate_up, x, sums, 2, step, pool, site + GATE_UP)
+        product, shrunk = self._product(layer.gate_up, x, sums, 2, step, adapters, module + GATE_UP)
         width = layer.gate_up.rows // 2
         group = layer.down.group if layer.down.wants_sums else 0
         hidden = self._new(x.shape[0], width, dtype=self.dtype)
         hidden_sums = self._new(x.shape[0], width // group) if group else product
         epilogue.finish_swiglu(
-            product, layer.biases[2], hidden, hidden_sums, group, step.lanes, pool, site + GATE_UP, shrunk
+            product, layer.biases[2], hidden, hidden_sums, group, step.lanes, adapters, module + GATE_UP, shrunk
         )
         return hidden, hidden_sums
 
     def _finish(
         self,
         matrix: Matrix,
-        place: int,
+        first_module: int,
         bias: torch.Tensor | None,
         x: torch.Tensor,
         sums: torch.Tensor | None,
         step: DeviceStep,
-        pool: Pool,
-        site: int,
+        adapters: DeviceAdapters,
+        module: int,
         out: torch.Tensor,
         add: bool = False,
     ) -> None:
-        """A linear with its adapters into `out`, or onto it. Without `sums` those of x's groups are made here."""
+        """A linear with its adapters into `out`, or added to it. Computes the sums of x's groups if `sums` is None."""
         if sums is None:
             sums = x
             if matrix.wants_sums:
                 sums = self._new(x.shape[0], matrix.width // matrix.group)
                 matmul.group_sums(x, matrix.group, sums)
-        slices = self._qkv_slices() if place == QKV else (matrix.rows,)
-        product, shrunk = self._product(matrix, x, sums, len(slices), step, pool, site + place)
-        epilogue.finish(product, bias, out, slices, step.lanes, pool, site + place, shrunk, add)
+        slices = self._qkv_slices() if first_module == QKV else (matrix.rows,)
+        product, shrunk = self._product(matrix, x, sums, len(slices), step, adapters, module + first_module)
+        epilogue.finish(product, bias, out, slices, step.lanes, adapters, module + first_module, shrunk, add)
 
     def _product(
-        self, matrix: Matrix, x: torch.Tensor, sums: torch.Tensor, slices: int, step: DeviceStep, pool: Pool, site: int
+        self,
+        matrix: Matrix,
+        x: torch.Tensor,
+        sums: torch.Tensor,
+        slices: int,
+        step: DeviceStep,
+        adapters: DeviceAdapters,
+        module: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A product, still split, and what the adapters' A's make of x, None without adapters."""
+        """A split-K product and the result of `shrink`, None without adapters."""
         count = x.shape[0]
-        how = matrix.tiling(count)
-        product = self._new(how.splits, count, matrix.rows)
-        matrix.multiply(x, sums, product, how)
+        tiling = matrix.tiling(count)
+        product = self._new(tiling.splits, count, matrix.rows)
+        matrix.multiply(x, sums, product, tiling)
         if not step.adapters:
             return product, None
         splits = lora.shrink_splits(step.lanes.tile_rows, step.lanes.width, matrix.width)
         shrunk = self._new(splits, slices, count, step.lanes.width)
-        lora.shrink(x, pool, step.lanes, site, slices, shrunk)
+        lora.shrink(x, adapters, step.lanes, module, slices, shrunk)
         return product, shrunk
 
     def _normed(self, stream: torch.Tensor, weight: torch.Tensor, into: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normed rows and the sums of the groups that `into` has."""
+        """Normed rows and the sums of the groups of `into`."""
         group = into.group if into.wants_sums else 0
         out = self._new(*stream.shape, dtype=self.dtype)
         sums = self._new(stream.shape[0], stream.shape[1] // group) if group else stream
@@ -242,13 +268,13 @@ class DeviceModel:
         )
 
     def _matrix(self, base: Source, *paths: str) -> Matrix:
-        joined = packing.side_by_side([base.weights[path] for path in paths], self.device)
+        joined = packing.concatenate([base.weights[path] for path in paths], self.device)
         if joined.scheme != "none":
-            joined = self._piece.keep(joined)
+            joined = self._buffer.add(joined)
             at = 0
             for path in paths:
                 rows = base.weights[path].shape[0]
-                self._parts[path] = packing.part(joined, at, at + rows)
+                self._parts[path] = packing.slice_outputs(joined, at, at + rows)
                 at += rows
         return Matrix(joined, self.dtype)
 
