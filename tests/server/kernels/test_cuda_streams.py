@@ -94,8 +94,6 @@ def nothing(*_: Any) -> None:
 @pytest.mark.parametrize(
     "forgotten", ["wait_for_copies", "record_use", "_wait_for_readers", "wait_stream", "_unloaded"]
 )
-    "forgotten", ["wait_for_copies", "record_use", "_wait_for_readers", "wait_stream", "_unloaded"]
-)
 def test_a_wait_that_is_left_out_is_found(
     made: list[LoraWeights], forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
