@@ -185,8 +185,6 @@ def _model(settings: Settings, report: Report) -> None:
         as_id = hub.is_id(settings.model)
         prefix = f"{no_folder(settings.model)} " if as_id else ""
         report.warnings.append(f"{prefix}`loramux pull {settings.model}`, or the first start, downloads the base.")
-        if as_id:
-            hub.check_client(settings.model)
         return
     folder = [found.path] if found.path.is_file() else list(found.path.iterdir())
     size = sum(p.stat().st_size for p in folder if p.is_file() and (p == found.path or p.suffix in WEIGHT_FILES))

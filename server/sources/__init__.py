@@ -1,6 +1,6 @@
-"""Where bases and adapters come from: folders, the catalogue, the hub, URLs. Turns a name into files on this machine.
+"""Where bases and adapters come from: folders, the catalogue, the Hugging Face hub, and URLs.
 
-Nothing here is reached by an inference request, and nothing reaches for a network that the operator did not name.
+Nothing is downloaded unless the operator configured its source. Inference requests never get here.
 """
 
 from server.sources.adapters import Sources

@@ -1,4 +1,4 @@
-"""`Sources.open`: what a client's `source` says, as a folder on this machine for as long as it is being read."""
+"""`Sources`: opens an adapter's `source` as a local folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 from server.errors import InvalidRequest
 from server.sources import folder, hub, urls
@@ -25,10 +25,12 @@ _PREFIX = "fetch-"
 class Sources:
     """The places that adapters may come from.
 
-    `directory` is the user's adapter directory. `hub_allow` has hub ids (org/name, or org/* for all of an
-    organization) and `url_allow` URL prefixes; both are empty unless the operator says otherwise. Fetched files go to
-    `scratch`, at most `max_bytes` an adapter and `disk` bytes in all at one time, within `seconds`. What an earlier
-    process left in `scratch` is removed.
+    Args:
+        directory: The adapter directory.
+        scratch: Where downloads go. Leftovers of an earlier process are removed.
+        hub_allow: Hub ids that may be downloaded (org/name, or org/* for an organization).
+        url_allow: URL prefixes that may be downloaded.
+        max_bytes: Limit of one adapter. `disk` limits all downloads at one time, `seconds` the duration of each.
     """
 
     def __init__(
@@ -46,49 +48,63 @@ class Sources:
         self._hub_allow, self._url_allow = tuple(hub_allow), tuple(url_allow)
         self._max_bytes, self._seconds = max_bytes, seconds
         self.budget = Budget(disk)
-        for left in scratch.glob(f"{_PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in scratch.glob(f"{_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     @asynccontextmanager
     async def open(self, source: str) -> AsyncIterator[tuple[Path, Path]]:
-        """The folder of `source`, and the directory that links in it may not leave.
+        """Yield the folder of `source`, and the directory that links in it may not leave.
 
-        `source` is a path inside the adapter directory, `org/name@revision`, or a URL. What was fetched is gone when
-        the context ends. Raises InvalidRequest, with the reason; NoCapacity or QueueFull if the disk budget is too
-        small or used up; OSError if the disk refuses.
+        Downloads are deleted when the context ends.
+
+        Args:
+            source: A path inside the adapter directory, `org/name@revision`, or a URL.
+
+        Raises:
+            InvalidRequest: the source is not allowed or cannot be read.
+            NoCapacity, QueueFull: the disk budget is too small or in use.
+            OSError: the disk is full or fails.
         """
         if urls.is_url(source):
             url = urls.check(source, self._url_allow)
-            async with self._temporary() as (place, spend):
-                limits: dict[str, Any] = {"max_bytes": self._max_bytes, "seconds": self._seconds}
-                await self._limited(place, urls.fetch, url, place, **limits, spend=spend)
-                yield place, place
+            async with self._download() as (directory, spend):
+                await self._with_deadline(
+                    directory,
+                    urls.fetch,
+                    url,
+                    directory,
+                    max_bytes=self._max_bytes,
+                    seconds=self._seconds,
+                    spend=spend,
+                )
+                yield directory, directory
             return
-        found = await asyncio.to_thread(folder.inside, source, self._directory)
+        found = await asyncio.to_thread(folder.resolve_inside, source, self._directory)
         if found is not None:
             yield found, self._directory
-        elif hub.is_id(source) and self._hub_allowed(source):
-            async with self._temporary() as (place, spend):
-                fetched = await self._limited(place, hub.fetch_adapter, source, place, self._max_bytes, spend)
-                yield fetched, place
+        elif hub.is_id(source) and self._is_hub_allowed(source):
+            async with self._download() as (directory, spend):
+                fetched = await self._with_deadline(
+                    directory, hub.fetch_adapter, source, directory, self._max_bytes, spend
+                )
+                yield fetched, directory
         else:
-            meant = await asyncio.to_thread(folder.meant, source, self._directory)
-            how = f": give it as {meant!r}" if meant else ", as `formal`"
+            better = await asyncio.to_thread(folder.suggestion, source, self._directory)
+            hint = f"; did you mean {better!r}?" if better else ""
             raise InvalidRequest(
-                f"the source is no folder inside the adapter directory (a path from there on{how}), and no hub id that "
-                "--hub-allow names",
+                "the source is neither a folder relative to the adapter directory, nor a hub id that --hub-allow "
+                f"permits{hint}",
                 "source",
             )
 
-    def _hub_allowed(self, source: str) -> bool:
+    def _is_hub_allowed(self, source: str) -> bool:
         repo = source.partition("@")[0]
         return any(fnmatchcase(repo, pattern) for pattern in self._hub_allow)
 
-    async def _limited(self, place: Path, fetch: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
-        """`fetch` into `place` in a thread of its own, given up after the time limit.
+    async def _with_deadline(self, directory: Path, fetch: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
+        """Run `fetch` in a daemon thread, and give up after the time limit.
 
-        A source that hangs costs that thread, no more: it is none of a pool's, and the process ends without it. What
-        it still writes once nobody waits for it, it takes away.
+        A source that hangs blocks only its own thread. If it ends later, its files in `directory` are removed.
         """
         given_up = threading.Event()
         loop = asyncio.get_running_loop()
@@ -100,16 +116,16 @@ class Sources:
             if error is not None:
                 done.set_exception(error)
             else:
-                done.set_result(cast(R, result))
+                done.set_result(result)  # type: ignore[arg-type]
 
         def run() -> None:
             result, error = None, None
             try:
                 result = fetch(*args, **options)
-            except BaseException as e:  # a panic of a library is no Exception, and who waits has to hear of it
-                error = e if isinstance(e, Exception) else RuntimeError(str(e))
+            except BaseException as raised:  # libraries in Rust panic with BaseExceptions
+                error = raised if isinstance(raised, Exception) else RuntimeError(str(raised))
             if given_up.is_set():
-                shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(directory, ignore_errors=True)
             elif not loop.is_closed():
                 loop.call_soon_threadsafe(settle, result, error)
 
@@ -123,14 +139,16 @@ class Sources:
             given_up.set()
 
     @asynccontextmanager
-    async def _temporary(self) -> AsyncIterator[tuple[Path, Spend]]:
+    async def _download(self) -> AsyncIterator[tuple[Path, Spend]]:
+        """Yield a temporary directory and the account of its bytes."""
+
         def make() -> Path:
             self._scratch.mkdir(parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._scratch))
 
-        place = await asyncio.to_thread(make)
+        directory = await asyncio.to_thread(make)
         try:
             with self.budget.account() as spend:
-                yield place, spend
+                yield directory, spend
         finally:
-            await asyncio.to_thread(shutil.rmtree, place, True)
+            await asyncio.to_thread(shutil.rmtree, directory, True)

@@ -1,4 +1,4 @@
-"""`Budget`: how much disk all fetches together may fill at one time."""
+"""`Budget`: the disk space that all downloads together may take at one time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from server.errors import NoCapacity, QueueFull
 
 Spend = Callable[[int], None]
-"""Told before so many bytes are written. Raises NoCapacity, QueueFull, and TimeoutError once nobody wants them."""
+"""Called before so many bytes are written. Raises NoCapacity, QueueFull, or TimeoutError after the download ended."""
 
 
 class Budget:
-    """`limit` bytes, shared by all accounts that are open. Thread-safe."""
+    """`limit` bytes, shared by all downloads in progress. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -22,12 +22,12 @@ class Budget:
 
     @property
     def spent(self) -> int:
-        """Bytes of the accounts that are open."""
+        """Bytes of the downloads in progress."""
         return self._spent
 
     @contextmanager
     def account(self) -> Iterator[Spend]:
-        """One fetch's account. All that it spent is given back at the end; who goes on spending then is stopped."""
+        """The account of one download. Its bytes are released at the end; spending afterwards fails."""
         own, closed = 0, False
 
         def spend(count: int) -> None:
@@ -38,7 +38,7 @@ class Budget:
                 if own + count > self.limit:
                     raise NoCapacity(f"the source is over the limit of {self.limit} bytes (--fetch-disk)", "source")
                 if self._spent + count > self.limit:
-                    raise QueueFull("other adapters are being fetched, and fill --fetch-disk", "source", 5.0)
+                    raise QueueFull("other downloads use all of --fetch-disk; try again later", "source", 5.0)
                 own += count
                 self._spent += count
 

@@ -1,4 +1,4 @@
-"""Folders below the user's adapter directory, which is a jail: no path, link or `..` leads out of it."""
+"""Folders below the adapter directory. No path, link or `..` leads out of it."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from pathlib import Path
 from server.errors import InvalidRequest
 
 
-def inside(source: str, directory: Path) -> Path | None:
-    """The folder that `source` names below `directory`, or None where there is none.
+def resolve_inside(source: str, directory: Path) -> Path | None:
+    """The folder `source` below `directory`, or None if there is none.
 
-    `source` is relative to `directory`, or absolute and below it. Raises InvalidRequest for a place outside; the
-    message does not tell what lies there.
+    Args:
+        source: A path relative to `directory`, or an absolute path below it.
+
+    Raises:
+        InvalidRequest: the path leads outside. The message does not reveal what is there.
     """
     root = directory.resolve()
-    if "\0" in source:
-        raise InvalidRequest("the source is no path", "source")
     try:
-        place = (root / source).resolve()
-        if not place.is_relative_to(root):
+        path = (root / source).resolve()
+        if not path.is_relative_to(root):
             raise InvalidRequest(
-                "the source is a path outside the adapter directory; copy the folder into that (--adapter-dir), or "
-                "upload its files",
+                "the source is outside the adapter directory (--adapter-dir); copy the folder into it or upload its "
+                "files",
                 "source",
             )
-        return place if place != root and place.is_dir() else None
-    except (OSError, RuntimeError):  # too long, a link to itself, or not to be looked into
-        raise InvalidRequest("the source is a path that cannot be followed", "source") from None
+        return path if path != root and path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, a link to itself, not permitted, a NUL
+        raise InvalidRequest("the source is not a valid path", "source") from None
 
 
-def meant(source: str, directory: Path) -> str | None:
-    """The path from `directory` on of a folder in it that `source` names from the working directory on; None if it
-    names none."""
+def suggestion(source: str, directory: Path) -> str | None:
+    """The path to give instead, if `source` is a folder of `directory` relative to the working directory."""
     root = directory.resolve()
     try:
-        place = Path(source).resolve()
-        there = place != root and place.is_relative_to(root) and place.is_dir()
-    except (OSError, RuntimeError, ValueError):  # it can be no path of this machine
+        path = Path(source).resolve()
+        found = path != root and path.is_relative_to(root) and path.is_dir()
+    except (OSError, RuntimeError, ValueError):
         return None
-    return place.relative_to(root).as_posix() if there else None
+    return path.relative_to(root).as_posix() if found else None

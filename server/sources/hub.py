@@ -1,30 +1,27 @@
-"""The Hugging Face hub, through `huggingface_hub` (the extra `hub`), for ids that somebody asked for by name."""
+"""Downloads from the Hugging Face hub, for ids that the operator or an allowed request names."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeGuard, TypeVar
 
 from adapters.peft_format import OPTIONAL, REQUIRED
-from server.errors import BadModel, InvalidRequest, ServerError, install_command
+from server.errors import BadModel, InvalidRequest, ServerError
 from server.sources import retries
 from server.sources.budget import Spend
 
-T = TypeVar("T")
-
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_OTHER_FORMATS = ["*/*", "consolidated*"]
 _ADAPTER_FILES = [*REQUIRED, *OPTIONAL]
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-_INDEXES = {"loramux.json": "files", _WEIGHTS_INDEX: "weight_map"}
-"""Files that name the files of weights, the one that rules first, and the key that they have them under."""
+
+
+class _Unavailable(ServerError):
+    """The hub did not give what was asked for."""
 
 
 def is_id(text: str) -> bool:
@@ -32,94 +29,70 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-def check_client(hub_id: str) -> None:
-    """Raises ServerError if the client that would fetch `hub_id` is not installed."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise _Unavailable(f"{hub_id} comes from the hub, which needs an extra: {install_command('hub')}")
-
-
 def fetched(hub_id: str, directory: Path) -> Path | None:
-    """The folder that an earlier `fetch_model` brought, if it is still there and whole: no network is asked."""
+    """The folder of an earlier `fetch_model`, if it is complete. Does not use the network."""
+    import huggingface_hub
+
+    repo, _, revision = hub_id.partition("@")
     try:
-        told = json.loads(_record(hub_id, directory).read_text())["path"]
-        folder = directory.resolve() / told  # what is told whole stays so, as records of before 2026-12-01 are
-        return None if _missing(folder) else folder
-    except (OSError, ValueError, KeyError, TypeError):
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision or None, cache_dir=directory, local_files_only=True
+            )
+        )
+    except (OSError, ValueError):  # LocalEntryNotFoundError and invalid ids
         return None
+    return None if missing_files(folder) else folder
 
 
 def fetch_model(hub_id: str, directory: Path) -> Path:
-    """The folder of a base on the hub, recorded for `fetched` when it is whole. Raises BadModel."""
+    """Download a base model and return its folder. Raises BadModel."""
     try:
-        folder = _snapshot(hub_id, directory, _MODEL_FILES, ignore=["*/*", "consolidated*"])  # other forms of the same
-        missing = _missing(folder)  # where the hub is not reached, what an interrupted fetch left may be given
-        if missing:
-            raise BadModel(
-                f"what there is of {hub_id} lacks {', '.join(missing[:3])}: either an earlier fetch was cut short and "
-                "the hub cannot be reached now, or the repository has no base in safetensors",
-                "model",
-            )
-        record = _record(hub_id, directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = record.with_suffix(f".{os.getpid()}.partial")
-        place = directory.resolve()  # within it, it is found after the directory was moved
-        told = folder.relative_to(place) if folder.is_relative_to(place) else folder
-        partial.write_text(json.dumps({"path": str(told)}))
-        os.replace(partial, record)
-    except _Unavailable as e:
-        if _of_the_machine(e.__cause__):
-            raise BadModel(f"{hub_id} can not be written to {directory}: {_reason(e.__cause__)}", "model") from None
-        raise BadModel(e.message, "model") from None
-    except OSError as e:
-        raise BadModel(f"{hub_id} can not be written to {directory}: {_reason(e)}", "model") from None
+        folder = _snapshot(hub_id, directory, _MODEL_FILES, ignore=_OTHER_FORMATS)
+    except _Unavailable as error:
+        if _is_local(error.__cause__):
+            raise BadModel(f"{hub_id} cannot be written to {directory}: {error.__cause__}", "model") from None
+        raise BadModel(error.message, "model") from None
+    if missing := missing_files(folder):  # offline, the library returns an incomplete download
+        raise BadModel(
+            f"{hub_id} lacks {', '.join(missing[:3])}: an earlier download is incomplete and the hub cannot be "
+            "reached, or the repository has no base in safetensors",
+            "model",
+        )
     return folder
 
 
-def _missing(folder: Path) -> list[str]:
+def missing_files(folder: Path) -> list[str]:
     """Names of the files that a base needs and `folder` lacks."""
-    index = next((name for name in _INDEXES if (folder / name).is_file()), None)
-    weights = [_WEIGHTS]
-    if index is not None:
+    weights: list[str] = [_WEIGHTS]
+    manifest = folder / "loramux.json"
+    index = manifest if manifest.is_file() else folder / _WEIGHTS_INDEX
+    if index.is_file() and (index == manifest or not (folder / _WEIGHTS).is_file()):
         try:
-            named = json.loads((folder / index).read_text(encoding="utf-8"))[_INDEXES[index]]
-            weights = sorted(set(map(str, named.values() if isinstance(named, dict) else named)))
-        except (ValueError, KeyError, TypeError):
-            return [f"a list of files in {index}"]
-    if index == _WEIGHTS_INDEX and (folder / _WEIGHTS).is_file():
-        weights = [_WEIGHTS]  # one whole file is read alone, and the index is of an earlier save
-    # Reading the folder has better words for a tokenizer in another form.
+            content = json.loads(index.read_text(encoding="utf-8"))
+            weights = sorted(set(content["files"] if index == manifest else content["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [f"a list of files in {index.name}"]
     tokenizer = "tokenizer.model" if (folder / "tokenizer.model").is_file() else "tokenizer.json"
     return [name for name in ("config.json", tokenizer, *weights) if not (folder / name).is_file()]
 
 
 def fetch_adapter(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:
-    """The folder of an adapter on the hub; `spend` is told its bytes.
+    """Download an adapter and return its folder. `spend` is called with its size.
 
-    Raises InvalidRequest, OSError if the disk refuses, and what `spend` does.
+    Raises InvalidRequest, OSError if the disk fails, and the errors of `spend`.
     """
     try:
         return _snapshot(hub_id, directory, _ADAPTER_FILES, max_bytes=max_bytes, spend=spend)
-    except _Unavailable as e:
-        if _of_the_machine(e.__cause__):
-            raise e.__cause__ from None
-        raise InvalidRequest(e.message, "source") from None
+    except _Unavailable as error:
+        if _is_local(error.__cause__):
+            raise error.__cause__ from None  # type: ignore[misc]
+        raise InvalidRequest(error.message, "source") from None
 
 
-def _of_the_machine(error: BaseException | None) -> TypeGuard[OSError]:
-    """Whether it is the machine's own error and not the hub's: one with a path in it, such as of a full disk."""
+def _is_local(error: BaseException | None) -> bool:
+    """Whether an error is of this machine, such as a full disk, and not of the hub."""
     return isinstance(error, OSError) and error.errno is not None
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def _record(hub_id: str, directory: Path) -> Path:
-    return directory / f"{hub_id.replace('/', '--')}.json"
-
-
-class _Unavailable(ServerError):
-    """The hub did not give what was asked for."""
 
 
 def _snapshot(
@@ -132,59 +105,49 @@ def _snapshot(
 ) -> Path:
     match = _ID.fullmatch(hub_id)
     if match is None:
-        raise _Unavailable(f"{hub_id!r} is no hub id (org/name or org/name@revision)")
-    check_client(hub_id)
+        raise _Unavailable(f"{hub_id!r} is not a hub id (org/name or org/name@revision)")
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     repo, revision = match[1], match[2]
     sums: dict[str, str] = {}
+    retrying = retries.retrying(_may_pass)
     try:
         if max_bytes is not None:
-            disable_progress_bars()  # a server fetches, and its log is no place for them
+            disable_progress_bars()  # a server downloads adapters
             api = huggingface_hub.HfApi()
-            info = _again(lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=30))
-            size = sum(f.size or 0 for f in info.siblings or () if f.rfilename in patterns)
+            info = retrying(lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=30))
+            files = [file for file in info.siblings or () if file.rfilename in patterns]
+            size = sum(file.size or 0 for file in files)
             if size > max_bytes:
                 raise _Unavailable(f"{hub_id} has {size} bytes, over the limit of {max_bytes} (--max-upload)")
             spend(size)
-            revision = info.sha  # what was measured is what is fetched
-            sums = {f.rfilename: f.lfs.sha256 for f in info.siblings or () if f.rfilename in patterns and f.lfs}
-        folder = _again(
-            lambda: huggingface_hub.snapshot_download(
-                repo, revision=revision, cache_dir=directory, allow_patterns=patterns, ignore_patterns=list(ignore)
+            revision = info.sha  # download exactly what was measured
+            sums = {file.rfilename: file.lfs.sha256 for file in files if file.lfs}
+        folder = Path(
+            retrying(
+                lambda: huggingface_hub.snapshot_download(
+                    repo, revision=revision, cache_dir=directory, allow_patterns=patterns, ignore_patterns=list(ignore)
+                )
             )
         )
     except ServerError:
         raise
-    except Exception as e:  # the library has dozens of error classes of no common base
-        reason = " ".join(str(e).split("\n", 1)[0].split())[:300]
-        raise _Unavailable(f"{hub_id} could not be fetched from the hub: {reason}") from e
-    for name, digest in sums.items():  # the library compares sizes alone
-        if _sha256(Path(folder) / name) != digest:
-            raise _Unavailable(f"{name} of {hub_id} came with another SHA-256 than the hub says; try again")
-    return Path(folder)
+    except Exception as error:  # the library has dozens of error classes without a common base
+        reason = " ".join(str(error).split("\n", 1)[0].split())[:300]
+        raise _Unavailable(f"{hub_id} could not be downloaded from the hub: {reason}") from error
+    for name, digest in sums.items():  # the library compares sizes only
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise _Unavailable(f"{name} of {hub_id} has another SHA-256 than the hub says; try again")
+    return folder
 
 
-def _again(call: Callable[[], T]) -> T:
-    """What `call` gives; what broke on the way is tried again after a pause, what the hub refuses is not."""
-    for tried in range(1, retries.TRIES):
-        try:
-            return call()
-        except Exception as e:  # the library has dozens of error classes of no common base
-            status = getattr(getattr(e, "response", None), "status_code", None)
-            if not (_broke(e) if status is None else retries.may_pass(status)):
-                raise
-            time.sleep(retries.PAUSE * tried)
-    return call()
-
-
-def _broke(error: Exception) -> bool:
-    """Whether a call without an answer may go better the next time: it does not offline, or on a full disk."""
-    refused = isinstance(error, ConnectionError | FileNotFoundError | ValueError)
-    return not refused and getattr(error, "errno", None) is None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed later: not if the hub refuses it, offline, or on a full disk."""
+    if isinstance(error, ServerError):
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return retries.is_transient(status)
+    return not isinstance(error, ConnectionError | FileNotFoundError | ValueError) and not _is_local(error)

@@ -1,4 +1,4 @@
-"""`resolve_model`: what `--model` says, as a name and a place on this machine."""
+"""`resolve_model`: turns `--model` into a name and a local path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.settings import keep_transfers_in
 from server.sources import catalogue, hub
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and of how much (0: not known)."""
+"""Called with the name of the operation, the amount done, and the total (0: unknown)."""
 
 
 class Resolved(NamedTuple):
@@ -25,10 +25,13 @@ class Resolved(NamedTuple):
 
 
 def resolve_model(model: str, state_dir: Path, *, progress: Progress | None = None) -> Resolved:
-    """The base that `model` names: a catalogue name, a local folder, a .gguf file, or a hub id (org/name@revision).
+    """Find a base model, and download it to `state_dir`/models if needed.
 
-    Fetches what is not there yet to `state_dir`/models; what appears there is whole. Raises BadModel, which says what
-    to do when it cannot be had.
+    Args:
+        model: A catalogue name, a local folder, a .gguf file, or a hub id (org/name@revision).
+
+    Raises:
+        BadModel: it cannot be found or downloaded.
     """
     found = locate(model, state_dir)
     if found is not None:
@@ -38,40 +41,41 @@ def resolve_model(model: str, state_dir: Path, *, progress: Progress | None = No
     try:
         keep_transfers_in(state_dir / "cache")
         return Resolved(_hub_name(model), hub.fetch_model(model, state_dir / "models" / "hub"))
-    except BadModel as e:
-        raise BadModel(f"{no_folder(model)} {e.message}", "model") from None
+    except BadModel as error:
+        raise BadModel(f"{no_folder(model)} {error.message}", "model") from None
 
 
 def no_folder(hub_id: str) -> str:
-    """How to begin what is said of a hub id, which is a mistyped folder as often."""
+    """Begins messages about a hub id, which may be a mistyped path."""
     return f"there is no folder {hub_id} here; as a hub id:"
 
 
 def locate(model: str, state_dir: Path) -> Resolved | None:
-    """The base that `model` names if it is on this machine, None if it has to be fetched. Raises BadModel."""
+    """The base `model` if it is on this machine, None if it must be downloaded. Raises BadModel."""
     if model in catalogue.ENTRIES:
-        placed = catalogue.present(catalogue.ENTRIES[model], state_dir / "models")
-        return None if placed is None else Resolved(model, placed)
-    path = _on_this_machine(model) if model else None
+        local = catalogue.find_local(catalogue.ENTRIES[model], state_dir / "models")
+        return None if local is None else Resolved(model, local)
+    path = _existing_path(model) if model else None
     if path is not None:
         return Resolved(_served_name(path.stem if path.is_file() else path.resolve().name), path.resolve())
     if hub.is_id(model) and not model.endswith(".gguf"):
+        keep_transfers_in(state_dir / "cache")
         known = hub.fetched(model, state_dir / "models" / "hub")
         return None if known is None else Resolved(_hub_name(model), known)
     near = difflib.get_close_matches(model, catalogue.ENTRIES, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise BadModel(
-        f"the model {model!r} is no name of the catalogue ({', '.join(catalogue.ENTRIES)}), no folder or .gguf file "
-        f"on this machine and no hub id (org/name){hint}",
+        f"the model {model!r} is not in the catalogue ({', '.join(catalogue.ENTRIES)}), not a folder or .gguf file "
+        f"on this machine, and not a hub id (org/name){hint}",
         "model",
     )
 
 
-def _on_this_machine(model: str) -> Path | None:
+def _existing_path(model: str) -> Path | None:
     try:
         path = Path(model).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError):  # longer than a path may be, behind a closed door, or a user's whom nobody knows
+    except (OSError, RuntimeError):  # too long, not permitted, or an unknown user
         return None
 
 
@@ -80,6 +84,6 @@ def _hub_name(hub_id: str) -> str:
 
 
 def _served_name(name: str) -> str:
-    """`name` with what a served name can not have replaced."""
+    """`name` with the characters replaced that names may not have."""
     cleaned = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64]
     return cleaned if NAME.fullmatch(cleaned) else "model"

@@ -1,4 +1,4 @@
-"""Where adapters may come from: the jail of the adapter directory, allow-lists, limits. HTTP is a server of our own."""
+"""Adapter sources: the adapter directory as a jail, allow-lists, and limits, with a local HTTP server."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 
 from server.errors import InvalidRequest, NoCapacity, QueueFull
-from server.sources import Sources, folder, retries, urls
+from server.sources import Sources, retries, urls
 from server.sources.budget import Budget, Spend
-from tests.server.engine.conftest import Panic
 from tests.waiting import SECONDS, until
 
 RELEASE = threading.Event()
-"""Set when the tests are over: what hangs need hang no longer."""
+"""Ends requests that hang."""
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"s" * 3_000_000}
-SUMS = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in FILES.items())
+SUMS = "".join(f"{hashlib.sha256(content).hexdigest().upper()}  {name}\n" for name, content in FILES.items())
 ASKED: Counter[str] = Counter()
 
 
@@ -35,49 +34,52 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 def sources(tmp_path: Path) -> Sources:
     (tmp_path / "adapters" / "team" / "one").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
+    (tmp_path / "adapters-secret").mkdir()
     (tmp_path / "adapters" / "link").symlink_to(tmp_path / "secret")
     (tmp_path / "adapters" / "loop").symlink_to("loop")
     return Sources(tmp_path / "adapters", tmp_path / "scratch", hub_allow=["org/*", "solo/one"])
 
 
-async def test_folders_inside(sources: Sources, tmp_path: Path) -> None:
+async def test_folders_inside_the_adapter_directory(sources: Sources, tmp_path: Path) -> None:
     inside = tmp_path / "adapters" / "team" / "one"
     for source in ("team/one", str(inside), "team/../team/one"):
         async with sources.open(source) as (folder, within):
             assert (folder, within) == (inside, tmp_path / "adapters")
 
 
-@pytest.mark.parametrize("source", ["../secret", "link", "/etc", "team/../../secret", "a\0b", "loop", "x" * 5000])
-async def test_nothing_leads_out(sources: Sources, source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "source", ["../secret", "../adapters-secret", "link", "/etc", "team/../../secret", "a\0b", "loop", "x" * 5000]
+)
+async def test_no_path_leads_outside(sources: Sources, source: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest) as e:
         async with sources.open(source):
             pass
     assert str(tmp_path) not in e.value.message
 
 
-async def test_a_path_from_the_working_directory_on_is_told_how_to_give(
+async def test_a_path_from_the_working_directory_gets_a_suggestion(
     sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for here, source in ((tmp_path, "adapters/team/one"), (tmp_path / "adapters" / "team", "./one")):
         monkeypatch.chdir(here)
-        with pytest.raises(InvalidRequest, match="a path from there on: give it as 'team/one'"):
+        with pytest.raises(InvalidRequest, match="did you mean 'team/one'"):
             async with sources.open(source):
                 pass
     monkeypatch.chdir(tmp_path)
     for source in ("adapters", "adapters/absent", "secret"):
-        with pytest.raises(InvalidRequest, match="a path from there on, as `formal`"):
+        with pytest.raises(InvalidRequest, match="--hub-allow permits$"):
             async with sources.open(source):
                 pass
 
 
 @pytest.mark.parametrize("source", ["", ".", "absent", "other/name", "solo/two", "team/one/absent@v1"])
-async def test_neither_folder_nor_allowed(sources: Sources, source: str) -> None:
+async def test_unknown_or_forbidden_sources(sources: Sources, source: str) -> None:
     with pytest.raises(InvalidRequest, match="--hub-allow"):
         async with sources.open(source):
             pass
 
 
-async def test_hub_ids_that_are_allowed(sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_allowed_hub_ids(sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(hub_id: str, directory: Path, max_bytes: int, spend: Spend) -> Path:
         spend(max_bytes)
         (directory / hub_id.replace("/", "-")).mkdir()
@@ -129,7 +131,7 @@ class _Host(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, *_: object) -> None:
-        """Nothing to say."""
+        """Be quiet."""
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +174,7 @@ def test_urls_must_be_plain_and_allowed() -> None:
             urls.check(url, allow)
 
 
-async def test_a_url(tmp_path: Path, host: str) -> None:
+async def test_a_url_is_downloaded(tmp_path: Path, host: str) -> None:
     pytest.importorskip("aiohttp")
     sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[host])
     async with sources.open(f"{host}/good") as (folder, _):
@@ -183,15 +185,15 @@ async def test_a_url(tmp_path: Path, host: str) -> None:
 @pytest.mark.parametrize(
     ("path", "limits", "message"),
     [
-        ("absent", {}, "gives no adapter_config.json: .*404"),
-        ("forbidden", {}, "gives no adapter_config.json: .*403"),
+        ("absent", {}, "has no adapter_config.json: .*404"),
+        ("forbidden", {}, "has no adapter_config.json: .*403"),
         ("good", {"max_bytes": 2_000_000}, "over the limit"),
         ("hang", {"seconds": 0.5}, "within 0.5 s"),
-        ("broken", {}, "could not be read, 3 times: .*500"),
-        ("wrong-sums", {}, "is not what SHA256SUMS says"),
+        ("broken", {}, "could not be read in 3 attempts: .*500"),
+        ("wrong-sums", {}, "is not the one in SHA256SUMS"),
     ],
 )
-async def test_urls_that_fail(tmp_path: Path, host: str, path: str, limits: dict[str, float], message: str) -> None:
+async def test_failing_urls(tmp_path: Path, host: str, path: str, limits: dict[str, float], message: str) -> None:
     pytest.importorskip("aiohttp")
     sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[host], **limits)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=message):
@@ -201,7 +203,6 @@ async def test_urls_that_fail(tmp_path: Path, host: str, path: str, limits: dict
 
 
 async def test_redirects_are_not_followed(tmp_path: Path, host: str) -> None:
-    """Nor is what comes with them the file; where a file may be missing, it is."""
     pytest.importorskip("aiohttp")
     sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[host])
     with pytest.raises(
@@ -213,25 +214,25 @@ async def test_redirects_are_not_followed(tmp_path: Path, host: str) -> None:
         assert {p.name for p in folder.iterdir()} == FILES.keys() - {"README.md"}
 
 
-async def test_a_host_that_is_not_there(tmp_path: Path) -> None:
+async def test_an_unreachable_host(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     sources = Sources(tmp_path, tmp_path / "scratch", url_allow=["http://127.0.0.1:9"])
-    with pytest.raises(InvalidRequest, match="could not be read, 3 times: .*onnect"):
+    with pytest.raises(InvalidRequest, match="could not be read in 3 attempts: .*onnect"):
         async with sources.open("http://127.0.0.1:9/lora"):
             pass
 
 
 @pytest.mark.parametrize("path", ["busy", "short", "sums"])
-async def test_what_breaks_on_the_way_is_asked_for_again(tmp_path: Path, host: str, path: str) -> None:
+async def test_broken_transfers_are_retried(tmp_path: Path, host: str, path: str) -> None:
     pytest.importorskip("aiohttp")
     sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[host])
     async with sources.open(f"{host}/{path}") as (folder, _):
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == FILES
-        assert sources.budget.spent == sum(map(len, FILES.values())), "what broke off is not counted"
+        assert sources.budget.spent == sum(map(len, FILES.values())), "failed attempts are not counted"
     assert sources.budget.spent == 0
 
 
-async def test_all_fetches_share_one_disk_budget(tmp_path: Path, host: str) -> None:
+async def test_downloads_share_one_disk_budget(tmp_path: Path, host: str) -> None:
     pytest.importorskip("aiohttp")
     sources = Sources(tmp_path, tmp_path / "scratch", url_allow=[host], disk=5_000_000)
     async with sources.open(f"{host}/good"):
@@ -248,7 +249,7 @@ async def test_all_fetches_share_one_disk_budget(tmp_path: Path, host: str) -> N
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_nobody_spends_from_an_account_that_is_closed() -> None:
+def test_a_closed_account_cannot_spend() -> None:
     budget = Budget(10)
     with budget.account() as spend:
         spend(10)
@@ -259,14 +260,14 @@ def test_nobody_spends_from_an_account_that_is_closed() -> None:
     assert budget.spent == 0
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "scratch" / "fetch-old").mkdir(parents=True)
     (tmp_path / "scratch" / "fetch-old" / "adapter_model.safetensors").write_bytes(b"half")
     Sources(tmp_path, tmp_path / "scratch")
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-async def test_a_repository_that_is_allowed_is_so_at_any_revision(
+async def test_an_allowed_repository_is_allowed_at_any_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -281,7 +282,7 @@ async def test_a_repository_that_is_allowed_is_so_at_any_revision(
         assert asked == ["solo/one@v1"]
 
 
-async def test_a_source_that_hangs_is_given_up_and_what_it_writes_later_is_taken_away(
+async def test_a_hanging_source_times_out_and_its_late_files_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release, wrote = threading.Event(), threading.Event()
@@ -306,30 +307,7 @@ async def test_a_source_that_hangs_is_given_up_and_what_it_writes_later_is_taken
     await asyncio.to_thread(until, lambda: not list((tmp_path / "scratch").iterdir()))
 
 
-async def test_a_panic_of_a_library_is_heard_of_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(*what: object) -> Path:
-        raise Panic("in a thread")
-
-    monkeypatch.setattr("server.sources.hub.fetch_adapter", fetch)
-    sources = Sources(tmp_path / "adapters", tmp_path / "scratch", hub_allow=["solo/one"], seconds=SECONDS)
-    with pytest.raises(RuntimeError, match="in a thread"):
-        async with sources.open("solo/one"):
-            pass
-
-
-def test_a_folder_beside_the_directory_whose_name_goes_on_is_outside(tmp_path: Path) -> None:
-    for name in ("adapters", "adapters-secret"):
-        (tmp_path / name).mkdir()
-    for source in ("../adapters-secret", str(tmp_path / "adapters-secret")):
-        with pytest.raises(InvalidRequest, match="outside the adapter directory"):
-            folder.inside(source, tmp_path / "adapters")
-
-
 @pytest.mark.parametrize("prefix", ["file:///srv", "https://me@host.example", "memory://a"])
-def test_no_prefix_opens_this_machine_s_files_or_a_user_s(prefix: str) -> None:
+def test_allowed_prefixes_cannot_open_local_files_or_users(prefix: str) -> None:
     with pytest.raises(InvalidRequest, match="plain URL"):
         urls.check(f"{prefix}/a", [prefix])
-
-
-def test_sums_in_capitals_are_sums(tmp_path: Path) -> None:
-    assert urls._read_sums(f"{'AB' * 32}  adapter_config.json\n") == {"adapter_config.json": "ab" * 32}

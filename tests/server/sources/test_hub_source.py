@@ -1,4 +1,4 @@
-"""Adapters of the hub, through the real `huggingface_hub`, from a hub of our own over local HTTP."""
+"""Adapters from the hub: the real client against a local HTTP server."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import pytest
 
 from server.errors import InvalidRequest, NoCapacity
 from server.sources import Sources
-from server.sources.hub import _missing
-from tests.waiting import until
+from server.sources.hub import missing_files
 
 COMMIT = "c" * 40
 FILES = {
@@ -31,7 +30,7 @@ ASKED: Counter[str] = Counter()
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """The few routes that a snapshot needs. `org/damaged` sends other bytes of the right length."""
+    """The routes that a snapshot needs. `org/damaged` sends wrong bytes of the right length."""
 
     protocol_version = "HTTP/1.1"
 
@@ -83,7 +82,7 @@ class _Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing to say."""
+        """Be quiet."""
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +107,7 @@ def sources(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> So
     return Sources(tmp_path, tmp_path / "scratch", hub_allow=["org/*"])
 
 
-async def test_a_repository(sources: Sources, tmp_path: Path) -> None:
+async def test_a_repository_is_downloaded(sources: Sources, tmp_path: Path) -> None:
     async with sources.open("org/one@main") as (folder, within):
         found = {p.name: p.read_bytes() for p in folder.iterdir()}
         assert found == {name: content for name, content in FILES.items() if name != "training.log"}
@@ -120,19 +119,19 @@ async def test_a_repository(sources: Sources, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("org/absent", "could not be fetched from the hub"),
-        ("org/damaged", f"{LARGE} of org/damaged came with another SHA-256"),
+        ("org/absent", "could not be downloaded from the hub"),
+        ("org/damaged", f"{LARGE} of org/damaged has another SHA-256"),
         ("other/one", "--hub-allow"),
     ],
 )
-async def test_what_is_not_had(sources: Sources, tmp_path: Path, source: str, message: str) -> None:
+async def test_failing_repositories(sources: Sources, tmp_path: Path, source: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         async with sources.open(source):
             pass
     assert not (tmp_path / "scratch").exists() or list((tmp_path / "scratch").iterdir()) == []
 
 
-async def test_limits_are_checked_before_a_byte_comes(sources: Sources, tmp_path: Path) -> None:
+async def test_limits_are_checked_before_downloading(sources: Sources, tmp_path: Path) -> None:
     small = Sources(tmp_path, tmp_path / "scratch", hub_allow=["org/*"], max_bytes=1000)
     with pytest.raises(InvalidRequest, match="over the limit of 1000"):
         async with small.open("org/one"):
@@ -143,13 +142,13 @@ async def test_limits_are_checked_before_a_byte_comes(sources: Sources, tmp_path
             pass
 
 
-async def test_a_hub_that_is_busy_is_asked_again(sources: Sources) -> None:
+async def test_a_busy_hub_is_retried(sources: Sources) -> None:
     async with sources.open("org/busy") as (folder, _):
         assert (folder / LARGE).read_bytes() == FILES[LARGE]
     assert ASKED["/api/models/org/busy"] >= 3
 
 
-async def test_a_hub_that_has_none_is_not_asked_again(sources: Sources) -> None:
+async def test_a_missing_repository_is_not_retried(sources: Sources) -> None:
     before = ASKED["/api/models/org/absent"]
     with pytest.raises(InvalidRequest):
         async with sources.open("org/absent"):
@@ -157,18 +156,17 @@ async def test_a_hub_that_has_none_is_not_asked_again(sources: Sources) -> None:
     assert ASKED["/api/models/org/absent"] == before + 1
 
 
-async def test_a_hub_that_is_not_there_is_asked_again(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_hub_is_retried(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     paused: list[float] = []
-    monkeypatch.setattr("server.sources.hub.time.sleep", paused.append)
-    with pytest.raises(InvalidRequest, match="could not be fetched from the hub"):
+    monkeypatch.setattr("tenacity.nap.time.sleep", paused.append)
+    with pytest.raises(InvalidRequest, match="could not be downloaded from the hub"):
         async with sources.open("org/one"):
             pass
     assert len(paused) == 2
 
 
-async def test_a_full_disk_is_the_disk_s_error(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its message has a path of ours, so whoever answers must not take it for the hub's."""
+async def test_a_full_disk_is_an_os_error(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def full(*_: object, **__: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device", "/our/state/fetched")
@@ -180,35 +178,15 @@ async def test_a_full_disk_is_the_disk_s_error(sources: Sources, monkeypatch: py
     assert caught.value.errno == errno.ENOSPC
 
 
-async def test_what_comes_too_late_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, ended = threading.Event(), threading.Event()
-
-    def slow(hub_id: str, directory: Path, max_bytes: int, spend: object) -> Path:
-        release.wait(30)
-        directory.mkdir(parents=True, exist_ok=True)  # as the library does
-        (directory / LARGE).write_bytes(b"late")
-        ended.set()
-        return directory
-
-    monkeypatch.setattr("server.sources.hub.fetch_adapter", slow)
-    sources = Sources(tmp_path, tmp_path / "scratch", hub_allow=["org/*"], seconds=0.05)
-    with pytest.raises(InvalidRequest, match="within 0.05 s"):
-        async with sources.open("org/one"):
-            pass
-    release.set()
-    assert ended.wait(30)
-    until(lambda: not list((tmp_path / "scratch").iterdir()))
-
-
-def test_a_folder_is_whole_with_the_files_that_loading_reads(tmp_path: Path) -> None:
-    """The one whole file rules over an index beside it, and what `loramux quantize` wrote over both."""
+def test_missing_files_follows_the_loader(tmp_path: Path) -> None:
+    """A whole file wins over an index, and a quantized folder over both."""
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
-    assert _missing(tmp_path) == ["model.safetensors"]
+    assert missing_files(tmp_path) == ["model.safetensors"]
     weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert _missing(tmp_path) == ["model-1.safetensors", "model-2.safetensors"]
+    assert missing_files(tmp_path) == ["model-1.safetensors", "model-2.safetensors"]
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert _missing(tmp_path) == []
+    assert missing_files(tmp_path) == []
     (tmp_path / "loramux.json").write_text(json.dumps({"files": ["weights-00001.safetensors"]}))
-    assert _missing(tmp_path) == ["weights-00001.safetensors"]
+    assert missing_files(tmp_path) == ["weights-00001.safetensors"]

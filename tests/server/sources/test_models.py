@@ -1,4 +1,4 @@
-"""What `--model` may say, and how a catalogue file gets onto this machine. No network: pip is given a local wheel."""
+"""Resolving `--model`: local files, the catalogue (pip with a local wheel), and the hub."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.errors import BadModel
-from server.sources import catalogue, hub, resolve_model
+from server.sources import catalogue, resolve_model
 from server.sources.models import locate
 
 CONTENT = b"GGUF of a tiny model" * 1000
@@ -31,7 +32,7 @@ def entry() -> catalogue.Entry:
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that pip takes packages from, and nowhere else."""
+    """The only directory that pip takes packages from."""
     directory = tmp_path / "wheels"
     directory.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -48,7 +49,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def test_fetch_once(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+def test_concurrent_fetches_download_once(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
     def note(what: str, done: int, total: int) -> None:
@@ -64,7 +65,7 @@ def test_fetch_once(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> Non
     assert catalogue.fetch(entry, tmp_path / "models") == fetched[0]
 
 
-def test_what_a_killed_fetch_left_goes(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_fetch_are_removed(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
     left = tmp_path / "models" / ".fetch-killed"
     left.mkdir(parents=True)
     (left / "half.whl").write_bytes(b"half")
@@ -74,7 +75,7 @@ def test_what_a_killed_fetch_left_goes(entry: catalogue.Entry, wheels: Path, tmp
 
 @pytest.fixture
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a shell's script in pip's place, which ends with an error."""
+    """Replaces pip by a shell script that fails."""
 
     def put(script: str) -> None:
         pip = tmp_path / "pip"
@@ -85,56 +86,59 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return put
 
 
-def test_what_pip_says_may_be_no_utf_8(entry: catalogue.Entry, tmp_path: Path, failing: Callable[[str], None]) -> None:
+def test_errors_of_pip_that_are_not_utf_8(
+    entry: catalogue.Entry, tmp_path: Path, failing: Callable[[str], None]
+) -> None:
     failing("printf 'ERROR: caf\\351\\n'")
-    with pytest.raises(BadModel, match="could not be fetched: caf\ufffd"):
+    with pytest.raises(BadModel, match="could not be downloaded: caf\ufffd"):
         catalogue.fetch(entry, tmp_path / "models")
 
 
-def test_of_a_stack_of_pip_s_the_reason_is_told(
+def test_the_last_line_of_a_stack_trace_is_the_reason(
     entry: catalogue.Entry, tmp_path: Path, failing: Callable[[str], None]
 ) -> None:
     failing("printf 'ERROR: Exception:\\nTraceback:\\n  File\\nOSError: the reason\\n\\n'")
-    with pytest.raises(BadModel, match=r"could not be fetched: OSError: the reason \("):
+    with pytest.raises(BadModel, match=r"could not be downloaded: OSError: the reason \("):
         catalogue.fetch(entry, tmp_path / "models")
 
 
-def test_what_pip_keeps_meanwhile_goes_where_the_file_goes(
+def test_pip_uses_the_state_directory_for_temporary_files(
     entry: catalogue.Entry, tmp_path: Path, failing: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/tmp may be read-only. Relative, as --state-dir is by default."""
     failing('cd /; echo "ERROR: $(cd "$TMPDIR" && pwd -P)"')
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadModel, match=rf"could not be fetched: {re.escape(str(tmp_path.resolve()))}/models/\.fetch-"):
+    with pytest.raises(
+        BadModel, match=rf"could not be downloaded: {re.escape(str(tmp_path.resolve()))}/models/\.fetch-"
+    ):
         catalogue.fetch(entry, Path("models"))
 
 
-def test_other_content_is_not_kept(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+def test_wrong_content_is_not_kept(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
     other = dataclasses.replace(entry, sha256="0" * 64)
     with pytest.raises(BadModel, match="SHA-256"):
         catalogue.fetch(other, tmp_path / "models")
     assert [p.name for p in (tmp_path / "models").iterdir()] == [".lock"]
 
 
-def test_a_file_cut_short_is_fetched_again(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_downloaded_again(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny.gguf").write_bytes(CONTENT[:-1])
     assert catalogue.fetch(entry, tmp_path / "models").read_bytes() == CONTENT
 
 
-def test_not_to_be_had(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
+def test_missing_packages_and_files(entry: catalogue.Entry, wheels: Path, tmp_path: Path) -> None:
     missing = dataclasses.replace(entry, distribution="tiny-base==2.0")
-    with pytest.raises(BadModel, match=r"tiny-base==2\.0 could not be fetched: .*--model takes"):
+    with pytest.raises(BadModel, match=r"tiny-base==2\.0 could not be downloaded: .*--model also takes"):
         catalogue.fetch(missing, tmp_path / "models")
     without = dataclasses.replace(entry, file="absent.gguf")
-    with pytest.raises(BadModel, match=r"does not hold absent\.gguf"):
+    with pytest.raises(BadModel, match=r"has no absent\.gguf"):
         catalogue.fetch(without, tmp_path / "models")
 
 
-def test_a_place_that_cannot_be_written_is_another_settings_matter(entry: catalogue.Entry, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written(entry: catalogue.Entry, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BadModel, match=r"tiny\.gguf can not be written to \S+: Not a directory; --state-dir names"):
+    with pytest.raises(BadModel, match=r"tiny\.gguf cannot be written to \S+: Not a directory"):
         catalogue.fetch(entry, tmp_path / "file" / "models")
 
 
@@ -147,170 +151,106 @@ def test_an_installed_package_is_used(entry: catalogue.Entry, tmp_path: Path, mo
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert catalogue.fetch(entry, tmp_path / "models") == package / "tiny.gguf"
     (package / "tiny.gguf").write_bytes(b"else" + CONTENT[4:])
-    with pytest.raises(BadModel, match="could not be fetched"):
+    with pytest.raises(BadModel, match="could not be downloaded"):
         catalogue.fetch(entry, tmp_path / "models")
 
 
-def test_folders_and_files(tmp_path: Path) -> None:
+def test_local_folders_and_files(tmp_path: Path) -> None:
     (tmp_path / "My Model+").mkdir()
     (tmp_path / "small.Q4_1.gguf").touch()
     assert resolve_model(str(tmp_path / "My Model+"), tmp_path) == ("My-Model-", tmp_path / "My Model+")
     assert resolve_model(str(tmp_path / "small.Q4_1.gguf"), tmp_path) == ("small.Q4_1", tmp_path / "small.Q4_1.gguf")
 
 
-def test_what_is_nothing(tmp_path: Path) -> None:
+def test_unknown_models(tmp_path: Path) -> None:
     with pytest.raises(BadModel, match="did you mean smollm2-135m"):
         resolve_model("smollm2-135", tmp_path)
     for model in ("a/b/c", "~nouser/x.gguf", "x" * 300):
-        with pytest.raises(BadModel, match="no folder or"):
+        with pytest.raises(BadModel, match="not a folder or"):
             resolve_model(model, tmp_path)
+
+
+def snapshot(files: Iterable[str], calls: list[dict[str, Any]]) -> Callable[..., str]:
+    """A stand-in for `snapshot_download` that creates `files` in the cache, unless it may use local files only."""
+
+    def download(repo: str, *, cache_dir: Path, local_files_only: bool = False, **options: Any) -> str:
+        folder = cache_dir / repo.replace("/", "--")
+        if local_files_only and not folder.is_dir():
+            raise FileNotFoundError("not in the cache")
+        if not local_files_only:
+            calls.append({"repo": repo, **options})
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in files:
+                (folder / name).touch()
+        return str(folder)
+
+    return download
 
 
 def test_hub_ids_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BadModel, match=r"org/name@v1 could not be fetched from the hub") as e:
+    with pytest.raises(BadModel, match=r"org/name@v1 could not be downloaded from the hub") as error:
         resolve_model("org/name@v1", tmp_path)
-    assert e.value.message.startswith("there is no folder org/name@v1 here; as a hub id: ")
+    assert error.value.message.startswith("there is no folder org/name@v1 here; as a hub id: ")
 
 
-def test_what_the_hubs_client_keeps_is_in_the_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_clients_cache_is_in_the_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_XET_CACHE", "/elsewhere")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def where() -> str | None:
-        with pytest.raises(BadModel):
-            resolve_model("org/name@v1", tmp_path)
-        return os.environ.get("HF_XET_CACHE")
-
-    assert where() == "/elsewhere"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot(COMPLETE, []))
+    resolve_model("org/name", tmp_path)
+    assert os.environ["HF_XET_CACHE"] == "/elsewhere"
     monkeypatch.delenv("HF_XET_CACHE")
-    assert where() == str(tmp_path / "cache" / "xet")
+    resolve_model("org/name", tmp_path)
+    assert os.environ["HF_XET_CACHE"] == str(tmp_path / "cache" / "xet")
 
 
-def test_a_base_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def snapshot_download(repo: str, *, revision: str | None, cache_dir: Path, **_: object) -> str:
-        asked.append((repo, revision))
-        (cache_dir / "snapshot").mkdir(parents=True)
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
-            (cache_dir / "snapshot" / name).touch()
-        return str(cache_dir / "snapshot")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+@pytest.mark.parametrize("tokenizer", ["tokenizer.json", "tokenizer.model"])
+def test_a_base_of_the_hub_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str) -> None:
+    calls: list[dict[str, Any]] = []
+    files = ["config.json", tokenizer, "model.safetensors"]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot(files, calls))
+    assert locate("org/Name-1B@main", tmp_path) is None
     first = resolve_model("org/Name-1B@main", tmp_path)
-    assert first == ("Name-1B", tmp_path / "models" / "hub" / "snapshot")
+    assert first == ("Name-1B", tmp_path / "models" / "hub" / "org--Name-1B") == locate("org/Name-1B@main", tmp_path)
     assert resolve_model("org/Name-1B@main", tmp_path) == first
-    assert asked == [("org/Name-1B", "main")]
+    assert [(call["repo"], call["revision"]) for call in calls] == [("org/Name-1B", "main")]
+    (first.path / "model.safetensors").unlink()
+    assert resolve_model("org/Name-1B@main", tmp_path) == first and len(calls) == 2, "incomplete: downloaded again"
 
 
-@pytest.mark.parametrize("told", ["within", "whole"])
-def test_a_base_of_the_hub_is_found_where_its_state_has_moved_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
-) -> None:
-    """Its record told the whole path before, which is good for as long as nothing is moved."""
-    monkeypatch.chdir(tmp_path)
-
-    def whole(repo: str, *, cache_dir: Path, **_: object) -> str:
-        snapshot = cache_dir.resolve() / "models--org--name" / "snapshots" / "a"
-        snapshot.mkdir(parents=True)
-        for name in (*SMALL, "model.safetensors"):
-            (snapshot / name).touch()
-        return str(snapshot)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", whole)
-    state = Path("state")
-    found = resolve_model("org/name", state)
-    if told == "whole":
-        (state / "models" / "hub" / "org--name.json").write_text(json.dumps({"path": str(found.path)}))
-    assert locate("org/name", state) == found
-    state.rename("moved")
-    moved = tmp_path / "moved" / found.path.relative_to(tmp_path / "state")
-    assert locate("org/name", Path("moved")) == (("name", moved) if told == "within" else None)
-
-
+COMPLETE = ("config.json", "tokenizer.json", "model.safetensors")
 INDEX = "model.safetensors.index.json"
-SMALL = ("config.json", "tokenizer.json")
 
 
 @pytest.mark.parametrize(
-    ("files", "indexes", "lacks"),
+    ("files", "index", "missing"),
     [
         (["config.json"], {}, r"tokenizer\.json, model\.safetensors"),
-        ([*SMALL, "a.safetensors"], {INDEX: {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}}, "b.safet"),
-        ([*SMALL, "model.safetensors"], {"loramux.json": {"files": ["weights-1.safetensors"]}}, "weights-1"),
-        ([*SMALL, "model.safetensors"], {INDEX: {"weight_map": 3}}, f"a list of files in {INDEX}"),
-        ([*SMALL, "model.safetensors"], {INDEX: []}, f"a list of files in {INDEX}"),
+        ([*COMPLETE[:2], "a.safetensors"], {INDEX: {"weight_map": {"x": "a.safetensors", "y": "b"}}}, "b"),
+        (COMPLETE, {"loramux.json": {"files": ["weights-1.safetensors"]}}, "weights-1"),
+        (COMPLETE[:2], {INDEX: {"weight_map": 3}}, f"a list of files in {INDEX}"),
+        (COMPLETE[:2], {INDEX: []}, f"a list of files in {INDEX}"),
     ],
 )
-def test_a_snapshot_that_is_not_whole_is_no_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], indexes: dict[str, object], lacks: str
+def test_an_incomplete_download_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], index: dict[str, object], missing: str
 ) -> None:
-    """The hub's client may answer with what an interrupted fetch left, where the hub cannot be reached."""
-    snapshot, asked = tmp_path / "snapshot", []
-    snapshot.mkdir()
-    for name in files:
-        (snapshot / name).touch()
-    for name, content in indexes.items():
-        (snapshot / name).write_text(json.dumps(content))
-
-    def left(repo: str, **_: object) -> str:
-        asked.append(repo)
-        return str(snapshot)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", left)
-    for _ in range(2):  # nothing is recorded of it
-        with pytest.raises(BadModel, match=f"what there is of org/name lacks {lacks}"):
+    """Offline, the hub's client returns an interrupted download."""
+    folder = tmp_path / "models" / "hub" / "org--name"
+    folder.mkdir(parents=True)
+    for name, content in index.items():
+        (folder / name).write_text(json.dumps(content))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot(files, []))
+    for _ in range(2):
+        with pytest.raises(BadModel, match=f"org/name lacks {missing}"):
             resolve_model("org/name", tmp_path)
-    assert asked == ["org/name"] * 2 and locate("org/name", tmp_path) is None
-
-
-def test_a_tokenizer_of_another_form_is_the_readers_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says what to do about it, and where; the hub's part is done."""
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for name in ("config.json", "tokenizer.model", "model.safetensors"):
-        (snapshot / name).touch()
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
-    assert resolve_model("org/name", tmp_path) == locate("org/name", tmp_path) == ("name", snapshot)
-
-
-def test_a_base_of_the_hub_that_lost_a_file_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-
-    def whole(repo: str, **_: object) -> str:
-        for name in (*SMALL, "model.safetensors"):
-            (snapshot / name).touch()
-        return str(snapshot)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", whole)
-    assert resolve_model("org/name", tmp_path) == locate("org/name", tmp_path) == ("name", snapshot)
-    (snapshot / "model.safetensors").unlink()
     assert locate("org/name", tmp_path) is None
-    assert resolve_model("org/name", tmp_path) == ("name", snapshot) == locate("org/name", tmp_path)
 
 
-def test_a_disk_that_takes_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> str:
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, local_files_only: bool = False, **__: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device", "/a/path")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
-    with pytest.raises(BadModel, match=r"org/name can not be written to \S+: No space left on device"):
+    with pytest.raises(BadModel, match=r"org/name cannot be written to \S+: .*No space left on device"):
         resolve_model("org/name", tmp_path)
-
-    def whole(repo: str, **_: object) -> str:
-        for name in (*SMALL, "model.safetensors"):
-            (tmp_path / name).touch()
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", whole)
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(BadModel, match=r"org/name can not be written to \S+: No space left on device"):
-        resolve_model("org/name", tmp_path)
-
-
-def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BadModel, match=r"loramux\[hub\]"):
-        hub.fetch_model("org/name", tmp_path)

@@ -60,8 +60,8 @@ async def test_a_folder_of_a_bucket(sources: Sources, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("s3://lora/team/none", "gives no adapter_config.json"),
-        ("s3://lora/team/half", "gives no adapter_model.safetensors"),
+        ("s3://lora/team/none", "has no adapter_config.json"),
+        ("s3://lora/team/half", "has no adapter_model.safetensors"),
         ("s3://lora/other/one", "--url-allow"),
         ("s3://other/team/one", "--url-allow"),
     ],
