@@ -60,7 +60,8 @@ def evaluate(
     """
     from adapters.data import read
     from server.kernels import choose
-    from server.tasks.evaluation import LOSS, check_metrics, check_references, pairs
+    from server.tasks.evaluation import check_metrics, check_references, pairs
+    from server.tasks.scores import LOSS
 
     logs.configure_for_command(settings.log_format, settings.log_level)
     examples = pairs(read(data))[:limit]
@@ -133,8 +134,8 @@ def _define_task(services: Services, task: str) -> str:
 
 
 def _report(task: str, examples: int, results: dict[str, Evaluation]) -> dict[str, Any]:
-    from server.tasks.evaluation import difference
     from server.tasks.mix_key import adapters_json
+    from server.tasks.scores import difference
 
     first = next(iter(results.values()))
     rows = []

@@ -24,8 +24,6 @@ from server.jobs.worker_messages import DATA
 from server.tasks.definitions import Task
 from server.tasks.evaluation import (
     Evaluation,
-    Score,
-    difference,
     example_ids,
     pairs,
     prompt_fingerprint,
@@ -34,6 +32,7 @@ from server.tasks.evaluation import (
 from server.tasks.mix_key import MixKey, adapters_json
 from server.tasks.quality import Quality
 from server.tasks.resolve import Target
+from server.tasks.scores import Score, difference
 from server.tasks.task_store import TaskStore
 
 log = logging.getLogger(__name__)

@@ -40,11 +40,12 @@ from server.jobs.worker_messages import CANDIDATE, RESULT, VALIDATION_PAIRS
 from server.metrics import OTHER
 from server.model.tokenizer import INPUT
 from server.tasks.definitions import FixedRoute, Task, parse
-from server.tasks.evaluation import LOSS, Score, default_metric, example_ids, prompt_fingerprint
+from server.tasks.evaluation import default_metric, example_ids, prompt_fingerprint
 from server.tasks.evaluation import pairs as of_pairs
 from server.tasks.mix_key import MixKey
 from server.tasks.quality import Quality
 from server.tasks.resolve import Target
+from server.tasks.scores import LOSS, Score
 from server.tasks.task_store import TaskStore
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,1 @@
-"""Tasks: what clients name. Definitions, routes, names to mixes, and running a prompt on the engine for them.
-
-Knows the engine and the registry, never HTTP.
-"""
+"""Tasks: definitions and routes, resolving names to mixes, running prompts on the engine, and quality records."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import NormalDist, stdev
 from typing import Any
 
 from adapters.data import Pair, Record
@@ -29,8 +27,8 @@ from server.tasks.inference import Inference
 from server.tasks.prompts import Prompts
 from server.tasks.resolve import Target
 from server.tasks.sampling import OWN_DEFAULTS, build
+from server.tasks.scores import LOSS, Score
 
-LOSS = "loss"
 PRIORITY = 1
 """Lower than every client request, which has 0."""
 GREEDY_FIELDS = (
@@ -50,27 +48,6 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Score:
-    """A metric over the examples.
-
-    Attributes:
-        value: a share from 0 to 1 (accuracy, exact_match, rougeL), a corpus score from 0 to 100 (bleu, chrf), or nats a
-            token (loss).
-        values: one number for each example: 0 to 1 (for bleu and chrf the sentence score / 100), or its mean loss.
-        influences: what each example contributes to `value`, up to a constant, if `value` is not the mean of `values`.
-    """
-
-    metric: str
-    value: float
-    values: tuple[float, ...]
-    influences: tuple[float, ...] = ()
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.metric == LOSS
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """The result for one mix.
 
@@ -85,15 +62,6 @@ class Evaluation:
     completion_tokens: int
     seconds: float
     out_of_reach: int = 0
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Difference of two scores on the same examples, with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
@@ -194,37 +162,6 @@ def unreachable_note(out_of_reach: int, examples: int) -> str:
     )
 
 
-def difference(first: Score, second: Score) -> Difference:
-    """First minus second, with the paired 95 % interval by Student's t. One example has infinite bounds.
-
-    For hits and misses one example is added that only the first hits and one that only the second hits, as in Bonett
-    and Price (2012): otherwise a few equal examples would have an interval of width 0.
-    """
-    mean, half = first.value - second.value, math.inf
-    n = len(first.values)
-    if n > 1:
-        both = zip(first.influences or first.values, second.influences or second.values, strict=True)
-        each = [a - b for a, b in both]
-        binary = first.metric in scores.MEAN and {*each} <= {-1.0, 0.0, 1.0}
-        half = _t_quantile(n - 1) * stdev([*each, *((1.0, -1.0) if binary else ())]) / math.sqrt(n)
-    return Difference(mean, mean - half, mean + half)
-
-
-def _t_quantile(degrees: int) -> float:
-    """0.975 quantile of Student's t. Within 1 % by Abramowitz and Stegun 26.7.5, exact for one degree of freedom."""
-    if degrees == 1:
-        return 1 / math.tan(math.pi / 40)
-    x = NormalDist().inv_cdf(0.975)
-    terms = (
-        x,
-        (x**3 + x) / 4,
-        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
-        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
-        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
-    )
-    return math.fsum(term / float(degrees) ** i for i, term in enumerate(terms))
-
-
 class _Run:
     """One evaluation in progress."""
 
@@ -319,28 +256,14 @@ class _Run:
     async def score(self, metric: str) -> Score:
         """Compute a metric, on threads: some take seconds."""
         if metric == LOSS:
-            return await asyncio.to_thread(self._loss)
+            return await asyncio.to_thread(scores.loss_score, self._losses)
         score: Callable[[str, str], Any] = scores.MEAN.get(metric) or scores.CORPUS[metric].statistics
         references = [example.output for example in self._examples]
         each: list[Any] = []
         for start in range(0, len(references), SCORING_BATCH):
             batch = slice(start, start + SCORING_BATCH)
             each += await asyncio.to_thread(list, map(score, self.answers[batch], references[batch]))
-        return await asyncio.to_thread(_combine, metric, each)
-
-    def _loss(self) -> Score:
-        each = tuple(map(_loss_per_token, self._losses))
-        value = _loss_per_token(scores.column_sums(self._losses))
-        return Score(LOSS, value, each, scores.jackknife(_loss_per_token, self._losses))
-
-
-def _combine(metric: str, each: Sequence[Any]) -> Score:
-    """The score of a metric from the scores or statistics of the answers."""
-    if metric in scores.MEAN:
-        return Score(metric, sum(each) / len(each), tuple(each))
-    corpus = scores.CORPUS[metric]
-    value, influences = corpus.score(scores.column_sums(each)), scores.jackknife(corpus.score, each)
-    return Score(metric, value, tuple(map(corpus.single, each)), influences)
+        return await asyncio.to_thread(scores.combine, metric, each)
 
 
 @contextmanager
@@ -350,8 +273,3 @@ def _with_place(example: Pair) -> Iterator[None]:
         yield
     except InvalidRequest as error:
         raise InvalidRequest(f"{example.place}: {error.message}", error.param) from error
-
-
-def _loss_per_token(loss: scores.Statistics) -> float:
-    nats, tokens = loss
-    return nats / tokens

@@ -1,16 +1,20 @@
-"""Scores of answers against references: accuracy, exact match, ROUGE-L, BLEU and chrF.
+"""Scores of answers against references: accuracy, exact match, ROUGE-L, BLEU, chrF and loss, and their differences.
 
 BLEU and chrF are computed by `sacrebleu` from statistics of single answers, which are kept for confidence intervals.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist, stdev
 from typing import Any
 
+LOSS = "loss"
 MAX_REFERENCE = 100_000
 """Most characters of a reference: scoring runs in the server's process and takes time in proportion."""
 BLEU_ORDER = 4
@@ -131,3 +135,84 @@ def always_zero(metric: str, references: Iterable[str]) -> str | None:
     if metric == "rougeL" and not any(map(_words, references)):
         return "rougeL compares words of a to z and 0 to 9, and no expected answer has one"
     return None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over the examples.
+
+    Attributes:
+        value: a share from 0 to 1 (accuracy, exact_match, rougeL), a corpus score from 0 to 100 (bleu, chrf), or nats a
+            token (loss).
+        values: one number for each example: 0 to 1 (for bleu and chrf the sentence score / 100), or its mean loss.
+        influences: what each example contributes to `value`, up to a constant, if `value` is not the mean of `values`.
+    """
+
+    metric: str
+    value: float
+    values: tuple[float, ...]
+    influences: tuple[float, ...] = ()
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric == LOSS
+
+
+def combine(metric: str, each: Sequence[Any]) -> Score:
+    """The score of a metric from the scores or statistics of the answers."""
+    if metric in MEAN:
+        return Score(metric, sum(each) / len(each), tuple(each))
+    corpus = CORPUS[metric]
+    value, influences = corpus.score(column_sums(each)), jackknife(corpus.score, each)
+    return Score(metric, value, tuple(map(corpus.single, each)), influences)
+
+
+def loss_score(losses: Sequence[tuple[float, int]]) -> Score:
+    """The loss from (nats, tokens) of each example."""
+    each = tuple(map(_loss_per_token, losses))
+    return Score(LOSS, _loss_per_token(column_sums(losses)), each, jackknife(_loss_per_token, losses))
+
+
+def _loss_per_token(loss: Statistics) -> float:
+    nats, tokens = loss
+    return nats / tokens
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of two scores on the same examples, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def difference(first: Score, second: Score) -> Difference:
+    """First minus second, with the paired 95 % interval by Student's t. One example has infinite bounds.
+
+    For hits and misses one example is added that only the first hits and one that only the second hits, as in Bonett
+    and Price (2012): otherwise a few equal examples would have an interval of width 0.
+    """
+    mean, half = first.value - second.value, math.inf
+    n = len(first.values)
+    if n > 1:
+        both = zip(first.influences or first.values, second.influences or second.values, strict=True)
+        each = [a - b for a, b in both]
+        binary = first.metric in MEAN and {*each} <= {-1.0, 0.0, 1.0}
+        half = _t_quantile(n - 1) * stdev([*each, *((1.0, -1.0) if binary else ())]) / math.sqrt(n)
+    return Difference(mean, mean - half, mean + half)
+
+
+def _t_quantile(degrees: int) -> float:
+    """0.975 quantile of Student's t. Within 1 % by Abramowitz and Stegun 26.7.5, exact for one degree of freedom."""
+    if degrees == 1:
+        return 1 / math.tan(math.pi / 40)
+    x = NormalDist().inv_cdf(0.975)
+    terms = (
+        x,
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return math.fsum(term / float(degrees) ** i for i, term in enumerate(terms))

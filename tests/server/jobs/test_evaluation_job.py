@@ -25,8 +25,9 @@ from server.jobs.runner import JobRunner
 from server.jobs.worker_messages import DATA
 from server.tasks import scores
 from server.tasks.definitions import FixedRoute, parse
-from server.tasks.evaluation import Evaluation, Score, prompt_fingerprint
+from server.tasks.evaluation import Evaluation, prompt_fingerprint
 from server.tasks.resolve import Target
+from server.tasks.scores import Score
 from tests.waiting import until
 
 LONG = "the cat sat on the mat and looked at the moon with joy"

@@ -28,8 +28,9 @@ from server.jobs.file_store import FileStore
 from server.jobs.job_store import CANCELLED, TRAINING, Job, JobStore
 from server.jobs.publisher import Publisher, losses_table
 from server.jobs.worker_messages import RESULT, VALIDATION_PAIRS
-from server.tasks.evaluation import Evaluation, Score, prompt_fingerprint
+from server.tasks.evaluation import Evaluation, prompt_fingerprint
 from server.tasks.resolve import Target
+from server.tasks.scores import Score
 
 SHAPES = {f"model.layers.0.self_attn.{part}": (6, 4) for part in ("q_proj", "v_proj")}
 REFUSED = InvalidRequest("line 1: the prompt is empty", "prompt")

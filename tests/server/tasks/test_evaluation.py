@@ -34,15 +34,14 @@ from server.tasks.definitions import BestRoute, Task
 from server.tasks.delivery import EventLoopDelivery
 from server.tasks.evaluation import (
     PRIORITY,
-    Score,
     check_metrics,
     default_metric,
-    difference,
     evaluate,
     example_ids,
     pairs,
     prompt_fingerprint,
 )
+from server.tasks.scores import Score, difference
 from tests.waiting import until
 
 TASK = {"prompt": "Say: {input}", "format": "chat", "defaults": {"max_tokens": 5, "temperature": 1.5, "logprobs": 2}}
