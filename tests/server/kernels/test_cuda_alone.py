@@ -40,7 +40,7 @@ class Blocked:
         return None
 sys.meta_path.insert(0, Blocked())
 import server.engine.overlap, server.engine.backends.cuda.runner, server.model.loader, server.kernels.cuda.sampling
-import server.metrics, adapters.weights, benchmarks.gpu
+import server.metrics, adapters.weights, benchmarks.gpu.checklist.checklist
 try:
     import fastapi
 except ModuleNotFoundError:

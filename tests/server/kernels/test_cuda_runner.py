@@ -23,7 +23,7 @@ if importlib.util.find_spec("triton") is None and os.environ.get("REQUIRE_ALL") 
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from adapters.weights import LoraWeights, LowRank
-from benchmarks import gpu_answers
+from benchmarks.gpu import answers as gpu_answers
 from benchmarks.shapes import QWEN_7B
 from server.engine.backends.cuda import adapter_pool
 from server.engine.backends.cuda import batch as batch_module

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` measures on: a random base of a model's shape made on the device, adapters, a vocabulary."""
+"""A random base on the device, random adapters, and a vocabulary for the GPU checklist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.model.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class RandomBase:
-    """int4 in groups of 64 with double quantization, tables in 8 bits; values of a size that a trained model has."""
+    """int4 in groups of 64 with double quantization and 8-bit tables, with values like those of a trained model."""
 
     config: ModelConfig
     weights: dict[str, Weight]
@@ -28,7 +28,7 @@ class RandomBase:
 
 
 def random_base(config: ModelConfig, backend: Cuda, device: torch.device) -> RandomBase:
-    """Packed weights on `device`; they are made there, since seven billion of them take minutes on a CPU."""
+    """A base with random weights, created on `device`: seven billion weights take minutes on a CPU."""
     weights = {path: _linear(shape, device) for path, shape in config.linear_shapes().items()}
     weights |= {path: _table(shape, device) for path, shape in config.table_shapes().items()}
     tensors = {
@@ -40,7 +40,7 @@ def random_base(config: ModelConfig, backend: Cuda, device: torch.device) -> Ran
 
 @dataclass(frozen=True)
 class Kind:
-    """What adapters a row of the table is about: their rank, and the names of the linears that they change."""
+    """Rank of adapters, and names of their linear layers."""
 
     rank: int
     linears: tuple[str, ...] = TARGET_MODULES
@@ -49,13 +49,13 @@ class Kind:
         return f"rank {self.rank} on {'all linears' if self.linears == TARGET_MODULES else ', '.join(self.linears)}"
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) of each linear that is changed, by its path."""
+        """Module path -> (outputs, inputs) of the adapted layers."""
         found = config.linear_shapes()
         return {path: shape for path, shape in found.items() if path.rpartition(".")[2] in self.linears}
 
 
 def random_adapters(config: ModelConfig, backend: Cuda, count: int, kind: Kind) -> list[LoraWeights]:
-    """Prepared adapters, in memory that the device copies from. All processors take part: a runner leaves torch one."""
+    """Random adapters, prepared for copying to the device, using all processors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(available_cpus())
     try:
@@ -66,7 +66,7 @@ def random_adapters(config: ModelConfig, backend: Cuda, count: int, kind: Kind) 
 
 
 def _adapter(pool: torch.Tensor, config: ModelConfig, backend: Cuda, number: int, kind: Kind) -> LoraWeights:
-    """Adapter `number`, of values from `pool`."""
+    """Adapter `number` with values from `pool`."""
     rank, modules, at = kind.rank, {}, number * 7919
     for path, (out, width) in kind.shapes(config).items():
         size = rank * (out + width)
@@ -77,7 +77,7 @@ def _adapter(pool: torch.Tensor, config: ModelConfig, backend: Cuda, number: int
 
 
 def vocabulary_of(size: int) -> Vocabulary:
-    """A word for each id, the first of which ends an answer."""
+    """A vocabulary with one word per id; id 0 ends an answer."""
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t1"))
     tokenizer.decoder = decoders.ByteFallback()
     return Vocabulary(tokenizer, None, frozenset({0}), None, {}, False, 0)
@@ -87,7 +87,7 @@ def _linear(shape: tuple[int, int], device: torch.device) -> Weight:
     group = 64
     stored = stored_parts("int4", shape, group, True)
     spread = shape[1] ** -0.5 / 4
-    raised = 127.5 / 512  # what codes of 0 to 255 add in the mean, of `spread`
+    offset = 127.5 / 512  # mean contribution of codes from 0 to 255, relative to `spread`
     tensors = {}
     for name, (dtype, size) in stored.items():
         if dtype == torch.uint8:
@@ -97,9 +97,8 @@ def _linear(shape: tuple[int, int], device: torch.device) -> Weight:
                 "scale_step": spread / 512,
                 "scale_base": spread,
                 "zero_step": spread / 512,
-                # The mean weight is 0, as codes are 7.5 in the mean. Or each product would be little more than the sum
-                # of its inputs, the same for all outputs and soon for all rows.
-                "zero_base": -(7.5 * (1 + raised) + raised) * spread,
+                # The mean weight is 0. Otherwise all outputs would be dominated by the sum of the inputs.
+                "zero_base": -(7.5 * (1 + offset) + offset) * spread,
             }
             tensors[name] = torch.full(size, value[name], dtype=dtype, device=device)
     return packing.pack(Weight("int4", STORED, shape, group, tensors))

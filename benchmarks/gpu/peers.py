@@ -1,4 +1,4 @@
-"""Transformers + PEFT on the same card and the same shape: a mixed batch, each request on its own adapter."""
+"""Decode speed compared with Transformers + PEFT on the same GPU, with a different adapter for each request."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.bench import Bench
+
 KINDS = {"bf16": ("transformers", "peft"), "bitsandbytes": ("transformers", "peft", "bitsandbytes")}
-"""The peers, and what each needs."""
+"""Peers and their packages."""
 TOKENS = 4
-"""Of each request, by which two generations differ: a pass goes through some 6,000 adapters of linears one by one."""
+"""Difference in length of two generations. PEFT applies about 6,000 adapter layers one by one in a pass."""
 DIFFERENCES = 3
-"""Of which the median counts; fewer where the time is over."""
+"""Number of measurements; fewer if the time is over."""
 
 
-def peers(bench: Any) -> None:
-    """32 requests on 32 adapters: our tokens a second over theirs, in bf16 and bitsandbytes' NF4.
+def peers(bench: Bench) -> None:
+    """Compare 32 requests on 32 adapters with PEFT in bf16 and in bitsandbytes' NF4.
 
-    Raises the first that a peer fails with, once the others are measured.
+    Raises the first error of a peer after all are measured.
     """
     n, ours = bench.rows, None
     failed: list[Exception] = []
@@ -32,29 +34,31 @@ def peers(bench: Any) -> None:
         target = 10 if kind == "bf16" else None
         missing = "the time is over" if bench.is_late else _missing(needed)
         if missing is not None:
-            bench.tell(name, f"not measured: {missing}", target, None if target is None else False)
+            bench.record(name, f"not measured: {missing}", target, None if target is None else False)
             continue
         ours = ours or n / bench.mixed_step_seconds(bench.running_seconds, bench.kinds[0])
         try:
             theirs = _tokens_a_second(bench, kind)
         except Exception as error:
             traceback.print_exc()
-            bench.tell(name, f"failed: {type(error).__name__}", target, False, reason=traceback.format_exc())
-            failed.append(error.with_traceback(None))  # whose frames hold the model
+            bench.record(name, f"failed: {type(error).__name__}", target, False, reason=traceback.format_exc())
+            failed.append(error.with_traceback(None))  # its frames hold the model
             continue
         finally:
-            gc.collect()  # a model's modules refer to one another
+            gc.collect()  # modules have reference cycles
             if bench.device.type == "cuda":
-                with suppress(RuntimeError):  # a capture that broke may keep torch from it
+                with suppress(RuntimeError):  # fails during a broken graph capture
                     torch.cuda.empty_cache()
         ratio = ours / theirs
-        bench.tell(name, round(ratio, 2), target, None if target is None else ratio >= target, ours=ours, theirs=theirs)
+        bench.record(
+            name, round(ratio, 2), target, None if target is None else ratio >= target, ours=ours, theirs=theirs
+        )
     if failed:
         raise failed[0]
 
 
 def _missing(names: tuple[str, ...]) -> str | None:
-    """Why they cannot be imported, None if they can. One that is there may still find no library of its own."""
+    """Why the packages cannot be imported, or None."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -63,8 +67,8 @@ def _missing(names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _tokens_a_second(bench: Any, weights: str) -> float:
-    """Of a decoding batch, from the median of differences of two generations, so that no prefill counts."""
+def _tokens_a_second(bench: Bench, weights: str) -> float:
+    """Decode speed from the differences of two generations, which cancel the prefill."""
     model = _model(bench, weights)
     prompt = torch.randint(1, bench.config.vocab_size, (bench.rows, bench.context), device=bench.device)
     _seconds(bench, model, prompt, 2)  # warms up
@@ -74,8 +78,8 @@ def _tokens_a_second(bench: Any, weights: str) -> float:
     return TOKENS * bench.rows / statistics.median(more)
 
 
-def _seconds(bench: Any, model: Any, prompt: torch.Tensor, count: int) -> float:
-    """Of so many greedy tokens for each prompt, each on an adapter of its own."""
+def _seconds(bench: Bench, model: Any, prompt: torch.Tensor, count: int) -> float:
+    """Seconds to generate `count` greedy tokens for each prompt, each with its own adapter."""
     bench.wait()
     began = time.perf_counter()
     with torch.inference_mode():
@@ -87,8 +91,8 @@ def _seconds(bench: Any, model: Any, prompt: torch.Tensor, count: int) -> float:
     return time.perf_counter() - began
 
 
-def _model(bench: Any, weights: str) -> Any:
-    """Theirs, of our shape and with as many adapters, in bf16 on the device."""
+def _model(bench: Bench, weights: str) -> Any:
+    """A PEFT model of our shape with as many adapters, in bf16 on the device."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -104,20 +108,19 @@ def _model(bench: Any, weights: str) -> Any:
         _into_four_bits(model)
     kind = bench.kinds[0]
     options: dict[str, Any] = {"r": kind.rank, "target_modules": list(kind.linears)}
-    with torch.device(bench.device):  # billions of random numbers, which one thread of the host draws for a minute
+    with torch.device(bench.device):  # random initialization is slow on the CPU
         wrapped: Any = get_peft_model(model, LoraConfig(**options), adapter_name="a0", autocast_adapter_dtype=False)
         for number in range(1, bench.rows):
             wrapped.add_adapter(f"a{number}", LoraConfig(**options), autocast_adapter_dtype=False)
     wrapped.to(bench.device).eval()
     for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:  # float32 where the weights beside them are codes
+        if "lora_" in name:  # PEFT keeps them in float32 for quantized weights
             parameter.data = parameter.data.to(torch.bfloat16)
     return wrapped
 
 
 def _into_four_bits(model: Any) -> None:
-    """Make the model's linears bitsandbytes' NF4 with double quantization, of the weights that they have; the head
-    stays. (Transformers' own way makes empty ones, which a checkpoint is then read into.)"""
+    """Replace the linear layers except the head with bitsandbytes NF4 layers (double quantization) of their weights."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for name, module in list(model.named_modules()):

@@ -1,0 +1,1 @@
+"""GPU checklist: `python -m benchmarks.gpu` measures everything that the documentation claims about GPUs."""
