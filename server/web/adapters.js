@@ -1,4 +1,4 @@
-// The adapters that are registered, what they cost, and what can be done with each.
+// The Adapters tab: list, pin, load, remove and upload.
 import { get, latest, send } from "./api.js";
 import { bytes, emptying, headings, lay, make, refocus, row, search } from "./dom.js";
 
@@ -7,7 +7,7 @@ const ORDER = ["q", "k", "v", "o", "gate", "up", "down"];
 let frame;
 let drawn = "";
 const sift = search($("adapter-search"), () => $("adapter-rows").rows);
-const rows = new Map(); // name -> its row and what that shows, so that those stay that have not changed
+const rows = new Map(); // name -> {node, shows}; see lay()
 
 function button(label, name, said, does, className = "") {
   const b = make("button", { type: "button", textContent: label, className: `small ${className}` });
@@ -16,14 +16,14 @@ function button(label, name, said, does, className = "") {
     b.disabled = true;
     try {
       if (await does() === false) return;
-      frame.say(said);
+      frame.notify(said);
       drawn = "";
       await frame.refresh();
       const next = $("adapter-rows").querySelector(`[aria-label="${CSS.escape(b.ariaLabel)}"]:enabled`)
         ?? $("adapter-rows").querySelector(`[aria-label$=" ${CSS.escape(name)}"]:enabled`) ?? $("adapters-title");
       refocus(b, next);
     } catch (error) {
-      frame.complain(error);
+      frame.showError(error);
     } finally {
       b.disabled = false;
       refocus(b);
@@ -37,7 +37,7 @@ function targets(names) {
   return [...ORDER.filter((t) => short.includes(t)), ...short.filter((t) => !ORDER.includes(t))].join(" ");
 }
 
-// The first names of a list that may have hundreds.
+// The first three names of a list.
 function few(names) {
   return names.slice(0, 3).join(", ") + (names.length > 3 ? ` and ${names.length - 3} more` : "");
 }
@@ -46,12 +46,12 @@ function described(adapter) {
   const { name } = adapter;
   const path = `/adapters/${encodeURIComponent(name)}`;
   const pin = adapter.pinned
-    ? button("Unpin", name, `${name} may leave memory again.`, () => send("POST", `${path}/unpin`))
+    ? button("Unpin", name, `${name} may be evicted from memory.`, () => send("POST", `${path}/unpin`))
     : button("Pin", name, `${name} stays in memory.`, () => send("POST", `${path}/pin`));
   const load = button("Load", name, `${name} is in memory.`, () => send("POST", `${path}/prefetch`));
   load.disabled = adapter.tier !== "disk";
-  const retire = button("Retire", name, `${name} is retired.`, async () => {
-    if (!confirm(`Retire ${name}? Running requests finish; new ones no longer find it.`)) return false;
+  const retire = button("Remove", name, `${name} is removed.`, async () => {
+    if (!confirm(`Remove ${name}? Running requests finish; new ones get an error.`)) return false;
     return send("DELETE", path);
   }, "danger");
   const tier = make("span", { className: `tag ${adapter.tier}`, textContent: adapter.tier + (adapter.pinned ? ", pinned" : "") });
@@ -63,7 +63,7 @@ function described(adapter) {
   return node;
 }
 
-// Leases change all the time.
+// Leases change all the time, so they do not redraw the row.
 function draw(adapters) {
   lay($("adapter-rows"), rows, adapters, (adapter) => ({ ...adapter, leases: null }), described);
   for (const { name, leases } of adapters) rows.get(name).node.querySelector(".leases").textContent = leases;
@@ -83,12 +83,12 @@ export function start(given) {
     submit.textContent = "Uploading…";
     try {
       const { version } = await send("POST", "/adapters", form);
-      frame.say(`${version} is served.`);
+      frame.notify(`${version} is served.`);
       empty();
       drawn = "";
       await frame.refresh();
     } catch (error) {
-      frame.complain(error);
+      frame.showError(error);
     } finally {
       submit.disabled = false;
       submit.textContent = "Upload";
@@ -101,11 +101,11 @@ export const refresh = latest(() => Promise.all([get("/adapters"), get("/stats")
 
 function show([{ adapters, rejected }, { adapters: room }]) {
   const now = JSON.stringify([adapters, rejected, room]);
-  if (now === drawn) return; // so that a button keeps its focus
+  if (now === drawn) return; // keeps the focus of buttons
   drawn = now;
   const focused = document.activeElement?.ariaLabel;
   $("room").textContent = `${bytes(room.bytes)} of ${bytes(room.budget)} in memory. ` +
-    `One more takes about ${bytes(room.one_more)}, and ${room.more_fit.toLocaleString("en")} more fit.`;
+    `One more adapter takes about ${bytes(room.one_more)}, and ${room.more_fit.toLocaleString("en")} more fit.`;
   draw(adapters);
   sift();
   $("adapter-rows").parentNode.hidden = !adapters.length;

@@ -1,6 +1,6 @@
-// Talks to the server that this page came from. Knows the contract's one error shape and nothing of the page.
+// HTTP client for the server of this page.
 
-// What the contract's paths begin with: a proxy may have put all of them under a prefix.
+// Base URL of all paths: a proxy may add a prefix.
 export const home = new URL(".", document.baseURI).href.slice(0, -1);
 
 export class Failure extends Error {
@@ -11,18 +11,17 @@ export class Failure extends Error {
   }
 }
 
-// What is kept for the next visit, or for this page alone where the browser keeps nothing: merely asking for a storage
-// that is blocked throws.
+// A stored value. Accessing blocked storage throws; the value is then kept for this page only.
 function kept(storage, name) {
   let here = "";
   try {
     here = storage().getItem(name) ?? "";
-  } catch { /* it is kept here */ }
+  } catch { /* storage is blocked */ }
   const set = (value) => {
     here = value;
     try {
       storage().setItem(name, value);
-    } catch { /* the same */ }
+    } catch { /* storage is blocked */ }
   };
   return { get: () => here, set };
 }
@@ -32,12 +31,12 @@ export const theme = kept(() => localStorage, "theme");
 
 function headers(json) {
   const all = json ? { "content-type": "application/json" } : {};
-  if (/[^\x20-\x7e]/.test(key.get())) throw new Failure(401, { message: "the key has characters that no key can have" });
+  if (/[^\x20-\x7e]/.test(key.get())) throw new Failure(401, { message: "the key contains invalid characters" });
   return key.get() ? { ...all, authorization: `Bearer ${key.get()}` } : all;
 }
 
-const silence = () => new Failure(0, { message: "the server does not answer", code: "silent" });
-const PATIENCE = 10_000; // milliseconds: a server that hangs keeps its connections
+const noResponse = () => new Failure(0, { message: "the server does not respond", code: "silent" });
+const TIMEOUT = 10_000; // milliseconds
 
 async function ask(path, options) {
   let answer;
@@ -45,7 +44,7 @@ async function ask(path, options) {
     answer = await fetch(home + path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw silence();
+    throw noResponse();
   }
   if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
@@ -53,18 +52,18 @@ async function ask(path, options) {
 }
 
 async function read(path, how) {
-  const signal = AbortSignal.timeout(PATIENCE);
+  const signal = AbortSignal.timeout(TIMEOUT);
   try {
     return await how(await ask(path, { headers: headers(false), signal }));
   } catch (error) {
-    throw signal.aborted || ["TimeoutError", "TypeError"].includes(error.name) ? silence() : error; // too late, or cut off
+    throw signal.aborted || ["TimeoutError", "TypeError"].includes(error.name) ? noResponse() : error; // timed out or disconnected
   }
 }
 
-const AT_ONCE = 5; // one of a browser's six connections to a server stays for what else is asked
+const AT_ONCE = 5; // browsers open six connections to a server; keep one for other requests
 
-// Asks of each, a few at a time, as each has its ten seconds from when it is asked. A failure is thrown once all have
-// been asked; but where nobody answers the others would wait as long.
+// Call `ask` for each item, a few at a time. The first failure is thrown at the end; if the server does not respond, the
+// rest is skipped.
 export async function inRounds(items, ask) {
   const settled = [];
   for (let i = 0; i < items.length && !settled.some((one) => one.reason?.status === 0); i += AT_ONCE) {
@@ -74,7 +73,7 @@ export async function inRounds(items, ask) {
   if (failed) throw failed.reason;
 }
 
-// Draws what `ask` brings, unless it is asked again meanwhile: then that is waited for, which is newer.
+// Draw the result of `ask`, unless it was called again in the meantime: then wait for the newer result.
 export function latest(ask, draw) {
   let last;
   return () => {
@@ -86,12 +85,12 @@ export function latest(ask, draw) {
 export const get = (path) => read(path, (answer) => answer.json());
 export const getText = (path) => read(path, (answer) => answer.text());
 
-// A browser does not send a file that is another one than was chosen, and says of that only that nothing was sent.
+// Browsers refuse to send a file that changed after it was chosen, without saying why. Check that first.
 async function unchanged(form) {
   for (const part of form.values()) {
     if (!(part instanceof File)) continue;
     await part.slice(0, 1).arrayBuffer().catch(() => {
-      throw new Failure(0, { message: `${part.name} has changed since it was chosen; choose it again` });
+      throw new Failure(0, { message: `${part.name} has changed; choose it again` });
     });
   }
 }
@@ -107,7 +106,7 @@ export async function send(method, path, body) {
   return answer.status === 204 ? null : answer.json().catch(() => null);
 }
 
-// Yields each event of a streamed answer. Throws a Failure for an error before or within the stream.
+// Yield each event of a streamed answer. Throws a Failure for an error before or within the stream.
 export async function* stream(path, body, signal) {
   const answer = await ask(path, {
     method: "POST", headers: headers(true), body: JSON.stringify({ ...body, stream: true }), signal,
@@ -119,7 +118,7 @@ export async function* stream(path, body, signal) {
       if (error.name === "AbortError") throw error;
       return { done: true };
     });
-    if (done) throw new Failure(0, { message: "the connection closed before the answer was whole" });
+    if (done) throw new Failure(0, { message: "the connection closed before the answer was complete" });
     rest += value;
     const lines = rest.split("\n");
     rest = lines.pop();

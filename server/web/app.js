@@ -1,4 +1,4 @@
-// The page's frame: tabs, key, theme, status, and which part is refreshed when.
+// Tabs, API key, theme, server status, and periodic refresh.
 import { get, getText, key, theme } from "./api.js";
 import * as adapters from "./adapters.js";
 import * as jobs from "./jobs.js";
@@ -12,35 +12,35 @@ const alert = document.getElementById("alert");
 const status = document.getElementById("status");
 const field = document.getElementById("key");
 
-// What failed stays until it is closed or the next action works; a poll that works takes only its own message away.
+// An error stays until it is closed or the next action succeeds. A successful poll clears only errors of polls.
 let polled = false;
 
-function complain(error, fromPoll = false) {
+function showError(error, fromPoll = false) {
   if (!error && fromPoll && !polled) return;
   if ([401, 403].includes(error?.status)) document.getElementById("key-form").hidden = false;
   field.ariaInvalid = String(error?.status === 401);
   if (error && fromPoll && !polled && !alert.hidden) return;
-  polled = Boolean(error) && (fromPoll || error.status === 401); // whether a key is known, the next poll finds out too
-  const told = error?.status === 401 && !key.get() ? "A key is needed: give it under Key." : error?.message ?? "";
-  // The same words stay as they are: screen readers say what is put in, and a poll fails every two seconds.
-  if (alert.firstElementChild.textContent !== told) alert.firstElementChild.textContent = told;
+  polled = Boolean(error) && (fromPoll || error.status === 401); // the next poll checks the key as well
+  const text = error?.status === 401 && !key.get() ? "A key is needed: enter it in the Key field." : error?.message ?? "";
+  // Do not repeat the same text every two seconds: screen readers announce each change.
+  if (alert.firstElementChild.textContent !== text) alert.firstElementChild.textContent = text;
   alert.hidden = !error;
 }
 
-// What went well is said for a moment, to the eye and to screen readers.
+// Success messages disappear after a moment; screen readers announce them.
 const notice = document.getElementById("notice");
 let quiet;
 
-function say(text) {
-  complain(null);
+function notify(text) {
+  showError(null);
   notice.textContent = text;
   clearTimeout(quiet);
   quiet = setTimeout(() => { notice.textContent = ""; }, 4000);
 }
 
 alert.querySelector("button").addEventListener("click", () => {
-  complain(null);
-  document.getElementById("main").focus(); // the button is gone
+  showError(null);
+  document.getElementById("main").focus(); // the button is hidden now
 });
 
 const named = () => tabs.map((t) => t.getAttribute("aria-controls")).find((name) => location.hash === `#/${name}`);
@@ -55,23 +55,23 @@ async function show(name) {
     document.getElementById(tab.getAttribute("aria-controls")).hidden = !chosen;
     if (chosen) document.title = `${tab.textContent} · loramux`;
   }
-  history.replaceState(null, "", `#/${name}`); // no id: the browser would move the focus there
+  history.replaceState(null, "", `#/${name}`); // not an element id: the browser would move the focus
   parts[name].shown?.();
   await refresh();
 }
 
-let stale = false; // whether what is shown could not be asked for
+let stale = false; // whether the last refresh failed
 
 async function refresh() {
   const part = current();
   const failed = await parts[part].refresh().then(() => null, (error) => error);
-  if (part !== current()) return; // which says nothing of what is shown now
+  if (part !== current()) return; // another tab is shown by now
   stale = failed !== null;
-  complain(failed, true);
+  showError(failed, true);
 }
 
 tabs.forEach((tab, i) => {
-  tab.addEventListener("click", () => { location.hash = `#/${tab.getAttribute("aria-controls")}`; }); // back leads back
+  tab.addEventListener("click", () => { location.hash = `#/${tab.getAttribute("aria-controls")}`; }); // adds a history entry
   tab.addEventListener("keydown", (event) => {
     const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tabs.length - 1 }[event.key];
     if (to === undefined) return;
@@ -86,31 +86,31 @@ field.value = key.get();
 document.getElementById("key-form").hidden = !key.get();
 field.addEventListener("change", () => {
   key.set(field.value.trim());
-  complain(null);
-  if (!key.get()) return location.reload(); // nothing of what the key has shown stays
-  tasks.anew();
+  showError(null);
+  if (!key.get()) return location.reload(); // removes everything that the key gave access to
+  tasks.invalidate();
   refresh();
-  beat();
+  poll();
 });
 document.getElementById("key-form").addEventListener("submit", (event) => event.preventDefault());
 
-// A link cannot carry the key, so with one the page of routes is fetched and shown here.
+// A link cannot send the key, so /docs is fetched and shown in a dialog.
 document.getElementById("docs").addEventListener("click", async (event) => {
   if (!key.get()) return;
   event.preventDefault();
   try {
-    const text = (await getText("/docs")).replace(/<style>.*?<\/style>/s, ""); // which the policy of this page refuses
+    const text = (await getText("/docs")).replace(/<style>.*?<\/style>/s, ""); // the Content-Security-Policy refuses inline styles
     const page = new DOMParser().parseFromString(text, "text/html");
     const dialog = document.getElementById("api-page");
-    for (const link of page.querySelectorAll("a")) link.replaceWith(...link.childNodes); // nor can those in it
+    for (const link of page.querySelectorAll("a")) link.replaceWith(...link.childNodes); // links cannot send the key either
     dialog.lastElementChild.replaceChildren(...page.querySelector("main").childNodes);
     dialog.showModal();
   } catch (error) {
-    complain(error);
+    showError(error);
   }
 });
 
-// A comma is a decimal point to many; a browser may drop it, and 1,5 would be 15.
+// Accept a decimal comma: browsers may drop it, and 1,5 would become 15.
 document.addEventListener("beforeinput", (event) => {
   if (event.target.step !== "any" || !event.data?.includes(",")) return;
   event.preventDefault();
@@ -134,32 +134,32 @@ function redraw() {
   refresh();
 }
 
-async function beat() {
+async function poll() {
   try {
     const stats = await get("/stats");
-    const woke = status.dataset.ready === undefined;
-    const failing = stats.engine.state === "failing" ? " · steps fail, the log says why" : "";
+    const wasDown = status.dataset.ready === undefined;
+    const failing = stats.engine.state === "failing" ? " · steps are failing, see the log" : "";
     status.textContent = `${stats.base.name} · ${stats.base.kernels} · ${stats.engine.running} running, ${stats.engine.waiting} waiting${failing}`;
     if (failing) delete status.dataset.ready;
     else status.dataset.ready = "";
-    live.note(stats);
-    if (!woke && !stale && !["adapters", "tasks", "jobs"].includes(current())) return;
-    const asked = refresh();
-    if (current() !== "tasks") await asked; // of hundreds of these it takes a while, and all else goes on
+    live.record(stats);
+    if (!wasDown && !stale && !["adapters", "tasks", "jobs"].includes(current())) return;
+    const refreshing = refresh();
+    if (current() !== "tasks") await refreshing; // hundreds of tasks take a while; do not wait for them
   } catch (error) {
     delete status.dataset.ready;
-    tasks.anew();
-    status.textContent = { 0: "not connected", 401: key.get() ? "key not known" : "no key", 503: "not ready" }[error.status] ?? error.message;
-    complain(error, true);
+    tasks.invalidate();
+    status.textContent = { 0: "not connected", 401: key.get() ? "unknown key" : "no key", 503: "not ready" }[error.status] ?? error.message;
+    showError(error, true);
   }
 }
 
-async function beatOn() {
-  if (!document.hidden) await beat();
-  setTimeout(beatOn, 2000);
+async function pollLoop() {
+  if (!document.hidden) await poll();
+  setTimeout(pollLoop, 2000);
 }
 
-for (const part of Object.values(parts)) part.start?.({ complain, say, refresh });
+for (const part of Object.values(parts)) part.start?.({ showError, notify, refresh });
 addEventListener("hashchange", () => show(named() ?? current()));
 show(named() ?? "playground");
-beatOn();
+pollLoop();

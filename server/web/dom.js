@@ -1,4 +1,4 @@
-// Elements and the looks that several parts share. Knows nothing of the server.
+// DOM helpers and chart options shared by all tabs.
 
 export function make(tag, given = {}, ...children) {
   const node = Object.assign(document.createElement(tag), given);
@@ -6,7 +6,7 @@ export function make(tag, given = {}, ...children) {
   return node;
 }
 
-// Rows of a table that becomes a list on a narrow screen: the roles stay, and each cell carries its column's name.
+// A table row. On narrow screens rows become lists, so each cell carries the name of its column.
 export function row(headings, cells) {
   const tr = make("tr");
   tr.setAttribute("role", "row");
@@ -23,11 +23,11 @@ export function headings(table) {
   return [...table.tHead.rows[0].cells].map((th) => th.textContent.trim());
 }
 
-// One node for each item, in order and in place: what has not changed keeps its focus, its selection and a click that
-// has begun. `known` is the caller's Map of name -> node and what that shows; `shown` is what a node is drawn anew for.
+// Update the children of `body` to one node per item, in order. Unchanged items keep their nodes, and so their focus and
+// selection. `known` is a Map of name -> {node, shows}; an item is drawn again when `shown(item)` changes.
 export function lay(body, known, items, shown, draw) {
   const names = new Set(items.map((item) => item.name));
-  for (const [name, { node }] of known) { // first, so that what stood behind it is in its place
+  for (const [name, { node }] of known) { // first, so that the nodes after it are in place
     if (names.has(name)) continue;
     node.remove();
     known.delete(name);
@@ -43,14 +43,14 @@ export function lay(body, known, items, shown, draw) {
   });
 }
 
-// To where a form was sent from or a button pressed, or what stands there now, unless its user has gone on.
+// Focus `to` after an action, unless the user has moved the focus elsewhere.
 export function refocus(button, to = button) {
   if ([document.body, button].includes(document.activeElement)) to.focus();
 }
 
 const entered = (form) => [...form.elements].map((part) => part.files?.[0] ?? part.value);
 
-// Called as a form is sent. What it answers empties the form, unless something in it has been changed since.
+// Call when a form is sent. The returned function resets the form, unless it was edited in the meantime.
 export function emptying(form) {
   const sent = entered(form);
   return () => {
@@ -58,8 +58,8 @@ export function emptying(form) {
   };
 }
 
-// What a list of choices has: `none` first, if that may be chosen too. A choice that is gone stays chosen, and the server
-// says so: nothing else may be taken in its place.
+// Set the options of a select; `none` is the label of an empty first option. A selected value that no longer exists stays
+// selected, so that nothing else is used instead.
 export function offer(select, names, none = null, chosen = select.value) {
   const choices = [...(none ? [["", none]] : []), ...names.map((name) => [name, name])];
   if (chosen && !names.includes(chosen)) choices.push([chosen, `${chosen} (gone)`]);
@@ -68,13 +68,13 @@ export function offer(select, names, none = null, chosen = select.value) {
   if (chosen) select.value = chosen;
 }
 
-const MANY = 8; // what one finds without searching
+const SEARCH_FROM = 8; // items from which a list has a search field
 
-// A field to search a list that may have hundreds, by what each node's `data-found-by` says: what has not all of its words
-// is hidden. Answers what is to be called when the list has changed.
+// A search field for a list: hides nodes whose `data-found-by` lacks one of the words. Call the returned function when the
+// list has changed.
 export function search(field, nodes) {
   const label = field.closest("label");
-  const none = make("p", { className: "empty", textContent: "Nothing here has that in it.", hidden: true, role: "status" });
+  const none = make("p", { className: "empty", textContent: "No matches.", hidden: true, role: "status" });
   label.after(none);
   const sift = () => {
     const words = field.value.toLowerCase().split(/\s+/);
@@ -83,7 +83,7 @@ export function search(field, nodes) {
       const has = node.dataset.foundBy.toLowerCase();
       node.hidden = !words.every((word) => has.includes(word));
     }
-    label.hidden = all.length < MANY && !field.value;
+    label.hidden = all.length < SEARCH_FROM && !field.value;
     none.hidden = !all.length || all.some((node) => !node.hidden);
   };
   field.addEventListener("input", sift);
@@ -103,10 +103,10 @@ export function bytes(n) {
 }
 
 export function mixture(adapters) {
-  return adapters.map((a) => (a.weight === 1 ? a.version : `${a.version} × ${a.weight}`)).join(" + ") || "the base alone";
+  return adapters.map((a) => (a.weight === 1 ? a.version : `${a.version} × ${a.weight}`)).join(" + ") || "base only";
 }
 
-// While nothing is pointed at, the legend tells the newest values.
+// Without a pointer on the chart, the legend shows the newest values.
 export function newest(plot) {
   if (plot.cursor.left >= 0) return;
   const last = (values) => values.findLastIndex((v) => v != null);
@@ -115,8 +115,7 @@ export function newest(plot) {
 
 const short = (v) => v.toLocaleString("en", { maximumSignificantDigits: 3 });
 
-// What every chart has in common: colours of the theme, times of day over a minute or more, whole numbers, no drawing
-// under the pointer's y.
+// uPlot options shared by all charts: theme colours, a time axis of at least a minute, and an x cursor only.
 export function chart(node, series, { time = true, top = null, round = false, digits = 0 } = {}) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue(name).trim();

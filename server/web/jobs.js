@@ -1,36 +1,36 @@
-// Training and evaluation jobs: progress, curves, what can be done with each, and the form that starts one.
+// The Jobs tab: progress, loss curves, actions, and the form that starts a training job.
 /* global uPlot */
 import { get, inRounds, latest, send } from "./api.js";
 import { chart, emptying, make, mixture, newest, offer, refocus } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const list = $("job-list");
-const cards = new Map(); // id -> its card, so that a button keeps its focus and a chart its place
+const cards = new Map(); // id -> Card; cards are kept, so that buttons keep their focus
 let frame;
 
 const TRAINING = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
 const JOB = (id) => `/jobs/${encodeURIComponent(id)}`;
 const RUNS = ["queued", "validating_files", "running"];
 const CURVES = [["train_loss", "training loss", "--one"], ["valid_loss", "validation loss", "--two"]];
-const MOST = 200; // the newest, that the server lists
-const WORDS = { validating_files: "reads its files" };
-const BY_NAME = "of the same name, if there is one"; // the task that the server takes where none is named
-let offered = false; // whether the tasks that there are can be chosen
+const MOST = 200; // the server lists this many jobs
+const WORDS = { validating_files: "reading files" };
+const BY_NAME = "same name as the adapter, if any"; // the server's default task
+let offered = false; // whether the list of tasks is loaded
 
 class Card {
   constructor(job) {
     this.node = make("article", { className: "job" });
     this.node.dataset.job = job.id;
-    this.title = make("h2", { className: "titled", tabIndex: -1 }); // has the focus when a button has gone
+    this.title = make("h2", { className: "titled", tabIndex: -1 }); // gets the focus when a button is removed
     this.bar = make("progress", { max: 1 });
     this.bar.setAttribute("aria-label", `Progress of ${job.name}`);
-    this.said = make("p", { className: "hint" });
+    this.text = make("p", { className: "hint" });
     this.wrong = make("p", { className: "wrong", hidden: true });
     this.does = make("div", { className: "row" });
     this.chart = make("div", { className: "chart" });
     this.chart.setAttribute("role", "img");
     this.chart.ariaLabel = `Losses of ${job.name} by step`;
-    this.node.append(this.title, this.bar, this.said, this.wrong, this.does);
+    this.node.append(this.title, this.bar, this.text, this.wrong, this.does);
     if (job.kind === "training") this.node.append(this.chart);
     this.drawn = "";
     this.plot = null;
@@ -43,10 +43,10 @@ class Card {
       button.disabled = true;
       try {
         await send("POST", route);
-        frame.say(`${label} ${job.name}: asked for.`);
+        frame.notify(`${label} ${job.name}: requested.`);
         await frame.refresh();
       } catch (error) {
-        frame.complain(error);
+        frame.showError(error);
       } finally {
         button.disabled = false;
         refocus(button, this.does.querySelector(`[aria-label="${CSS.escape(button.ariaLabel)}"]`) ?? this.title);
@@ -58,7 +58,7 @@ class Card {
   show(job) {
     const status = job.pausing ? "pausing" : job.status;
     this.bar.value = job.progress;
-    this.said.textContent = figures(job);
+    this.text.textContent = figures(job);
     this.wrong.hidden = !job.error;
     this.wrong.textContent = job.error?.message ?? "";
     if (this.status !== status) {
@@ -71,7 +71,7 @@ class Card {
         if (runs) buttons.push(this.button("Pause", job, `${TRAINING(job.id)}/pause`));
         if (["pausing", "paused", "failed"].includes(status)) buttons.push(this.button("Resume", job, `${TRAINING(job.id)}/resume`));
       }
-      const kept = status === "failed" && job.kind === "training"; // what it could go on from, until it is cancelled
+      const kept = status === "failed" && job.kind === "training"; // can be resumed until it is cancelled
       if (runs || kept || ["pausing", "paused"].includes(status)) buttons.push(this.button("Cancel", job, `${JOB(job.id)}/cancel`));
       const focused = this.does.contains(document.activeElement) && document.activeElement.ariaLabel;
       this.does.replaceChildren(...buttons);
@@ -84,9 +84,9 @@ class Card {
     const now = JSON.stringify(job);
     if (now === this.drawn || job.kind !== "training" || !job.step) return;
     this.curves = (await get(JOB(job.id))).curves;
-    if (!this.node.isConnected) return; // it has left the list meanwhile
+    if (!this.node.isConnected) return; // it was removed from the list
     this.draw(this.curves);
-    this.drawn = now; // only then: a chart that did not come is asked for again
+    this.drawn = now; // last, so that a failed request is repeated
   }
 
   draw(curves) {
@@ -112,12 +112,12 @@ class Card {
     this.chart.replaceChildren();
   }
 
-  // Where no width was known when it was drawn, or another one.
+  // Draw again if the width has changed.
   fit() {
     if (this.plot && this.chart.clientWidth !== this.width) this.redraw();
   }
 
-  // In other colours, or of another width.
+  // Draw again with new colours or a new width.
   redraw() {
     this.clear();
     if (this.curves) this.draw(this.curves);
@@ -125,21 +125,21 @@ class Card {
 }
 
 function figures(job) {
-  const said = [];
-  if (job.steps) said.push(`${job.step} of ${job.steps} ${job.kind === "training" ? "steps" : "examples"}`);
-  if (job.loss != null) said.push(`loss ${job.loss.toFixed(4)}`);
-  if (job.seconds > 0) said.push(`${(job.tokens / job.seconds).toFixed(0)} tokens/s`);
+  const text = [];
+  if (job.steps) text.push(`${job.step} of ${job.steps} ${job.kind === "training" ? "steps" : "examples"}`);
+  if (job.loss != null) text.push(`loss ${job.loss.toFixed(4)}`);
+  if (job.seconds > 0) text.push(`${(job.tokens / job.seconds).toFixed(0)} tokens/s`);
   const { evaluation, candidates, metric, version } = job.result;
   if (evaluation) {
-    const before = evaluation.replaced == null ? "" : `, the one before ${evaluation.replaced.toFixed(4)}`;
-    said.push(`${evaluation.metric} ${evaluation.score.toFixed(4)} of ${evaluation.samples}${before}`);
+    const before = evaluation.replaced == null ? "" : `, previous version ${evaluation.replaced.toFixed(4)}`;
+    text.push(`${evaluation.metric} ${evaluation.score.toFixed(4)} of ${evaluation.samples}${before}`);
   }
-  if (version) said.push(`published as ${version}`);
-  else if (job.kind === "training" && job.status === "succeeded") said.push("not published");
+  if (version) text.push(`published as ${version}`);
+  else if (job.kind === "training" && job.status === "succeeded") text.push("not published");
   for (const one of candidates ?? []) {
-    said.push(`${mixture(one.adapters)}: ${metric} ${one.score.toFixed(4)}`);
+    text.push(`${mixture(one.adapters)}: ${metric} ${one.score.toFixed(4)}`);
   }
-  return said.join(" · ");
+  return text.join(" · ");
 }
 
 async function upload(file) {
@@ -150,7 +150,7 @@ async function upload(file) {
 }
 
 async function begin() {
-  // All of the form at once: while files are sent its user may fill it in for another job.
+  // Read the whole form first: the user may edit it during the upload.
   const body = {
     suffix: $("train-name").value,
     hyperparameters: { n_epochs: Number($("train-epochs").value) },
@@ -167,7 +167,7 @@ async function begin() {
       files.push(body[field]);
     }
     await send("POST", "/v1/fine_tuning/jobs", body);
-  } catch (error) { // a job that is refused needs no files, and nobody else knows of them
+  } catch (error) { // delete the files of a refused job
     for (const id of files) await send("DELETE", `/v1/files/${encodeURIComponent(id)}`).catch(() => {});
     throw error;
   }
@@ -191,11 +191,11 @@ export function start(given) {
     button.disabled = true;
     try {
       await begin();
-      frame.say("The job is in the queue.");
+      frame.notify("The job is queued.");
       empty();
       await frame.refresh();
     } catch (error) {
-      frame.complain(error);
+      frame.showError(error);
     } finally {
       button.disabled = false;
       refocus(button);
@@ -207,21 +207,21 @@ export function redraw() {
   for (const card of cards.values()) card.redraw();
 }
 
-// Definitions are long, and of hundreds of tasks only the names are wanted here: not every two seconds.
+// Load the task names once, not every two seconds: definitions are long.
 async function offerTasks() {
   if (offered) return;
   offer($("train-task"), (await get("/tasks")).tasks.map((task) => task.name), BY_NAME);
   offered = true;
 }
 
-// Tasks are asked for as this part is gone to, and as one is about to be chosen.
+// Load the tasks again when the tab is shown or the select gets the focus.
 export function shown() {
   offered = false;
 }
 
 const look = latest(() => get("/jobs"), show);
 
-// Choices that do not come hide no jobs.
+// A failure to load the tasks does not hide the jobs.
 export async function refresh() {
   const failed = (await Promise.allSettled([look(), offerTasks()])).find((one) => one.status === "rejected");
   if (failed) throw failed.reason;
@@ -241,8 +241,8 @@ async function show({ jobs }) {
     if (list.children[place] !== node) list.insertBefore(node, list.children[place] ?? null);
   });
   list.querySelector(".empty")?.remove();
-  if (jobs.length === MOST) list.append(make("p", { className: "card empty", textContent: `The newest ${MOST} jobs are shown; GET /jobs/{id} tells of older ones.` }));
-  if (!jobs.length) list.append(make("p", { className: "card empty", textContent: "No job has been started. Training and evaluation jobs show here with their progress." }));
+  if (jobs.length === MOST) list.append(make("p", { className: "card empty", textContent: `The newest ${MOST} jobs are shown; see GET /jobs/{id} for older ones.` }));
+  if (!jobs.length) list.append(make("p", { className: "card empty", textContent: "No jobs yet. Training and evaluation jobs are shown here with their progress." }));
   for (const card of cards.values()) card.fit();
   for (const job of jobs) cards.get(job.id).show(job);
   await inRounds(jobs, (job) => cards.get(job.id)?.follow(job));

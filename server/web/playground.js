@@ -1,18 +1,18 @@
-// Prompts, mixes and streamed answers, one or two side by side.
+// The Playground tab: prompts, mixes and streamed answers, one or two.
 import { get, home, key, send, stream } from "./api.js";
 import { make, mixture, offer, tile } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 let names = [];
 let tasks = [];
-let base = ""; // the name that the API has for it
+let base = ""; // model name of the base
 let running = false;
 let frame;
 
-const LONGEST = 200; // characters of a template that are shown
-const DEFAULT = "default"; // answers where no task is named, if somebody has defined it
+const MAX_TEMPLATE = 200; // shown characters of a template
+const DEFAULT = "default"; // the task of requests without a task, if it is defined
 const answering = ({ best, choice }) => {
-  if (best) return `Of ${best.join(", ")} the better one answers`;
+  if (best) return `The best of ${best.join(", ")} answers`;
   if (!choice.length) return "The base answers";
   return choice.length > 1 ? `A mix of ${choice.map((part) => part.name).join(", ")} answers` : `The adapter ${choice[0].name} answers`;
 };
@@ -25,7 +25,7 @@ class Side {
     this.part = (name) => this.node.querySelector(`.${name}`);
     this.part("add").addEventListener("click", () => {
       this.add();
-      frame.refresh(); // others publish while the page is open
+      frame.refresh(); // adapters may have been published in the meantime
     });
     this.part("task").addEventListener("change", () => this.hint());
     this.part("up").addEventListener("click", () => this.feedback(1));
@@ -38,7 +38,7 @@ class Side {
 
   fill() {
     const select = this.part("task");
-    const chosen = this.filled ? select.value : tasks[0]?.name; // the first time, a task that there is says more than none
+    const chosen = this.filled ? select.value : tasks[0]?.name; // at first, select the first task
     offer(select, tasks.map((t) => t.name), named("") ? "none (default answers)" : "none (raw prompt)", chosen);
     this.filled ||= Boolean(base);
     for (const member of this.members()) offer(member.querySelector("select"), names);
@@ -46,14 +46,14 @@ class Side {
     this.hint();
   }
 
-  // Who will answer, and what the task makes of the prompt.
+  // Show what will answer, and the template of the task.
   hint() {
     const chosen = this.part("task").value;
     const task = named(chosen);
-    const alone = task ? answering(task.route) : chosen ? "Nobody answers: the task is gone" : "The base alone continues the prompt";
-    const who = this.members().length && (task || !chosen) ? "This mix answers, exactly" : alone;
+    const alone = task ? answering(task.route) : chosen ? "The task no longer exists" : "The base model continues the prompt";
+    const who = this.members().length && (task || !chosen) ? "This mix answers" : alone;
     const whole = task?.prompt.replace("{input}", "").trim().replace(/\s+/g, " ") ?? "";
-    const frame = whole.length > LONGEST ? `${whole.slice(0, LONGEST)}…` : whole;
+    const frame = whole.length > MAX_TEMPLATE ? `${whole.slice(0, MAX_TEMPLATE)}…` : whole;
     this.part("hint").replaceChildren(...(frame ? [`${who}: “`, make("bdi", { textContent: frame }), "”"] : [`${who}.`]));
   }
 
@@ -66,7 +66,7 @@ class Side {
     const label = () => {
       range.ariaLabel = `Weight of ${select.value}`;
       number.ariaLabel = `Weight of ${select.value} as a number`;
-      remove.ariaLabel = `Take out ${select.value}`;
+      remove.ariaLabel = `Remove ${select.value}`;
     };
     const [select, range, number, remove] = item.children;
     offer(select, names);
@@ -109,7 +109,7 @@ class Side {
     this.sent = { path: this.path(), body: this.body() };
     answer.textContent = "";
     answer.className = "answer";
-    answer.ariaBusy = "true"; // so that a screen reader reads the answer once, whole
+    answer.ariaBusy = "true"; // screen readers announce the complete answer only
     this.figures([]);
     this.part("after").hidden = true;
     const start = performance.now();
@@ -122,8 +122,8 @@ class Side {
           steps += 1;
           answer.append(event.text);
           const seconds = (performance.now() - first) / 1000;
-          this.figures([["first token, seen here", `${(first - start).toFixed(0)} ms`],
-            ["steps a second", seconds > 0 && steps > 1 ? ((steps - 1) / seconds).toFixed(0) : "…"]]);
+          this.figures([["first token (measured here)", `${(first - start).toFixed(0)} ms`],
+            ["steps per second", seconds > 0 && steps > 1 ? ((steps - 1) / seconds).toFixed(0) : "…"]]);
         }
         if (event.finish_reason) this.finish(event);
       }
@@ -134,7 +134,7 @@ class Side {
       } else {
         answer.classList.add("failed");
         answer.append(`${answer.textContent ? "\n" : ""}${error.message}`);
-        frame.complain(error, error.code === "silent"); // the answer's place keeps the words
+        frame.showError(error, error.code === "silent"); // the answer shows the message too
       }
     } finally {
       answer.ariaBusy = "false";
@@ -152,10 +152,10 @@ class Side {
     const cached = usage.cached_tokens ? `, ${usage.cached_tokens} cached` : "";
     this.figures([
       ["first token", ms(timings.ttft_ms)],
-      ["tokens a second", timings.tokens_per_second?.toFixed(0) ?? "none"],
-      ["in all", ms(timings.total_ms)],
+      ["tokens per second", timings.tokens_per_second?.toFixed(0) ?? "none"],
+      ["total", ms(timings.total_ms)],
       ["tokens", `${usage.prompt_tokens}${cached} → ${usage.completion_tokens} (${reason})`],
-      ["served by", mixture(adapters)],
+      ["answered by", mixture(adapters)],
     ]);
     this.part("after").hidden = false;
     for (const name of ["up", "down"]) {
@@ -168,13 +168,13 @@ class Side {
     const { id, sent } = this;
     try {
       await send("POST", `/tasks/${encodeURIComponent(sent.task)}/feedback`, { id, score });
-      if (this.sent === sent) { // another answer may stand there by now
+      if (this.sent === sent) { // another answer may be shown by now
         this.part("up").ariaPressed = String(score === 1);
         this.part("down").ariaPressed = String(score === 0);
       }
-      frame.say(`Counted as a ${score ? "good" : "bad"} answer of ${sent.task}.`);
+      frame.notify(`Recorded as a ${score ? "good" : "bad"} answer of ${sent.task}.`);
     } catch (error) {
-      frame.complain(error);
+      frame.showError(error);
     }
   }
 
@@ -183,14 +183,14 @@ class Side {
     try {
       await write(text);
     } catch {
-      frame.complain(new Error("this browser does not let the page copy"));
+      frame.showError(new Error("the browser does not allow copying"));
       return;
     }
-    frame.say(`Copied as ${button.textContent}.`);
+    frame.notify(`Copied as ${button.textContent}.`);
   }
 }
 
-// The clipboard is closed to pages over plain HTTP from another machine; the older way is not.
+// The clipboard API needs HTTPS or localhost; execCommand does not.
 async function write(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = Object.assign(document.createElement("textarea"), { value: text });
@@ -209,7 +209,7 @@ function snippet(kind, { path, body, task }) {
     const auth = key.get() ? ' -H "authorization: Bearer $API_KEY"' : "";
     return `curl -s '${home}${path}' -H 'content-type: application/json'${auth} -d '${json.replaceAll("'", "'\\''")}'`;
   }
-  // In Python, a JSON string is a string, and no number, list or object of this body reads differently.
+  // The JSON of this body is also valid Python.
   const literal = JSON.stringify(body, null, 4);
   if (kind === "python") {
     const auth = key.get() ? ', headers={"authorization": f"Bearer {os.environ[\'API_KEY\']}"}' : "";
@@ -226,7 +226,7 @@ function snippet(kind, { path, body, task }) {
     `answer = client.${call}.create(\n    model=${JSON.stringify(task || base)},\n${input}${settings}${extra})\nprint(answer.choices[0].${text})\n`;
 }
 
-// One of two buttons goes out and the other comes on; the focus goes along, for those who use the keyboard.
+// Disable one button and enable the other. The focus moves along.
 function turn(out, on) {
   const focused = document.activeElement === out;
   on.disabled = false;
@@ -236,7 +236,7 @@ function turn(out, on) {
 
 const sides = [];
 
-// A side that is taken away asks no more.
+// Removing the second side aborts its request.
 function shown() {
   if ($("two").checked) return $("sides").append(sides[1].node);
   sides[1].asking?.abort();
@@ -248,13 +248,13 @@ export function start(given) {
   sides.push(new Side("First answer"), new Side("Second answer"));
   $("sides").append(sides[0].node);
   $("two").addEventListener("change", shown);
-  addEventListener("pageshow", shown); // a browser that goes back ticks what was ticked
+  addEventListener("pageshow", shown); // browsers restore the checkbox when going back
   $("ask").addEventListener("submit", async (event) => {
     event.preventDefault();
-    if ($("run").disabled) return; // a key may ask for it all the same
+    if ($("run").disabled) return; // Ctrl+Enter submits even if the button is disabled
     running = true;
     turn($("run"), $("stop"));
-    frame.complain(null);
+    frame.showError(null);
     await Promise.all(sides.filter((side) => side.node.isConnected).map((side) => side.run()));
     running = false;
     turn($("stop"), $("run"));
@@ -272,5 +272,5 @@ export async function refresh() {
   names = known.adapters.map((a) => a.name);
   tasks = defined.tasks;
   for (const side of sides) side.fill();
-  if (!running) $("run").disabled = false; // before, nobody knows whom an answer would be of
+  if (!running) $("run").disabled = false; // enabled once tasks and adapters are known
 }

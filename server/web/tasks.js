@@ -1,4 +1,4 @@
-// Tasks: where each goes, and how its versions do.
+// The Tasks tab: routes, and the performance of versions.
 import { get, inRounds } from "./api.js";
 import { lay, make, mixture, row, search } from "./dom.js";
 
@@ -6,26 +6,26 @@ const list = document.getElementById("task-list");
 const COLUMNS = ["Version", "Requests", "Errors", "First token, ms", "Per token, ms", "Whole, ms", "Quality"];
 const LATENCIES = COLUMNS.slice(3, 6);
 const NUMBERS = COLUMNS.slice(1, 6);
-const cards = new Map(); // name -> its card and what that shows
-const known = new Map(); // name -> its figures, the last that came; null for a task that has gone since they were listed
+const cards = new Map(); // name -> {node, shows}; see lay()
+const known = new Map(); // name -> last performance; null if the task was deleted after it was listed
 let drawn = "";
-let due = 0; // when all are asked for again
-let failed = null; // what was wrong with the last time
-let outlived = false; // whether the round that is under way began before what `anew` was told of
+let due = 0; // time of the next requests
+let failed = null; // the error of the last round
+let outdated = false; // whether `invalidate` was called during the running round
 const sift = search(document.getElementById("task-search"), () => list.querySelectorAll(".task"));
 
 function route({ best, metric, source, min_samples: least, choice }) {
-  if (best) return `goes to the best of ${best.join(", ")}, by ${metric} from ${source}, after ${least} samples each`;
-  return `goes to ${mixture(choice.map((c) => ({ ...c, version: c.name })))}`;
+  if (best) return `routes to the best of ${best.join(", ")}, by ${metric} from ${source}, after ${least} samples each`;
+  return `routes to ${mixture(choice.map((c) => ({ ...c, version: c.name })))}`;
 }
 
 const ms = (seconds) => (seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0);
 const latency = ({ p50, p95, p99 }) => (p50 == null ? "none" : [p50, p95, p99].map(ms).join(" / "));
 
-// Scores go from 0 to 1, so that they can be drawn side by side; jobs tell these in units of their own.
+// Scores are shown from 0 to 1; jobs report these metrics in their own units.
 const ON_A_SCALE = { loss: "1 − exp(−loss), less is better:", bleu: "bleu of each answer, of 1:", chrf: "chrf of each answer, of 1:" };
 
-// The mean within its interval, drawn from 0 to 1 and said in words.
+// The mean and its interval, as a bar from 0 to 1 and as text.
 function score(q) {
   const range = make("i");
   range.style.left = `${q.low * 100}%`;
@@ -38,10 +38,10 @@ function score(q) {
   return make("span", { className: "score" }, words, bar);
 }
 
-// The same version may have answered on several bases, and leads on the one that is served.
+// A version may have records on several bases; the leader is that of the served base.
 function standing(v, leader, base) {
-  if (v.base !== base) return [" ", make("span", { className: "tag", textContent: "on another base" })];
-  return v.version === leader ? [" ", make("span", { className: "tag succeeded", textContent: "leads" })] : [];
+  if (v.base !== base) return [" ", make("span", { className: "tag", textContent: "other base" })];
+  return v.version === leader ? [" ", make("span", { className: "tag succeeded", textContent: "leader" })] : [];
 }
 
 function table(task, versions, leader, base) {
@@ -62,7 +62,7 @@ function table(task, versions, leader, base) {
     [make("span", {}, make("code", { textContent: mixture(v.adapters) }), ...standing(v, leader, base))],
     [v.requests.toLocaleString("en"), "num"], [v.errors.toLocaleString("en"), "num"],
     [latency(v.ttft), "num"], [latency(v.tpot), "num"], [latency(v.e2e), "num"],
-    [v.quality.length ? make("span", {}, ...v.quality.map(score)) : "not scored yet"],
+    [v.quality.length ? make("span", {}, ...v.quality.map(score)) : "no scores"],
   ])));
   for (const part of [node.tHead, node.tBodies[0]]) part.setAttribute("role", "rowgroup");
   return node;
@@ -75,8 +75,8 @@ function card(task, { versions, best } = {}, base) {
   node.dataset.foundBy = [task.name, ...task.labels, route(task.route)].join(" ");
   const labels = task.labels.flatMap((label, i) => [i ? ", " : "Labels: ", make("bdi", { textContent: label })]);
   if (labels.length) node.append(make("p", { className: "hint" }, ...labels));
-  if (best) node.append(make("p", { className: "hint", textContent: `So far: ${best.reason}` }));
-  const empty = versions ? "Nobody has asked yet. Requests and scores are listed here, by the version that answered." : "Its figures have not come.";
+  if (best) node.append(make("p", { className: "hint", textContent: `Best route: ${best.reason}` }));
+  const empty = versions ? "No requests yet. Requests and scores are listed here by adapter version." : "Figures not loaded yet.";
   node.append(versions?.length ? table(task, versions, best?.version, base) : make("p", { className: "empty", textContent: empty }));
   return node;
 }
@@ -94,25 +94,25 @@ let round = null;
 
 export const refresh = () => (round ??= look().finally(() => { round = null; }));
 
-// After a restart, or with another key, what was told before says nothing.
-export function anew() {
+// Discard the loaded figures, after a restart or a new key.
+export function invalidate() {
   due = 0;
-  outlived = true;
+  outdated = true;
 }
 
 async function look() {
   if (performance.now() < due) {
-    if (failed) throw failed; // it still is
+    if (failed) throw failed; // until the next round
     return;
   }
-  outlived = false;
+  outdated = false;
   const [{ tasks: defined }, { base: { id } }] = await Promise.all([get("/tasks"), get("/stats")]);
   const names = defined.map((task) => task.name);
   for (const name of known.keys()) {
     if (!names.includes(name) || known.get(name) === null) known.delete(name);
   }
   failed = await inRounds(names, async (name) => { known.set(name, await performanceOf(name)); }).then(() => null, (error) => error);
-  due = outlived ? 0 : performance.now() + 100 * names.length; // each is asked for by itself: of hundreds, less often
+  due = outdated ? 0 : performance.now() + 100 * names.length; // one request per task: less often with many tasks
   show(defined.filter((task) => known.get(task.name) !== null), id);
   if (failed) throw failed;
 }
@@ -121,7 +121,7 @@ function show(tasks, id) {
   const now = JSON.stringify([tasks, tasks.map((task) => known.get(task.name)), id]);
   if (now === drawn) return;
   drawn = now;
-  const none = make("p", { className: "card empty", textContent: "No task yet. PUT /tasks/{name} defines one, or the task.json of an adapter's folder." });
+  const none = make("p", { className: "card empty", textContent: "No tasks yet. Define one with PUT /tasks/{name} or a task.json in an adapter folder." });
   for (const said of list.querySelectorAll(":scope > .empty")) said.remove();
   lay(list, cards, tasks.map((task) => ({ ...task, known: known.get(task.name), id })), (task) => task, (task) => card(task, task.known, id));
   if (!tasks.length) list.append(none);

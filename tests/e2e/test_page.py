@@ -34,7 +34,7 @@ REFUSED = "Failed to load resource"
 """What Chromium writes for each answer of 4xx, whether the page expects it or not."""
 FILM = "A stirring, funny film that never lets go."
 ENDLESS = "Count: one, two, three,"
-"""What the base alone, at temperature 0, goes on with for longer than any test takes to stop it."""
+"""What base only, at temperature 0, goes on with for longer than any test takes to stop it."""
 OFTEN = "{ const wait = setTimeout; setTimeout = (call, ms) => wait(call, ms === 2000 ? 250 : ms); }"
 """The page asks for what is new every two seconds, which most tests wait for once or more."""
 
@@ -112,7 +112,7 @@ def watched(opener: Browser | BrowserContext, url: str) -> Iterator[Page]:
 def ask(page: Page, prompt: str = FILM, tokens: int | None = None) -> None:
     page.get_by_role("textbox", name="Prompt").fill(prompt)
     if tokens is not None:
-        page.get_by_label("Tokens at most").fill(str(tokens))
+        page.get_by_label("Max tokens").fill(str(tokens))
     page.get_by_role("button", name="Run").click()
 
 
@@ -152,14 +152,14 @@ def test_a_task_answers_and_shows_timings(page: Page) -> None:
     ask(page)
     shown = figures(page)
     expect(page.locator(".answer")).to_have_text("positive")
-    assert re.fullmatch(r"[\d.]+ ms", shown["first token"]) and float(shown["tokens a second"]) > 0
-    assert "(stop)" in shown["tokens"] and shown["served by"].startswith("sentiment@")
+    assert re.fullmatch(r"[\d.]+ ms", shown["first token"]) and float(shown["tokens per second"]) > 0
+    assert "(stop)" in shown["tokens"] and shown["answered by"].startswith("sentiment@")
     assert page.get_by_role("button", name="Stop").is_disabled()
 
 
 def test_an_answer_streams(page: Page) -> None:
     page.locator("select.task").select_option("")
-    expect(page.locator(".side .hint").first).to_have_text("The base alone continues the prompt.")
+    expect(page.locator(".side .hint").first).to_have_text("The base model continues the prompt.")
     expect(page.locator(".answer")).to_be_empty()
     page.evaluate(
         """() => { window.seen = []; new MutationObserver(() => {
@@ -168,7 +168,7 @@ def test_an_answer_streams(page: Page) -> None:
     )
     ask(page, "Once upon a time, there was a", tokens=40)
     shown = figures(page)
-    assert shown["served by"] == "the base alone" and "→ 40 (length)" in shown["tokens"]
+    assert shown["answered by"] == "base only" and "→ 40 (length)" in shown["tokens"]
     lengths = page.evaluate("window.seen")
     assert len(lengths) > 10 and lengths == sorted(lengths), "the text grew step by step"
     assert not page.locator(".side .up").is_visible(), "without a task there is nothing to tell of"
@@ -191,10 +191,10 @@ def test_weights_by_sliders(page: Page) -> None:
     expect(first.get_by_role("slider")).to_have_value("-0.5")
     sent = body_of(page, lambda: ask(page))
     assert sent["adapters"] == [{"name": "sentiment", "weight": -0.5}, {"name": "formal", "weight": 0.35}]
-    served = figures(page)["served by"]
+    served = figures(page)["answered by"]
     assert re.fullmatch(r"sentiment@\w{12} × -0.5 \+ formal@\w{12} × 0.35", served), served
-    second.get_by_role("button", name="Take out").click()
-    first.get_by_role("button", name="Take out").click()
+    second.get_by_role("button", name="Remove").click()
+    first.get_by_role("button", name="Remove").click()
     assert "adapters" not in body_of(page, lambda: ask(page))
 
 
@@ -206,8 +206,8 @@ def test_two_answers_side_by_side(page: Page) -> None:
     right.get_by_role("button", name="Add adapter").click()
     right.get_by_label("Adapter", exact=True).select_option("formal")
     ask(page, tokens=8)
-    assert figures(page, 0)["served by"].startswith("sentiment@")
-    assert figures(page, 1)["served by"].startswith("formal@")
+    assert figures(page, 0)["answered by"].startswith("sentiment@")
+    assert figures(page, 1)["answered by"].startswith("formal@")
     page.get_by_role("checkbox").uncheck()
     expect(page.locator(".side")).to_have_count(1)
 
@@ -229,15 +229,15 @@ def test_thumbs_send_feedback(page: Page) -> None:
     ask(page)
     figures(page)
     with page.expect_response("**/tasks/sentiment/feedback") as caught:
-        page.get_by_role("button", name="A good answer").click()
+        page.get_by_role("button", name="Good answer").click()
     sent = json.loads(caught.value.request.post_data or "")
     assert sent["id"].startswith("gen-") and sent["score"] == 1
     assert caught.value.status == 204
-    expect(page.get_by_role("button", name="A good answer")).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("button", name="A bad answer").click()
-    expect(page.get_by_role("button", name="A good answer")).to_have_attribute("aria-pressed", "false")
-    expect(page.get_by_role("button", name="A bad answer")).to_have_attribute("aria-pressed", "true")
-    expect(page.locator("#notice")).to_have_text("Counted as a bad answer of sentiment.")
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Bad answer").click()
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "false")
+    expect(page.get_by_role("button", name="Bad answer")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#notice")).to_have_text("Recorded as a bad answer of sentiment.")
 
 
 def test_late_feedback_is_not_shown_on_another_answer(page: Page) -> None:
@@ -246,14 +246,14 @@ def test_late_feedback_is_not_shown_on_another_answer(page: Page) -> None:
     figures(page)
     held: list[Route] = []
     page.route("**/feedback", lambda route: held.append(route))
-    good = page.get_by_role("button", name="A good answer")
+    good = page.get_by_role("button", name="Good answer")
     good.click()
     until(lambda: page.wait_for_timeout(10) or held)
     ask(page, "A dull film.")
     expect(page.locator(".answer.done")).to_be_visible()
     figures(page)
     held[0].fulfill(status=204)
-    expect(page.locator("#notice")).to_have_text("Counted as a good answer of sentiment.")
+    expect(page.locator("#notice")).to_have_text("Recorded as a good answer of sentiment.")
     expect(good).to_have_attribute("aria-pressed", "false")
     page.unroute_all()
 
@@ -336,7 +336,7 @@ def test_a_deleted_task_stays_selected(page: Page, live: Live) -> None:
     expect(page.locator("#train-task option:checked")).to_have_text("passing (gone)")
     page.get_by_role("tab", name="Playground").click()
     expect(task.locator("option:checked")).to_have_text("passing (gone)")
-    expect(hint).to_contain_text("the task is gone")
+    expect(hint).to_contain_text("no longer exists")
     ask(page, "Hello", tokens=4)
     expect(page.locator(".answer")).to_contain_text("'passing'")
 
@@ -347,7 +347,7 @@ def test_a_new_default_task_is_shown_as_the_one_that_answered(page: Page, live: 
     try:
         ask(page, "Hello", tokens=2)
         figures(page)
-        expect(page.get_by_role("button", name="A good answer")).to_be_visible()
+        expect(page.get_by_role("button", name="Good answer")).to_be_visible()
         page.get_by_role("button", name="openai", exact=True).click()
         expect(page.locator("#notice")).to_have_text("Copied as openai.")
         assert 'model="default"' in page.evaluate("navigator.clipboard.readText()")
@@ -459,17 +459,17 @@ def test_form_edits_do_not_change_a_submitted_job(page: Page) -> None:
     page.route("**/v1/files", lambda route: route.fulfill(json={"id": "file-sent"}))
     page.route("**/v1/fine_tuning/jobs", lambda route: route.fulfill(json={"id": "ftjob-sent"}))
     page.get_by_role("tab", name="Jobs").click()
-    form, name, publish = page.locator("#train"), page.get_by_label("Adapter's name"), page.get_by_label("Publish")
+    form, name, publish = page.locator("#train"), page.get_by_label("Adapter name"), page.get_by_label("Publish")
     examples = {"name": "words.jsonl", "mimeType": "application/jsonl", "buffer": b"{}"}
     name.fill("first")
-    form.get_by_label("Examples, JSON or JSONL").set_input_files(examples)
+    form.get_by_label("Training examples (JSON or JSONL)").set_input_files(examples)
     held: list[Route] = []
     page.route("**/stats", lambda route: held.append(route))
     with page.expect_request("**/v1/fine_tuning/jobs") as caught:
         page.get_by_role("button", name="Start").click()
         until(lambda: page.wait_for_timeout(10) or held)
         name.fill("second")
-        form.get_by_label("Held-out examples").set_input_files(examples)
+        form.get_by_label("Validation examples").set_input_files(examples)
         form.get_by_label("Epochs").fill("7")
         form.get_by_label("Rank").fill("2")
         publish.select_option("never")
@@ -481,9 +481,9 @@ def test_form_edits_do_not_change_a_submitted_job(page: Page) -> None:
     assert (sent["suffix"], sent["hyperparameters"]) == ("first", {"n_epochs": 3})
     assert sent["lora"] == {"r": 8, "publish": "always"}
     assert sent["training_file"] == "file-sent" and "validation_file" not in sent
-    expect(page.locator("#notice")).to_have_text("The job is in the queue.")
+    expect(page.locator("#notice")).to_have_text("The job is queued.")
     expect(publish).to_have_value("never")
-    assert form.get_by_label("Held-out examples").evaluate("input => input.files.length") == 1
+    assert form.get_by_label("Validation examples").evaluate("input => input.files.length") == 1
     page.unroute_all()
 
 
@@ -549,7 +549,7 @@ def test_late_responses_are_not_drawn(page: Page, live: Live) -> None:
 def test_a_server_without_answers_is_shown_as_not_ready(page: Page) -> None:
     page.route("**/stats", lambda route: None)
     expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
-    expect(page.get_by_role("alert")).to_contain_text("the server does not answer")
+    expect(page.get_by_role("alert")).to_contain_text("the server does not respond")
     page.unroute_all()
     expect(page.locator("#status[data-ready]")).to_be_visible(timeout=30_000)
     expect(page.get_by_role("alert")).to_be_hidden()
@@ -564,7 +564,7 @@ def test_not_ready_with_other_error_texts(page: Page) -> None:
             const timeout = AbortSignal.timeout.bind(AbortSignal); AbortSignal.timeout = () => timeout(500); }"""
     )
     expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
-    expect(page.get_by_role("alert")).to_contain_text("the server does not answer")
+    expect(page.get_by_role("alert")).to_contain_text("the server does not respond")
     page.unroute_all()
     expect(page.locator("#status[data-ready]")).to_be_visible(timeout=30_000)
 
@@ -618,13 +618,13 @@ def test_a_file_changed_after_selection_is_an_error(page: Page, tmp_path: Path) 
     file.write_text('{"input": "a", "output": "b"}\n')
     # A browser knows a changed file by its time, and a clock that ticks slowly gives two writes in a row the same one.
     os.utime(file, (1e9, 1e9))
-    chosen = page.get_by_label("Examples, JSON or JSONL")
+    chosen = page.get_by_label("Training examples (JSON or JSONL)")
     chosen.set_input_files(file)
     assert chosen.evaluate("input => input.files[0].text()") == file.read_text()
     file.write_text('{"input": "a", "output": "b"}\n' * 2)
-    page.get_by_label("Adapter's name").fill("changed")
+    page.get_by_label("Adapter name").fill("changed")
     page.get_by_role("button", name="Start").click()
-    expect(page.get_by_role("alert")).to_contain_text("words.jsonl has changed since it was chosen")
+    expect(page.get_by_role("alert")).to_contain_text("words.jsonl has changed; choose it again")
 
 
 def test_run_is_disabled_until_tasks_are_loaded(page: Page) -> None:
@@ -694,10 +694,10 @@ def test_a_button_keeps_the_focus_during_updates(page: Page) -> None:
     page.route("**/jobs/ftjob-kept/cancel", lambda route: held.append(route))
     page.get_by_role("button", name="Cancel kept").click()
     until(lambda: page.wait_for_timeout(10) or held)
-    page.get_by_label("Adapter's name").focus()
+    page.get_by_label("Adapter name").focus()
     held[0].fulfill(json=job)
     expect(page.get_by_role("button", name="Cancel kept")).to_be_enabled()
-    expect(page.get_by_label("Adapter's name")).to_be_focused()
+    expect(page.get_by_label("Adapter name")).to_be_focused()
     page.get_by_role("button", name="Pause kept").focus()
     job["pausing"] = True
     expect(page.get_by_role("button", name="Resume kept")).to_be_visible()
@@ -767,8 +767,8 @@ def test_task_choices_load_without_jobs(page: Page) -> None:
     page.get_by_role("tab", name="Jobs").click()
     expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
     expect(page.get_by_role("button", name="Cancel shown")).to_be_visible()
-    task = page.get_by_label("Template of the task")
-    expect(task.locator("option")).to_have_text(["of the same name, if there is one"])
+    task = page.get_by_label("Task template")
+    expect(task.locator("option")).to_have_text(["same name as the adapter, if any"])
     refused = False
     expect(task.locator("option", has_text="sentiment")).to_have_count(1)
     expect(page.get_by_role("alert")).to_be_hidden()
@@ -818,7 +818,7 @@ def test_a_failed_request_does_not_hide_other_figures(page: Page, live: Live) ->
     expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
     expect(good).to_contain_text("1,111")
     expect(later).to_contain_text("1,111")
-    expect(never).to_contain_text("Its figures have not come.")
+    expect(never).to_contain_text("Figures not loaded yet.")
     refused.append("later")
     requests = 2_222
     expect(good).to_contain_text("2,222")
@@ -876,7 +876,7 @@ def test_a_new_key_reloads_the_tasks(page: Page) -> None:
     page.get_by_label("Key").press("Enter")
     with page.expect_request("**/tasks/sentiment/performance"):
         asked[0].fulfill(status=401, json={"error": {"message": "a key that is not known"}})
-    expect(page.locator("[data-task=sentiment]")).not_to_contain_text("have not come")
+    expect(page.locator("[data-task=sentiment]")).not_to_contain_text("not loaded yet")
     expect(page.get_by_role("alert")).to_be_hidden()
     page.unroute_all()
 
@@ -927,7 +927,7 @@ def test_actions_in_the_adapters_table(page: Page, live: Live) -> None:
     page.get_by_role("tab", name="Adapters").click()
     expect(row(page, "formal")).to_contain_text("KiB")
     expect(page.locator("#room")).to_have_text(
-        re.compile(r"[\d.]+ \wi?B of 6.0 MiB.*One more takes about [\d.]+ .iB, and \d+ more")
+        re.compile(r"[\d.]+ \wi?B of 6.0 MiB.*One more adapter takes about [\d.]+ .iB, and \d+ more")
     )
     cold = next(a["name"] for a in live.get("/adapters")["adapters"] if a["tier"] == "disk")
     page.get_by_role("button", name=f"Load {cold}").click()
@@ -940,12 +940,12 @@ def test_actions_in_the_adapters_table(page: Page, live: Live) -> None:
     page.get_by_role("button", name="Unpin formal").click()
     expect(row(page, "formal")).not_to_contain_text("pinned")
     page.once("dialog", lambda dialog: dialog.dismiss())
-    page.get_by_role("button", name="Retire spare").click()
+    page.get_by_role("button", name="Remove spare").click()
     assert live.client.get("/adapters/spare").status_code == 200, "asked first"
     page.once("dialog", lambda dialog: dialog.accept())
-    page.get_by_role("button", name="Retire spare").click()
-    expect(page.get_by_role("button", name="Retire spare")).to_have_count(0)
-    expect(page.locator("#notice")).to_have_text("spare is retired.")
+    page.get_by_role("button", name="Remove spare").click()
+    expect(page.get_by_role("button", name="Remove spare")).to_have_count(0)
+    expect(page.locator("#notice")).to_have_text("spare is removed.")
     expect(page.get_by_role("heading", name="Adapters on this server")).to_be_focused()
     assert live.client.get("/adapters/spare").status_code == 404
 
@@ -956,12 +956,12 @@ def test_errors_stay_visible(page: Page, live: Live) -> None:
     assert live.client.put("/tasks/guarded", json={"prompt": "{input}", "route": route}).is_success
     page.get_by_role("tab", name="Adapters").click()
     page.once("dialog", lambda dialog: dialog.accept())
-    page.get_by_role("button", name="Retire formal").click()
+    page.get_by_role("button", name="Remove formal").click()
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("guarded")
     looks(page, 3)
     expect(alert).to_be_visible()
-    page.get_by_role("button", name="Close the message").click()
+    page.get_by_role("button", name="Close message").click()
     expect(alert).to_be_hidden()
     assert live.client.delete("/tasks/guarded").is_success
 
@@ -1023,9 +1023,9 @@ def test_tasks_live_and_jobs_tabs(page: Page, live: Live) -> None:
         re.compile(r"accuracy [\d.]+ \(.* to .*\), \d+ by feedback")
     )
     contest = page.locator("[data-task=contest]")
-    expect(contest).to_contain_text("goes to the best of formal, sentiment, by accuracy from feedback")
-    expect(contest).to_contain_text("So far: taking turns until each has 20 samples")
-    expect(contest).to_contain_text("Nobody has asked yet")
+    expect(contest).to_contain_text("routes to the best of formal, sentiment, by accuracy from feedback")
+    expect(contest).to_contain_text("Best route: taking turns until each has 20 samples")
+    expect(contest).to_contain_text("No requests yet")
     assert live.client.delete("/tasks/contest").is_success
 
     page.get_by_role("tab", name="Live").click()
@@ -1048,7 +1048,7 @@ def test_versions_on_another_base_are_marked(page: Page, live: Live) -> None:
     page.route("**/performance", lambda route: route.fulfill(json={**told, "versions": versions, "best": best}))
     page.get_by_role("tab", name="Tasks").click()
     names = page.locator("[data-task=sentiment] tbody td:first-child")
-    expect(names).to_have_text([re.compile(r"@\w{12} leads$"), re.compile(r"@\w{12} on another base$")])
+    expect(names).to_have_text([re.compile(r"@\w{12} leads$"), re.compile(r"@\w{12} other base$")])
     page.unroute_all()
 
 
@@ -1071,7 +1071,7 @@ def test_search_appears_for_many_adapters(page: Page, live: Live) -> None:
             looks(page, 3)  # and then it still is
             expect(shown).to_have_count(1)
             field.fill("retire")  # what can be done with each is no word of it
-            expect(page.get_by_text("Nothing here has that in it.").locator("visible=true")).to_have_count(1)
+            expect(page.get_by_text("No matches.").locator("visible=true")).to_have_count(1)
             field.fill("")
             expect(shown.filter(has_text="mail-3")).to_have_count(1)
     finally:
@@ -1154,7 +1154,7 @@ def test_the_keyboard_alone(page: Page) -> None:
     page.keyboard.press("Space")
     expect(page.locator(".figures")).to_contain_text("stopped after")
     expect(page.get_by_role("button", name="Run")).to_be_focused()
-    page.get_by_label("Tokens at most").fill("2")
+    page.get_by_label("Max tokens").fill("2")
     page.get_by_role("textbox", name="Prompt").press("Control+Enter")
     figures(page)
 
@@ -1215,7 +1215,7 @@ def test_a_server_with_keys_asks_for_one(
     keys.write_text("boss:secret-two\n")
     with serving(tmp_path / "state", "--admin-keys-file", str(keys)) as live, watched(browser, live.url) as opened:
         opened.goto(live.url)
-        expect(opened.get_by_role("alert")).to_contain_text("A key is needed: give it under Key.")
+        expect(opened.get_by_role("alert")).to_contain_text("A key is needed: enter it in the Key field.")
         expect(opened.locator("#status")).to_have_text("no key")
         opened.evaluate(
             """() => { window.said = 0; new MutationObserver(() => { window.said += 1; }).observe(
@@ -1228,7 +1228,7 @@ def test_a_server_with_keys_asks_for_one(
             opened.get_by_label("Key").fill(wrong)
             opened.get_by_label("Key").press("Enter")
             expect(opened.get_by_role("alert")).to_contain_text("characters that no key can have")
-            expect(opened.locator("#status")).to_have_text("key not known")
+            expect(opened.locator("#status")).to_have_text("unknown key")
         opened.get_by_label("Key").fill("secret-two")
         opened.get_by_label("Key").press("Enter")
         expect(opened.locator("#status[data-ready]")).to_be_visible()
@@ -1288,10 +1288,10 @@ def test_the_page_under_a_path_prefix(browser: Browser, live: Live) -> None:
 def test_live_token_counters(page: Page, live: Live) -> None:
     page.get_by_role("tab", name="Live").click()
     now = page.locator("#live-now")
-    expect(now).to_contain_text(re.compile(r"tokens a second\s*0"))
+    expect(now).to_contain_text(re.compile(r"tokens per second\s*0"))
     body = {"prompt": FILM, "max_tokens": 8000, "ignore_eos": True, "stream": True}
     with live.client.stream("POST", "/generate", json=body) as answer:
-        expect(now).to_contain_text(re.compile(r"tokens a second\s*[1-9]"))
+        expect(now).to_contain_text(re.compile(r"tokens per second\s*[1-9]"))
         lines = answer.iter_lines()  # which closes the answer when it is let go
         assert next(lines), "it is still under way"
         assert live.get("/stats")["engine"]["running"] == 1
@@ -1311,22 +1311,22 @@ def test_rates_use_observed_intervals_only(page: Page, live: Live) -> None:
         held.pop().fulfill(json={**told, "engine": engine})
 
     look(1_000_000)
-    expect(now).to_contain_text(re.compile(r"tokens a second\s*…"))
+    expect(now).to_contain_text(re.compile(r"tokens per second\s*…"))
     look(1_000_000)
-    expect(now).to_contain_text(re.compile(r"tokens a second\s*0"))
+    expect(now).to_contain_text(re.compile(r"tokens per second\s*0"))
     look(2_000_000)
-    expect(now).to_contain_text(re.compile(r"tokens a second\s*[1-9]"))
+    expect(now).to_contain_text(re.compile(r"tokens per second\s*[1-9]"))
     expect(chart).to_have_attribute("aria-label", re.compile(r"generated [1-9]\d*, prompt [1-9]"))
     look(1_000)  # the server was started anew
-    expect(now).to_contain_text(re.compile(r"tokens a second\s*…"))
+    expect(now).to_contain_text(re.compile(r"tokens per second\s*…"))
     expect(chart).to_have_attribute("aria-label", "generated …, prompt …")
     look(2_000)
-    expect(now).to_contain_text(re.compile(r"tokens a second\s*[1-9]"))
+    expect(now).to_contain_text(re.compile(r"tokens per second\s*[1-9]"))
     page.evaluate("() => { const before = Date.now; Date.now = () => before() + 60_000; }")
     look(1_000_000)
-    expect(now).to_contain_text(re.compile(r"tokens a second\s*…"))
+    expect(now).to_contain_text(re.compile(r"tokens per second\s*…"))
     look(1_000_000)
-    expect(now).to_contain_text(re.compile(r"tokens a second\s*0"))
+    expect(now).to_contain_text(re.compile(r"tokens per second\s*0"))
     page.unroute_all()
 
 
@@ -1346,18 +1346,18 @@ def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, live: Live) -
     lines = "".join(json.dumps({"input": f"word {i}", "output": "yes"}) + "\n" for i in range(16)).encode()
 
     def start(name: str, content: bytes, epochs: int, validation: bytes = b"") -> None:
-        page.get_by_label("Examples, JSON or JSONL").set_input_files(
+        page.get_by_label("Training examples (JSON or JSONL)").set_input_files(
             {"name": "words.jsonl", "mimeType": "application/jsonl", "buffer": content}
         )
         if validation:
-            page.get_by_label("Held-out examples").set_input_files(
+            page.get_by_label("Validation examples").set_input_files(
                 {"name": "held.jsonl", "mimeType": "application/jsonl", "buffer": validation}
             )
-        page.get_by_label("Adapter's name").fill(name)
+        page.get_by_label("Adapter name").fill(name)
         page.get_by_label("Rank").fill("2")
         page.get_by_label("Epochs").fill(str(epochs))
         page.get_by_role("button", name="Start").click()
-        expect(page.get_by_label("Adapter's name")).to_have_value("")
+        expect(page.get_by_label("Adapter name")).to_have_value("")
 
     def card(name: str):
         return page.locator(".job").filter(has=page.locator("h2", has_text=name))
@@ -1383,8 +1383,8 @@ def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, live: Live) -
     page.get_by_role("button", name="Change between light and dark").click()
     expect(card("words").locator(".chart canvas")).to_be_visible()
     page.get_by_role("button", name="Change between light and dark").click()
-    page.get_by_label("Adapter's name").fill("base")
-    page.get_by_label("Examples, JSON or JSONL").set_input_files(
+    page.get_by_label("Adapter name").fill("base")
+    page.get_by_label("Training examples (JSON or JSONL)").set_input_files(
         {"name": "words.jsonl", "mimeType": "application/jsonl", "buffer": lines}
     )
     before = live.get("/v1/files")["data"]
