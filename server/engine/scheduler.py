@@ -16,15 +16,15 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adapters.weights import LoraWeights
 from server.engine.adapter_loader import AdapterLoader
 from server.engine.adapter_slots import AdapterSlots
+from server.engine.admission import Admission
 from server.engine.batch import ScheduledRequest
-from server.engine.kv_cache import BlockHash, KVCache, next_hash
-from server.engine.policies import Aging, CpuSharing, PendingPrefixes, Preemption, PrefillOrder, RamPressure
+from server.engine.kv_cache import BlockHash, KVCache
+from server.engine.policies import CpuSharing, Preemption, PrefillOrder
 from server.engine.prefill_budget import PrefillBudget
 from server.engine.queue import OUTPUT_COST, FairQueue
 from server.engine.request import Delivery, Request, State
@@ -32,9 +32,6 @@ from server.engine.scheduler_output import SchedulerOutput
 from server.errors import DeadlineExceeded, EngineFailed, NoCapacity
 
 log = logging.getLogger(__name__)
-
-PREFETCH_REQUESTS = 8
-"""Number of waiting requests whose adapters are copied to a GPU in advance."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,7 @@ class Scheduler:
         self.preemptions = 0
         self.budget = PrefillBudget(config.max_step_tokens, config.step_limit)
         self.cpu_sharing = CpuSharing(config.max_batch)
-        self.aging = Aging(config.age_limit)
-        self.ram_pressure = RamPressure(config.age_limit)
-        self.pending_prefixes = PendingPrefixes()
-        self._root = root
-        self._can_admit = False
-        """Whether anything has arrived or been freed since no waiting request could be admitted."""
+        self.admission = Admission(kv, slots, loader, self.waiting, self.running, config.age_limit, root)
         self._next_deadline = math.inf
         """No waiting or running request has an earlier deadline."""
         self._check_fits = False
@@ -136,7 +128,7 @@ class Scheduler:
         for request, tokens, logits in scheduled:
             request.computed += tokens
             if self.kv.has_prefix_cache and request.computed >= (request.num_hashed_blocks + 1) * self.kv.block_size:
-                self._register_full_blocks(request)
+                self.admission.register_full_blocks(request)
             if logits and not request.scored:
                 if not request.output:
                     request.first_token = now
@@ -179,7 +171,7 @@ class Scheduler:
         else:
             self.loader.add(request, request.submitted)
         self._next_deadline = min(self._next_deadline, request.deadline)
-        self._can_admit = True
+        self.admission.retry = True
 
     def finish(self, request: Request, now: float, *, trusted: bool = True) -> None:
         """Remove a request in any state and free everything that it holds.
@@ -193,33 +185,33 @@ class Scheduler:
                 self.kv.unregister(request.blocks)
             self.running.remove(request)
             self.waiting.leave(request)
-            self._release(request)
+            self.admission.release(request)
         else:
             self.waiting.remove(request)
-            self._stop_waiting(request)
+            self.admission.stop_waiting(request)
         request.state = State.DONE
         request.finished = now
-        self._can_admit = True
+        self.admission.retry = True
 
     def unload(self, digest: str) -> None:
         """Empty an adapter's slot as soon as no request uses it."""
         self.slots.unload(digest)
-        self._can_admit = True
+        self.admission.retry = True
 
     def free_ram(self, nbytes: int, now: float) -> None:
         """A load lacks `nbytes` of RAM: empty idle slots for it, and cancel loads of lower priorities."""
         self.slots.release_idle(nbytes)
         if self.waiting:
             self.loader.cancel_lower_priority(self.waiting.best_priority)
-        self.ram_pressure.report(now)
-        self._check_fits = self._can_admit = True
+        self.admission.ram_pressure.report(now)
+        self._check_fits = self.admission.retry = True
 
     def reset(self) -> None:
         """Discard all computed blocks and adapters after a failed step. No request may be running."""
         assert not self.running, "running requests end before a reset"
         self.kv.clear()
         self.slots.reset()
-        self._can_admit = True
+        self.admission.retry = True
 
     # -- deadlines and loads
 
@@ -236,8 +228,8 @@ class Scheduler:
     def _poll_loads(self, now: float, output: SchedulerOutput) -> None:
         any_done, failed = self.loader.poll(now)
         if any_done:
-            self._can_admit = True
-            self.ram_pressure.clear()
+            self.admission.retry = True
+            self.admission.ram_pressure.clear()
         if self._check_fits:
             self._check_fits = False
             failed += self.loader.never_fitting()
@@ -257,8 +249,8 @@ class Scheduler:
         priority = self.waiting.best_priority
         if all(r.priority <= priority for r in self.running):
             return
-        lacks_room = not self._has_place(output) or self.aging.is_blocked(priority)
-        lacks_ram = self.slots.use_ram and self._is_ram_urgent(now)
+        lacks_room = not self._has_place(output) or self.admission.aging.is_blocked(priority)
+        lacks_ram = self.slots.use_ram and self.admission.is_ram_urgent(now)
         victim = Preemption.for_priority(self.running, priority, lacks_room=lacks_room, lacks_ram=lacks_ram)
         if victim is not None:
             self._preempt(victim)
@@ -275,20 +267,11 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Take back everything that a running request holds, and return it to the waiting queue."""
         self.running.remove(request)
-        self._release(request)
+        self.admission.release(request)
         request.state = State.QUEUED
         self.waiting.requeue(request)
         self.preemptions += 1
-        self._can_admit = True
-
-    def _release(self, request: Request) -> None:
-        self._remove_pending(request, request.num_hashed_blocks, len(request.block_hashes) - 1)
-        self.kv.free(request.blocks)
-        self.slots.release(request.mix)
-        del request.blocks[:]
-        request.slots = ()
-        request.computed = request.num_hashed_blocks = 0
-        request.scores.clear()
+        self.admission.retry = True
 
     # -- prefill chunks
 
@@ -315,99 +298,43 @@ class Scheduler:
         tokens = min(request.required - request.computed, limit, before + max(0, output.max_logits - output.num_logits))
         return max(0, tokens), max(0, tokens - before)
 
-    # -- prefix cache
-
-    def _register_full_blocks(self, request: Request) -> None:
-        full = request.computed // self.kv.block_size
-        hashes = self._hashes(request, full)
-        for i in range(request.num_hashed_blocks, full):
-            self.kv.register(request.blocks[i], hashes[i + 1], request.mix)
-        self._remove_pending(request, request.num_hashed_blocks, full)
-        request.num_hashed_blocks = full
-
-    def _remove_pending(self, request: Request, start: int, stop: int) -> None:
-        """Blocks `start` to `stop` of the request are computed, or never will be."""
-        if self.pending_prefixes.remove(request, request.block_hashes[start + 1 : stop + 1]):
-            self._can_admit = True
-
-    def _hashes(self, request: Request, count: int) -> list[BlockHash]:
-        """Return the root hash and the hashes of at least the first `count` blocks."""
-        hashes, size = request.block_hashes, self.kv.block_size
-        if not hashes:
-            hashes.append(self._root(request))
-        for i in range(len(hashes) - 1, count):
-            hashes.append(next_hash(hashes[-1], request.slice(i * size, (i + 1) * size)))
-        return hashes
-
     # -- admission
 
     def _admit(self, now: float, output: SchedulerOutput) -> None:
         """Admit waiting requests while the step has room."""
-        if not self._can_admit or not self.waiting:
+        if not self.admission.retry or not self.waiting:
             return
-        ram_urgent = self._is_ram_urgent(now)
-        self._can_admit = ram_urgent
-        candidates = self._candidates(now)
+        ram_urgent = self.admission.is_ram_urgent(now)
+        self.admission.retry = ram_urgent
+        candidates = self.admission.candidates(now, ram_urgent)
         while self._room(0, output) > 0 and self._has_place(output):
             request = next(candidates, None)
             if request is None:
                 break
-            if ram_urgent and not (self._needs_no_ram(request) or self.loader.has_weights(request)):
-                continue
             try:
-                self._try_admit(request, now, output)
+                new_adapters = self.admission.reserve(request, lambda depth: self._room(depth, output), now)
             except Exception as e:
                 self._refuse(output, request, e, now)
+                continue
+            if new_adapters is not None:
+                self._start(request, new_adapters, now, output)
         else:
-            self._can_admit = True  # not all candidates were tried
+            self.admission.retry = True  # not all candidates were tried
         if self.slots.memory is not None and not ram_urgent:
-            self._copy_ahead(now, output)
+            for request, error in self.admission.copy_ahead(now):
+                self._refuse(output, request, error, now)
 
-    def _candidates(self, now: float) -> Iterator[Request]:
-        """Waiting requests of the best priority in queue order, after one that is starving."""
-        starving = self.aging.starving(self.waiting, lambda request: self._weights(request, now)[0], now)
-        if starving is not None:
-            yield starving
-            if starving.state in (State.QUEUED, State.LOADING):
-                return
-        for request in self.waiting.in_order():
-            if request.priority > self.waiting.best_priority:
-                return
-            if request is not starving:
-                yield request
-
-    def _try_admit(self, request: Request, now: float, output: SchedulerOutput) -> None:
-        """Admit a request if its weights, adapter slots and KV blocks are all available."""
-        is_loaded, weights = self._weights(request, now)
-        if not is_loaded:
-            return
-        found: list[int] = []
-        hashes = request.block_hashes
-        if self.kv.has_prefix_cache:
-            most = request.first_logit // self.kv.block_size
-            hashes = self._hashes(request, request.required // self.kv.block_size)
-            found = self.kv.match_prefix(hashes[1 : most + 1])
-            if len(found) < most and hashes[len(found) + 1] in self.pending_prefixes:
-                self.kv.free(found)
-                return
-        computed = len(found) * self.kv.block_size
-        if self._room(computed, output) <= 0:
-            self.kv.free(found)
-            self._can_admit = True  # the next step has room again
-            return
-        new_adapters = [digest for digest in request.mix.digests if not self.slots.holds(digest)]
-        blocks = self._reserve_all(request, weights, self.kv.blocks_for(request.required) - len(found), found)
-        if blocks is None:
-            self.aging.block(request, now)
-            return
-        self._start(request, found, blocks)
-        if self.kv.has_prefix_cache:
-            self.pending_prefixes.add(request, hashes[len(found) + 1 :])
+    def _start(self, request: Request, new_adapters: list[str], now: float, output: SchedulerOutput) -> None:
+        """Let a request run for which everything is reserved."""
+        self.waiting.admit(request)
+        self.admission.stop_waiting(request)
+        request.state = State.RUNNING
+        self.running.append(request)
         if math.isnan(request.admitted):
             request.admitted = now
-            request.cached = computed
-            self.kv.count_query(len(request.prompt), len(found))
-            self.waiting.charge(request, max(1, len(request.prompt) - computed))
+            request.cached = request.computed
+            self.kv.count_query(len(request.prompt), request.num_hashed_blocks)
+            self.waiting.charge(request, max(1, len(request.prompt) - request.computed))
             output.admitted.append(request)
         if self.slots.memory is not None:
             output.copying.update(new_adapters)
@@ -415,64 +342,9 @@ class Scheduler:
         if not (output.scheduled or output.reserved) or output.copying.isdisjoint(request.mix.digests):
             self._add_chunk(request, output)
 
-    def _reserve_all(
-        self, request: Request, weights: Sequence[LoraWeights] | None, need: int, found: list[int]
-    ) -> list[int] | None:
-        """Reserve `need` KV blocks and all adapter slots, or free the blocks `found` and return None."""
-        slots = None
-        try:
-            # One block more for each running request, which may need it soon.
-            if need + len(self.running) <= self.kv.available:
-                slots = self.slots.reserve(request.mix, weights)
-        finally:
-            if slots is None:
-                self.kv.free(found)
-        if slots is None:
-            return None
-        request.slots = slots
-        blocks = self.kv.allocate(need)
-        assert blocks is not None, "availability was checked before"
-        return blocks
-
-    def _start(self, request: Request, found: list[int], blocks: list[int]) -> None:
-        """Move an admitted request from the waiting queue to the running list."""
-        self.waiting.admit(request)
-        self._stop_waiting(request)
-        request.state = State.RUNNING
-        request.blocks.extend(found + blocks)
-        request.num_hashed_blocks = len(found)
-        request.computed = len(found) * self.kv.block_size
-        self.running.append(request)
-
-    def _weights(self, request: Request, now: float) -> tuple[bool, Sequence[LoraWeights] | None]:
-        """Return whether the request's adapters are loaded, and their weights if they have no slots. Starts loads."""
-        if self.slots.has(request.mix):
-            return True, None
-        weights = self.loader.get(request, now)
-        return weights is not None, weights
-
     def _has_place(self, output: SchedulerOutput) -> bool:
         """Whether the batch has room for another request."""
         return len(self.running) - output.finishing < self.config.max_batch
-
-    def _is_ram_urgent(self, now: float) -> bool:
-        return self.ram_pressure.is_urgent(now, lambda: self.loader.longest_wait(self.waiting.best_priority, now))
-
-    def _needs_no_ram(self, request: Request) -> bool:
-        """Whether the request runs on the base alone, or on adapters that are copied to a GPU."""
-        return not request.mix or (not self.slots.use_ram and self.slots.has(request.mix))
-
-    def _copy_ahead(self, now: float, output: SchedulerOutput) -> None:
-        """Load and copy to the GPU the adapters of the next requests in the queue, while others run."""
-        following = list(itertools.islice(self.waiting.in_order(), PREFETCH_REQUESTS))
-        wanted = {digest for request in following for digest in request.mix.digests}
-        for request in following:
-            is_loaded, weights = self._weights(request, now)
-            if is_loaded and weights is not None:
-                try:
-                    self.slots.prefetch(request.mix, weights, wanted)
-                except Exception as e:
-                    self._refuse(output, request, e, now)
 
     def _refuse(self, output: SchedulerOutput, request: Request, error: Exception, now: float) -> None:
         """End a request whose adapters cannot be placed in slots."""
@@ -481,9 +353,3 @@ class Scheduler:
             error = EngineFailed("the request's adapters could not be loaded; see the server's log")
         # The traceback's frames refer to the weights and would keep them in memory.
         self._end(output, request, error.with_traceback(None), now)
-
-    def _stop_waiting(self, request: Request) -> None:
-        """Release its load and its age."""
-        if self.loader.release(request):
-            self._can_admit = True  # a load that was refused before may start now
-        self.aging.remove(request)

@@ -313,7 +313,7 @@ class Bench:
         assert not self.engine._live
         assert len(self.engine._scheduler.loader) == 0
         assert not any(self.engine._scheduler.waiting._present.values())
-        assert not self.engine._scheduler.aging and not self.engine._scheduler.pending_prefixes
+        assert not self.engine._scheduler.admission.aging and not self.engine._scheduler.admission.pending_prefixes
         assert self.engine._inbox.waiting == 0 and self.engine._inbox._tokens == 0 and not self.engine._inbox._count_of
 
 

@@ -367,7 +367,7 @@ def test_a_request_that_starves_for_room_is_not_passed_by_its_own_priority(
     large = b.submit(prompt(2, 16), max_tokens=2, priority=priority)
     b.engine._drain_inbox()
     for later in (0.0, 0.6):  # a second attempt does not reset the age
-        scheduler._can_admit = True
+        scheduler.admission.retry = True
         scheduler.schedule(large.request.submitted + later)
     small = b.submit(prompt(3, 2), max_tokens=1)
     b.engine._drain_inbox()
