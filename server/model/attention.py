@@ -1,8 +1,4 @@
-"""What a step knows beside its tokens: `Context`, and attention over paged KV blocks or over packed sequences.
-
-Owns how keys and values are written, gathered and attended to. Does not know the decoder, what
-an adapter is, or who allocates the blocks.
-"""
+"""The context of a decoder step, and attention over paged KV blocks (serving) or packed sequences (training)."""
 
 from __future__ import annotations
 
@@ -18,15 +14,22 @@ from server.kernels.lora import Segments
 
 
 class Attention(Protocol):
-    """Causal attention of a step's rows, each within its own sequence."""
+    """Causal attention of a step's tokens, each within its own sequence."""
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [T, heads, d], k and v [T, kv_heads, d], after RoPE: [T, heads * d]. Writes k and v where they are kept."""
+        """Attend, and store k and v in the KV cache if there is one.
+
+        Args:
+            q: Queries after RoPE, [T, heads, d]; k and v: [T, kv_heads, d].
+
+        Returns:
+            [T, heads * d].
+        """
 
 
 @dataclass(frozen=True)
 class Context:
-    """A step: positions int64 [T], the attention over its sequences, and the adapters of its rows (serving only)."""
+    """A step: positions int64 [T], the attention over its sequences, and the adapters of its tokens (serving)."""
 
     positions: torch.Tensor
     attention: Attention
@@ -36,9 +39,9 @@ class Context:
 def grouped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False
 ) -> torch.Tensor:
-    """q [n, heads, d] of one sequence, k and v [c, kv_heads, d]: [n, heads * d].
+    """Grouped-query attention of one sequence: q [n, heads, d], k and v [c, kv_heads, d] -> [n, heads * d].
 
-    The KV heads are a batch and the query heads of each are its heads, sharing keys without a copy.
+    KV heads are the batch dimension, so that the query heads of a group share keys without a copy.
     """
     n, heads, d = q.shape
     kv_heads = k.shape[1]
@@ -51,9 +54,10 @@ def grouped_attention(
 
 
 class PackedAttention:
-    """Several sequences one after the other, without padding and without a cache; gradients flow. For training.
+    """Attention over concatenated sequences without padding or KV cache, for training.
 
-    `lengths` are those of the sequences, in the order of the rows; their sum is T.
+    Args:
+        lengths: Lengths of the sequences, in the order of the tokens; their sum is T.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -61,7 +65,7 @@ class PackedAttention:
 
     @property
     def positions(self) -> torch.Tensor:
-        """int64 [T]: each sequence counts from 0."""
+        """int64 [T]; each sequence starts at 0."""
         return torch.cat([torch.arange(n) for n in self.lengths])
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -72,7 +76,7 @@ class PackedAttention:
 
 @dataclass(frozen=True)
 class _Prefill:
-    """One sequence with several new tokens: rows, blocks, and the mask [n, c], None where plain causal does."""
+    """A sequence with several new tokens. `mask` is [n, c], or None if the causal mask suffices."""
 
     rows: slice
     blocks: torch.Tensor
@@ -82,7 +86,7 @@ class _Prefill:
 
 @dataclass(frozen=True)
 class _Decode:
-    """S sequences with one new token each and similar lengths: rows [S], blocks [S * B], mask [S, 1, 1, c]."""
+    """S sequences of similar lengths with one new token each: rows [S], blocks [S * B], mask [S, 1, 1, c]."""
 
     rows: torch.Tensor | slice
     blocks: torch.Tensor
@@ -90,11 +94,16 @@ class _Decode:
 
 
 class PagedAttention:
-    """Attention over KV blocks: prefill chunks and single new tokens side by side in one step. No gradients.
+    """Attention over a paged KV cache, for prefill chunks and single tokens in the same step. No gradients.
 
-    `storage` is [layers, blocks + 1, block_size, 2, kv_heads, d]; the last block is never written and stays zero, it
-    stands for what a shorter sequence lacks. A block is zeroed when its first token is written, so that nothing of
-    an earlier owner, not even a NaN, is ever multiplied.
+    A block is zeroed when its first token is written, so that stale values (even NaN) are never multiplied.
+
+    Args:
+        storage: [layers, blocks + 1, block_size, 2, kv_heads, d]. The last block stays zero and pads shorter sequences.
+        positions: int64 [T].
+        row_start: First token of each sequence in the step, and T at the end: [S + 1].
+        context: Length of each sequence including its new tokens: [S].
+        blocks: Block table [S, B]; -1 is unused.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
-"""`Decoder`: one decoder for the Llama family, by its config, in the module tree and names of Transformers.
+"""`Decoder`: the decoder of the Llama family (Llama, Mistral, SmolLM2/3, Qwen2/2.5/3) with Transformers' module names.
 
-Llama, Mistral, SmolLM2, SmolLM3, Qwen2, Qwen2.5, Qwen3. Owns the order of operations. Does not know which kernels
-compute, how keys and values are kept, which adapters are on, or whether gradients are wanted.
+It is the reference for the native runners and the forward pass of training.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class Source(Protocol):
-    """What a decoder is built over: a loaded `Base`, or anything with its weights."""
+    """A loaded `Base`, or anything with its weights."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -41,11 +40,11 @@ class Source(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights and tensors, wherever they lie."""
+        """Bytes of all weights and tensors."""
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, given out in `dtype`."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, returned in `dtype`."""
 
     def __init__(self, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -58,13 +57,13 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """x [T, heads, d] turned; element i pairs with i + d/2, so the sine of the first half is negative."""
+    """Apply RoPE to x [T, heads, d]. Element i pairs with i + d/2, so the sine of the first half is negative."""
     cos, sin = rotary
     return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of each row, RoPE where the layer has it, and the output projection."""
+    """Self-attention: q, k and v projections, RoPE if the layer has it, and the output projection."""
 
     def __init__(self, base: Source, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -84,14 +83,14 @@ class Attention(nn.Module):
     def projected(
         self, x: torch.Tensor, rotary: Rotary, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [T, heads, d], k and v [T, kv_heads, d] of x [T, hidden], turned: what attention is computed of."""
+        """x [T, hidden] -> q [T, heads, d], k and v [T, kv_heads, d], after RoPE."""
         q, k = self.q_proj(x, context), self.k_proj(x, context)
         v = self.v_proj(x, context).view(len(x), -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.view(len(x), -1, self.head_dim)).flatten(1)
             k = self.k_norm(k.view(len(x), -1, self.head_dim)).flatten(1)
         heads = q.shape[1] // self.head_dim
-        both = torch.cat((q, k), -1).view(len(x), -1, self.head_dim)  # turned in one go
+        both = torch.cat((q, k), -1).view(len(x), -1, self.head_dim)  # rotated together
         if self.has_rope:
             both = rotate(both, rotary)
         return both[:, :heads], both[:, heads:], v
@@ -107,7 +106,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 class MLP(nn.Module):
-    """SwiGLU between two linears and one."""
+    """The SwiGLU feed-forward network."""
 
     def __init__(self, base: Source, layer: int) -> None:
         super().__init__()
@@ -122,7 +121,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on the normed stream and added to it. The stream itself is float32."""
+    """A pre-norm decoder layer. The residual stream is float32."""
 
     def __init__(self, base: Source, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -152,7 +151,7 @@ class Table(nn.Module):
 
 
 class Stack(nn.Module):
-    """The layers between embedding and output table; `model` in Transformers' names."""
+    """Embedding table, layers and final norm; `model` in Transformers' names."""
 
     def __init__(self, base: Source, dtype: torch.dtype) -> None:
         super().__init__()
@@ -178,9 +177,12 @@ class Stack(nn.Module):
 class Decoder(nn.Module):
     """A causal language model over a base's packed weights, which it shares and never changes.
 
-    `dtype` is that of the activations between kernels, the backend's own unless given; the residual stream, the
-    norms and the logits are float32. Training has a tree of its own over them, on any backend, and replaces any of its
-    `Linear`s by a LoRALinear over it; the serving tree, if there is one, stays as it is.
+    Training builds its own `Decoder` over the same weights and replaces `Linear`s by LoRALinears.
+
+    Args:
+        base: The weights.
+        dtype: Of activations between kernels; the backend's own by default. Residual stream, norms and logits are
+            float32.
     """
 
     def __init__(self, base: Source, dtype: torch.dtype | None = None) -> None:
@@ -194,11 +196,11 @@ class Decoder(nn.Module):
         return self.model.embed_tokens(ids)  # type: ignore[no-any-return]
 
     def forward(self, embeddings: torch.Tensor, context: Context) -> torch.Tensor:
-        """Embeddings float32 [T, hidden] -> the normed hidden states float32 [T, hidden]."""
+        """Embeddings float32 [T, hidden] -> final hidden states after the norm, float32 [T, hidden]."""
         return self.model(embeddings, context)  # type: ignore[no-any-return]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states of any rows, float32 [L, hidden] -> float32 [L, vocab]."""
+        """Final hidden states float32 [L, hidden] -> logits float32 [L, vocab]."""
         return self.lm_head(hidden)  # type: ignore[no-any-return]
 
 

@@ -1,12 +1,11 @@
-"""A GGUF file: its header, its tensors as bytes, and the exact mapping of its 4- and 8-bit blocks.
+"""Reads GGUF files (versions 2 and 3, little-endian): the header, tensors, and lossless 4- and 8-bit blocks.
 
-Owns the container format (versions 2 and 3, little-endian) and the block layouts of Q4_0, Q4_1 and Q8_0; all other
-quantized types are read through the `gguf` package, imported only then. Does not know which tensor is which layer:
-that, and llama.cpp's order of the rows of q and k, is in checkpoint.py.
+Other block types are dequantized by the `gguf` package. Its own reader is not used: it takes 2 s for the token list.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -31,11 +30,12 @@ _FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _ROWS = 1024  # rows dequantized at a time
+_MAX_DEPTH = 8  # of nested arrays
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` is outermost first, as in torch: a matrix is (out, in)."""
+    """Type, shape (outermost first, as in torch) and position of a tensor."""
 
     name: str
     kind: int
@@ -49,10 +49,16 @@ class TensorInfo:
 
 
 class GgufFile:
-    """A file whose header has been read. Raises BadModel if it is no GGUF file, is truncated, or is of another version.
+    """A GGUF file. The header is read at once, tensors on demand.
 
-    `metadata` holds every key, arrays of numbers as numpy arrays and of strings as lists. Tensors are read, not mapped:
-    a file that somebody cuts short meanwhile would end the process. Reading them raises BadModel then.
+    Tensors are read, not mapped: truncating a mapped file would kill the process.
+
+    Attributes:
+        metadata: Key -> value; arrays of numbers are numpy arrays, arrays of strings are lists.
+        tensors: Name -> TensorInfo.
+
+    Raises:
+        BadModel: the file is not GGUF, truncated, or of an unsupported version. Reading tensors may raise it too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +67,7 @@ class GgufFile:
             with path.open("rb") as file:
                 self.metadata, self.tensors = _Header(file, path.name).read()
         except ValueError as error:
-            raise BadModel(f"{path.name} is not a whole GGUF file: {error}") from error
+            raise BadModel(f"{path.name} is not a complete GGUF file: {error}") from error
         except OSError as error:
             raise BadModel(f"{path.name} cannot be read: {error.strerror or error}") from error
 
@@ -70,22 +76,21 @@ class GgufFile:
         return Rows(self, self.tensors[name])
 
     def floats(self, name: str) -> torch.Tensor:
-        """The whole tensor, of its own floating dtype or, if it is quantized, dequantized to float32."""
+        """The whole tensor in its own floating dtype, or dequantized to float32."""
         rows = Rows(self, self.tensors[name])
         return rows[: rows.shape[0]].view(self.tensors[name].shape)
 
     def stored(self, name: str) -> Weight | None:
-        """A matrix of Q4_0, Q4_1 or Q8_0 in the stored layout, without loss; None for what has no such form.
+        """A matrix of Q4_0, Q4_1 or Q8_0 in the stored layout, without loss.
 
-        The values equal those of the `gguf` package bit for bit. A Q8_0 code of -128, which the stored layout does
-        not have and llama.cpp does not write, has no such form either, nor have scales that are not finite.
+        None for other tensors, non-finite scales, and Q8_0 codes of -128, which the layout does not have.
         """
         info = self.tensors[name]
         if info.kind not in (Q4_0, Q4_1, Q8_0) or len(info.shape) != 2:
             return None
         rows, columns = info.shape
         shape = (rows, columns)
-        raw = self._bytes(info, 0, rows).view(rows, columns // BLOCK, _SIZES[info.kind][1])
+        raw = self.read_rows(info, 0, rows).view(rows, columns // BLOCK, _SIZES[info.kind][1])
         scale = _halves(raw[..., 0:2])
         if not bool(torch.isfinite(scale).all()):
             return None
@@ -103,20 +108,20 @@ class GgufFile:
         tensors = {"codes": _interleave(codes).view(rows, columns // 2), "scale": scale, "zero": zero}
         return Weight("int4", STORED, shape, BLOCK, tensors)
 
-    def _bytes(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        """Bytes of rows start..stop as uint8 [rows, bytes]; a vector is one row."""
+    def read_rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Raw bytes of rows start..stop, uint8 [rows, bytes]; a vector is one row."""
         row = info.nbytes // info.shape[0] if len(info.shape) > 1 else info.nbytes
         try:
             data = np.fromfile(self.path, np.uint8, (stop - start) * row, offset=info.offset + start * row)
         except OSError as error:
             raise BadModel(f"{self.path.name} cannot be read: {error.strerror or error}") from error
         if len(data) != (stop - start) * row:
-            raise BadModel(f"{self.path.name} was cut short while it was read; start again")
+            raise BadModel(f"{self.path.name} was truncated while it was read; start again")
         return torch.from_numpy(data).view(stop - start, row)
 
 
 class Rows:
-    """A vector or matrix whose rows are dequantized when they are sliced: `rows[a:b]` is float [b - a, in]."""
+    """A vector or matrix that is dequantized when it is sliced: `rows[a:b]` is float [b - a, in]."""
 
     def __init__(self, file: GgufFile, info: TensorInfo) -> None:
         self._file, self._info = file, info
@@ -128,7 +133,7 @@ class Rows:
         assert step == 1
         info = self._info
         if info.kind in _FLOATS:
-            return self._file._bytes(info, start, stop).view(self.dtype)
+            return self._file.read_rows(info, start, stop).view(self.dtype)
         from gguf.quants import dequantize
 
         values = torch.empty((stop - start, self.shape[1]), dtype=torch.float32)
@@ -136,19 +141,16 @@ class Rows:
         try:
             for first in range(start, stop, _ROWS):
                 last = min(first + _ROWS, stop)
-                with np.errstate(all="ignore"):  # what is not finite is refused by whoever takes the values
-                    block = dequantize(self._file._bytes(info, first, last).numpy(), kind)
+                with np.errstate(all="ignore"):  # callers refuse non-finite values
+                    block = dequantize(self._file.read_rows(info, first, last).numpy(), kind)
                 values[first - start : last - start] = torch.from_numpy(block)
         except NotImplementedError as error:
-            raise BadModel(f"tensors of the GGUF type {kind.name} cannot be read ({info.name})") from error
+            raise BadModel(f"tensors of the GGUF type {kind.name} are not supported ({info.name})") from error
         return values
 
 
-_MAX_DEPTH = 8
-
-
 class _Header:
-    """Reads the header from its start to its end, once."""
+    """Reads a header once, from start to end. Raises BadModel and ValueError."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
@@ -158,10 +160,9 @@ class _Header:
         if self._take(4) != MAGIC:
             raise BadModel(f"{self._name} is not a GGUF file")
         version = self._scalar("<I")
-        if version in (2 << 24, 3 << 24):
-            raise BadModel(f"{self._name} is big-endian; convert the model to a little-endian GGUF file")
         if version not in (2, 3):
-            raise BadModel(f"{self._name} is of GGUF version {version}; versions 2 and 3, little-endian, are read")
+            reason = "is big-endian" if version in (2 << 24, 3 << 24) else f"has the GGUF version {version}"
+            raise BadModel(f"{self._name} {reason}; little-endian files of versions 2 and 3 are supported")
         tensor_count, key_count = self._scalar("<Q"), self._scalar("<Q")
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
@@ -172,7 +173,7 @@ class _Header:
         found = [self._tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError("general.alignment is no positive whole number")
+            raise ValueError("general.alignment is not a positive whole number")
         start = -(-self._at // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
         for name, kind, shape, offset in found:
@@ -214,9 +215,8 @@ class _Header:
         if kind == _STRING:
             return [self._string() for _ in range(count)]
         if kind == _ARRAY:
-            # a list inside a list inside a list: no model has one, and each level is a level of our own stack
             if depth == _MAX_DEPTH:
-                raise ValueError("lists are nested too deeply")
+                raise ValueError("its arrays are nested too deeply")
             return [self._value(_ARRAY, depth + 1) for _ in range(count)]
         form = np.dtype(_form(kind))
         return np.frombuffer(self._take(count * form.itemsize), form)
@@ -236,11 +236,8 @@ def _nbytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
 
         values, size = GGML_QUANT_SIZES[_gguf_type(kind)]
     if shape[-1] % values or 0 in shape:
-        raise ValueError(f"{name} of shape {shape} is not made of whole blocks of {values}")
-    total = size
-    for length in (*shape[:-1], shape[-1] // values):
-        total *= length
-    return total
+        raise ValueError(f"{name} of shape {shape} does not consist of whole blocks of {values}")
+    return int(size) * math.prod((*shape[:-1], shape[-1] // int(values)))
 
 
 def _gguf_type(kind: int) -> Any:
@@ -249,10 +246,10 @@ def _gguf_type(kind: int) -> Any:
     try:
         return GGMLQuantizationType(kind)
     except ValueError:
-        if kind > 255:  # no type of a newer llama.cpp: the header is damaged
+        if kind > 255:  # not a type of a newer llama.cpp, but a damaged header
             raise
         raise BadModel(
-            f"tensors of the GGUF type number {kind} are not read here; quantize the model to another type, such as "
+            f"tensors of the GGUF type number {kind} are not supported; quantize the model to another type, such as "
             "Q4_0, Q4_1 or Q8_0"
         ) from None
 
@@ -263,7 +260,7 @@ def _halves(raw: torch.Tensor) -> torch.Tensor:
 
 
 def _interleave(codes: torch.Tensor) -> torch.Tensor:
-    """Nibbles of a block from (i, i + 16) a byte, as ggml has them, to (2i, 2i + 1): uint8 [rows, blocks, 16]."""
+    """Reorder the 4-bit codes of each byte from ggml's (i, i + 16) to (2i, 2i + 1): uint8 [rows, blocks, 16]."""
     out = torch.empty(codes.shape, dtype=torch.uint8)
     low, high = codes & 15, codes >> 4
     out[..., :8] = low[..., 0::2] | (low[..., 1::2] << 4)

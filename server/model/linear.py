@@ -1,7 +1,4 @@
-"""`Linear`: a matrix of the base as a module, with the adapters of a step added to it and gradients through it.
-
-Owns the one place where a base product meets the low-rank updates. Does not know how either is computed.
-"""
+"""`Linear`: a frozen base matrix as a module, with LoRA updates in serving and input gradients in training."""
 
 from __future__ import annotations
 
@@ -17,12 +14,11 @@ if TYPE_CHECKING:
     from server.model.attention import Context
 
 BLOCK_BYTES = 32 * 2**20
-"""Bytes of the float32 rows of a matrix that a gradient is sent back through at a time."""
+"""Bytes of dequantized float32 rows that the backward pass holds at a time."""
 
 
 class _Frozen(torch.autograd.Function):
-    """x W^T, and `update` if there is one, by the backend's own kernel; the gradient of x is grad W with W dequantized.
-    W has no gradient."""
+    """x W^T (+ `update`) by the backend's kernel. The gradient of x is grad W, with W dequantized; W has none."""
 
     @staticmethod
     def forward(
@@ -47,10 +43,10 @@ class _Frozen(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """One linear of the base: called with x [T, in] and the step's context, gives [T, out] of x's dtype.
+    """A linear of the base: x [T, in] -> [T, out] of x's dtype.
 
-    Holds no parameter: the matrix is shared, packed and frozen. In a tree for training it is the `base_layer` of a
-    LoRALinear, there the context has no segments.
+    It has no parameters: the packed matrix is shared and frozen. In serving, adapters of the context's segments are
+    added. In training it is the `base_layer` of a LoRALinear, and the context has no segments.
     """
 
     def __init__(self, path: str, weight: Weight, bias: torch.Tensor | None, backend: Backend) -> None:
@@ -75,10 +71,10 @@ class Linear(nn.Module):
         return y
 
     def onto(self, update: torch.Tensor, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        """See `adapters.layers.Onto`."""
+        """Add the linear to a LoRA `update`, see `adapters.layers.Onto`."""
         y: torch.Tensor = _Frozen.apply(x, self.weight, self.backend, update)  # type: ignore[no-untyped-call]
         if self.bias is not None:
-            y += self.bias  # in place: y stays of x's dtype
+            y += self.bias  # in place, to keep x's dtype
         return y
 
     def extra_repr(self) -> str:

@@ -1,7 +1,6 @@
-"""Quantization: choosing codes and scales for a matrix, and what they cost. Results are in the `stored` layout.
+"""Quantizes matrices: asymmetric int4, NormalFloat4, int8, and double quantization of scales.
 
-Owns the choice (int4 asymmetric, NormalFloat4, int8, double quantization of the scales) and the refusal of groups
-that do not fit. What codes and scales mean is said in kernels/stored.py; files and models are not known here.
+Results are in the `stored` layout of `server.kernels.packed_format`.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from server.kernels.packed_format import NF4, TILE, decode_tiles, pack_nibbles, 
 from server.kernels.weight import STORED, Weight
 
 SCHEMES = ("int4", "nf4", "none")
-"""What the linears can be stored as."""
+"""Schemes of linears."""
 GROUPS = (32, 64, 128, 256)
 TABLE_GROUP = 32
-"""Group of 8-bit tables, that of GGUF's Q8_0."""
-_CHUNK = 1 << 20  # values quantized at a time: the temporaries stay in cache and out of the peak
+"""Group size of 8-bit tables, as in GGUF's Q8_0."""
+_CHUNK = 1 << 20  # values quantized at a time, so that temporaries stay small
 
 
 class Rows(Protocol):
-    """A matrix [out, in] that can be read a few rows at a time: a tensor, or one that still lies in a file."""
+    """A matrix [out, in] that is read a few rows at a time: a tensor, or one in a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -35,9 +34,12 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a base is to be stored. `group` None means the scheme's own: 64, or what a GGUF file has.
+    """Quantization settings of a base. Raises BadSetting for invalid ones.
 
-    `table_bits` is 8 or 16, for the embedding table and the output table. Raises BadSetting.
+    Attributes:
+        group: Inputs per scale; None is 64, or 32 for a GGUF file.
+        double_quant: Quantize the scales to 8 bits.
+        table_bits: 8 or 16, for the embedding and the output table.
     """
 
     scheme: str = "int4"
@@ -56,35 +58,35 @@ class Quantization:
 
     @property
     def linear_group(self) -> int:
-        """The group of linears that are quantized from floats."""
+        """Group size of linears that are quantized from floats."""
         return 64 if self.group is None else self.group
 
     @property
     def label(self) -> str:
-        """For people: `int4 in groups of 64, scales in 8 bits, tables in 8`."""
+        """For logs: `int4 in groups of 64, scales in 8 bits, tables in 8 bits`."""
         if self.scheme == "none":
             return "not quantized"
         scales = ", scales in 8 bits" if self.double_quant else ""
         return f"{self.scheme} in groups of {self.linear_group}{scales}, tables in {self.table_bits} bits"
 
     def describe(self) -> dict[str, str | int | bool | None]:
-        """What others are told: scheme, group (None without quantization), double, table_bits."""
+        """scheme, group, double and table_bits, as in the API; group and table_bits are None without quantization."""
         group = None if self.scheme == "none" else self.linear_group
         bits = None if self.scheme == "none" else self.table_bits
         return {"scheme": self.scheme, "group": group, "double": self.double_quant, "table_bits": bits}
 
 
 def check_group(name: str, columns: int, group: int) -> None:
-    """Raises BadModel if `group` does not divide the inputs of layer `name`, naming the groups that do."""
+    """Raises BadModel, naming the possible groups, if `group` does not divide the inputs of layer `name`."""
     if columns % group == 0:
         return
     fitting = [str(g) for g in GROUPS if columns % g == 0]
-    advice = f"groups of {', '.join(fitting)} do" if fitting else "no group does, so use --quantization none"
+    advice = f"groups of {', '.join(fitting)} do" if fitting else "no group does, use --quantization none"
     raise BadModel(f"{name} has {columns} inputs, which groups of {group} do not divide; {advice}", "group_size")
 
 
 def check_finite(name: str, values: torch.Tensor) -> None:
-    """Raises BadModel, naming `name`, for an infinity or what is no number. One fast pass where there is neither."""
+    """Raises BadModel, naming `name`, for infinities and NaNs. One fast pass over finite values."""
     if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(torch.isfinite(values).all()):
         raise BadModel(f"{name} holds values that are not finite")
 
@@ -92,11 +94,15 @@ def check_finite(name: str, values: torch.Tensor) -> None:
 def quantize(
     matrix: Rows, scheme: str, group: int = 64, double_quant: bool = False, name: str = "the matrix"
 ) -> Weight:
-    """`matrix` [out, in], of any floating dtype, as a Weight in the stored layout.
+    """Quantize a matrix, a few rows at a time.
 
-    Schemes are `int4`, `nf4`, `int8` and `none`, which keeps the values. It works on a few rows at a time, so the
-    peak is that of the result. Raises BadModel, naming `name`, if the group does not divide the inputs or a value is
-    not finite or too large for float16 scales.
+    Args:
+        matrix: [out, in], of any floating dtype.
+        scheme: `int4`, `nf4`, `int8`, or `none`, which keeps the values.
+        name: Of the matrix, for errors.
+
+    Raises:
+        BadModel: the group does not divide the inputs, or a value is not finite or too large for float16 scales.
     """
     rows, columns = matrix.shape
     shape = (rows, columns)
@@ -131,7 +137,7 @@ def quantize_table(matrix: Rows, bits: int, name: str = "the table") -> Weight:
 
 
 def bits(weights: Iterable[Weight]) -> float:
-    """Bits a parameter over all of `weights`, scales and zeros counted."""
+    """Bits per parameter over all `weights`, including scales and zeros."""
     nbytes = parameters = 0
     for weight in weights:
         nbytes += weight.nbytes
@@ -142,7 +148,7 @@ def bits(weights: Iterable[Weight]) -> float:
 def _store(
     tensors: dict[str, torch.Tensor], key: str, values: torch.Tensor, start: int, stop: int, double_quant: bool
 ) -> torch.Tensor:
-    """Write scales or zeros of rows start..stop (start is a multiple of 16) and return what will be read back."""
+    """Write scales or zeros of rows start..stop (start is a multiple of 16); returns the values as stored."""
     if not double_quant:
         tensors[key][start:stop] = values.half()
         return values.half().float()
@@ -165,7 +171,7 @@ def _store(
 
 
 def _codes(block: torch.Tensor, scheme: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The nearest codes of `block` [rows, groups, group] for the scales that will be read back, as they are stored."""
+    """The packed nearest codes of `block` [rows, groups, group] for the scales as stored."""
     scale = stored["scale"][..., None]
     inverse = torch.where(scale != 0, 1 / scale, 0)
     if scheme == "int8":
@@ -186,11 +192,10 @@ def _fit_nf4(block: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _fit_int4(block: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Scale and zero of each group of `block` [rows, groups, group], chosen for a small squared error.
+    """Scale and zero of each group of `block` [rows, groups, group] with a small squared error.
 
-    The range of a group is the start; a range a tenth narrower, fitted twice by least squares of the values on their
-    codes, nearly always does better (relative error 0.086 instead of 0.090 on Gaussian groups of 64), and is taken
-    where it does. Values that lie on a grid of 16 keep the range and are stored without loss.
+    Compares the group's range with a 10 % narrower range after two least-squares fits, and takes the better one
+    (relative error 0.086 instead of 0.090 on Gaussian groups of 64). Values on a grid of 16 are stored without loss.
     """
     low, high = block.aminmax(dim=-1)
     scale, zero = (high - low) / 15, low
@@ -204,7 +209,7 @@ def _fit_int4(block: torch.Tensor) -> dict[str, torch.Tensor]:
         code_mean = codes.mean(-1)
         covariance = (codes * block).mean(-1) - code_mean * mean
         variance = codes.square().mean(-1) - code_mean * code_mean
-        # a flat group has no variance: its scale stays and the zero alone carries the value
+        # a constant group has no variance: the zero alone carries its value
         fitted_scale = torch.where(variance > 1e-6, covariance / variance, fitted_scale)
         fitted_zero = mean - fitted_scale * code_mean
     fitted_error = _error(block, _grid(block, fitted_scale, fitted_zero), fitted_scale, fitted_zero)
@@ -218,7 +223,7 @@ def _grid(block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch
 
 
 def _error(block: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Squared error of each group with scale and zero rounded to float16."""
+    """Squared error of each group, with scale and zero in float16."""
     read = codes * scale.half().float()[..., None]
     read += zero.half().float()[..., None]
     return read.sub_(block).square_().sum(-1)

@@ -150,7 +150,7 @@ class Cached:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_sequences_give_transformers_logits(family: str) -> None:
+def test_packed_logits_equal_transformers(family: str) -> None:
     model, base = build(family)
     sequences = prompts(4)
     for ids, logits in zip(sequences, packed(base, sequences), strict=True):
@@ -158,7 +158,7 @@ def test_packed_sequences_give_transformers_logits(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chunks_and_single_tokens_in_one_step_give_transformers_logits(family: str) -> None:
+def test_paged_logits_equal_transformers(family: str) -> None:
     model, base = build(family)
     sequences = prompts(4, seed=1)
     cached = Cached(base, [()] * 4)
@@ -178,7 +178,7 @@ def test_chunks_and_single_tokens_in_one_step_give_transformers_logits(family: s
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_each_rope_scaling_gives_transformers_logits(scaling: str) -> None:
+def test_rope_scalings_equal_transformers(scaling: str) -> None:
     rope = SCALINGS[scaling] | {"rope_theta": 10000.0}
     model, base = build("llama", rope_parameters=rope)
     ids = torch.randint(3, 97, (60,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -230,7 +230,7 @@ def four_adapters(base: Tiny) -> list[LoraWeights]:
     ]
 
 
-def test_rows_of_one_step_take_their_own_mixes() -> None:
+def test_each_sequence_uses_its_own_mix() -> None:
     model, base = build("llama")
     adapters = four_adapters(base)
     cached = Cached(base, MIXES)
@@ -245,7 +245,7 @@ def test_rows_of_one_step_take_their_own_mixes() -> None:
         torch.testing.assert_close(got, merged(model, adapters, MIXES[s], ids), atol=TOLERANCE, rtol=0)
 
 
-def test_a_sweep_of_weights_in_one_step_equals_each_alone() -> None:
+def test_batched_mix_weights_equal_each_alone() -> None:
     model, base = build("llama")
     adapter = random_adapter(base, 2, 6, ALL)
     weights = [-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0]
@@ -263,7 +263,7 @@ def test_a_sweep_of_weights_in_one_step_equals_each_alone() -> None:
         torch.testing.assert_close(alone.step({0: ids}), got, atol=TOLERANCE, rtol=0)
 
 
-def test_what_a_sequence_left_in_its_blocks_harms_nobody() -> None:
+def test_stale_kv_blocks_are_cleared() -> None:
     """A row that overflows fills its blocks with NaN; their next owner and its neighbours do not see it."""
     _, base = build("llama")
     ids = prompts(3)[1]
@@ -281,7 +281,7 @@ def test_what_a_sequence_left_in_its_blocks_harms_nobody() -> None:
     assert torch.isfinite(after).all()
 
 
-def test_gradients_flow_through_packed_sequences_as_in_transformers() -> None:
+def test_gradients_equal_transformers() -> None:
     model, base = build("qwen3")
     sequences = prompts(3)
     decoder, attention = Decoder(base), PackedAttention([len(ids) for ids in sequences])

@@ -1,3 +1,5 @@
+"""Headers and tensors of GGUF files, against the `gguf` package."""
+
 from __future__ import annotations
 
 import os
@@ -62,7 +64,7 @@ def test_blocks_are_stored_without_loss(tmp_path: Path, kind: KINDS) -> None:
 
 
 @pytest.mark.parametrize("kind", [KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q5_1, KINDS.Q8_0])
-def test_rows_of_any_type_are_read_as_the_package_reads_them(tmp_path: Path, kind: KINDS) -> None:
+def test_rows_equal_those_of_the_gguf_package(tmp_path: Path, kind: KINDS) -> None:
     matrix = values(40, 64)
     file = GgufFile(write(tmp_path / "m.gguf", {"w": (matrix, kind)}))
     expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(matrix, kind), kind))
@@ -73,7 +75,7 @@ def test_rows_of_any_type_are_read_as_the_package_reads_them(tmp_path: Path, kin
         assert file.stored("w") is None
 
 
-def test_a_code_of_minus_128_is_not_passed_on(tmp_path: Path) -> None:
+def test_codes_of_minus_128_have_no_lossless_form(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", {"w": (values(2, 32), KINDS.Q8_0)})
     info = GgufFile(path).tensors["w"]
     data = bytearray(path.read_bytes())
@@ -83,7 +85,7 @@ def test_a_code_of_minus_128_is_not_passed_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [KINDS.Q4_0, KINDS.Q4_1, KINDS.Q8_0])
-def test_scales_that_are_not_finite_are_not_passed_on(tmp_path: Path, kind: KINDS) -> None:
+def test_non_finite_scales_have_no_lossless_form(tmp_path: Path, kind: KINDS) -> None:
     path = write(tmp_path / "m.gguf", {"w": (values(2, 32), kind)})
     info = GgufFile(path).tensors["w"]
     data = bytearray(path.read_bytes())
@@ -110,11 +112,11 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadModel, match="version 1"):
         GgufFile(other)
     other.write_bytes(b"GGUF\x00\x00\x00\x03" + whole[8:])
-    with pytest.raises(BadModel, match="big-endian; convert"):
+    with pytest.raises(BadModel, match="big-endian"):
         GgufFile(other)
 
 
-def test_a_key_or_a_tensor_is_there_once(tmp_path: Path) -> None:
+def test_repeated_keys_and_tensors_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", {"wa": (values(2, 32), KINDS.Q8_0), "wb": (values(2, 32), KINDS.Q8_0)})
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"\2\0\0\0\0\0\0\0wb", b"\2\0\0\0\0\0\0\0wa"))
@@ -126,13 +128,12 @@ def test_a_key_or_a_tensor_is_there_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [KINDS.Q4_0, KINDS.F32, KINDS.Q5_1])
-def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path: Path, kind: KINDS) -> None:
-    """Pages of a mapped one that are no longer there would end the process."""
+def test_a_file_that_is_truncated_during_reading_is_refused(tmp_path: Path, kind: KINDS) -> None:
     path = write(tmp_path / "m.gguf", {"w": (values(64, 64), kind)})
     file = GgufFile(path)
     os.truncate(path, 500)
     for read in (file.stored, file.floats) if kind == KINDS.Q4_0 else (file.floats,):
-        with pytest.raises(BadModel, match=r"m\.gguf was cut short while it was read; start again"):
+        with pytest.raises(BadModel, match=r"m\.gguf was truncated while it was read; start again"):
             read("w")
     path.unlink()
     with pytest.raises(BadModel, match=r"m\.gguf cannot be read: No such file"):
@@ -141,33 +142,19 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path: Path, ki
         GgufFile(path)
 
 
-def test_a_type_that_nobody_here_knows_is_no_damage(tmp_path: Path) -> None:
+def test_unknown_tensor_types_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", {"w": (values(8, 64), KINDS.Q4_0)})
     data = bytearray(path.read_bytes())
     at = data.index(struct.pack("<Q", 1) + b"w") + 9 + 4 + 16  # behind the name and two dimensions
     assert data[at] == KINDS.Q4_0
     data[at] = 99
     path.write_bytes(data)
-    with pytest.raises(BadModel, match="type number 99 are not read here; quantize the model to"):
+    with pytest.raises(BadModel, match="type number 99 are not supported; quantize the model to"):
         GgufFile(path)
 
 
-def test_flipped_header_bytes_never_do_worse_than_badmodel(tmp_path: Path) -> None:
-    whole = write(tmp_path / "m.gguf", {"w": (values(8, 64), KINDS.Q4_0)}).read_bytes()
-    rng = np.random.default_rng(1)
-    for case in range(200):
-        data = bytearray(whole)
-        data[int(rng.integers(4, 400))] ^= int(rng.integers(1, 256))
-        path = tmp_path / f"{case}.gguf"
-        path.write_bytes(data)
-        try:
-            GgufFile(path)
-        except BadModel:
-            continue
-
-
 @pytest.mark.parametrize("alignment", [8, 64, 4096])
-def test_tensors_lie_where_the_alignment_of_the_file_says(tmp_path: Path, alignment: int) -> None:
+def test_alignment(tmp_path: Path, alignment: int) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_custom_alignment(alignment)
     for name, count in (("a", 5), ("b", 7)):

@@ -1,4 +1,4 @@
-"""Made-up GGUF files: read, or refused as BadModel; nothing else ever comes out."""
+"""Fuzzing of GGUF files: every input is read or raises BadModel."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def read(path: Path, content: bytes) -> bool:
     return True
 
 
-def test_the_good_one_is_read(tmp_path: Path) -> None:
+def test_the_valid_file_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "f", GOOD)
 
 
@@ -78,7 +78,7 @@ def test_the_good_one_is_read(tmp_path: Path) -> None:
         file([], [], tensor_count=2**62),
     ],
 )
-def test_what_was_found(tmp_path: Path, content: bytes) -> None:
+def test_earlier_findings(tmp_path: Path, content: bytes) -> None:
     assert not read(tmp_path / "f", content)
 
 
@@ -93,7 +93,7 @@ def test_changed_bytes(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
 
 @TMP
 @given(st.integers(0, len(GOOD)), st.binary(max_size=64))
-def test_cut_and_continued(tmp_path: Path, at: int, tail: bytes) -> None:
+def test_truncated_and_extended(tmp_path: Path, at: int, tail: bytes) -> None:
     read(tmp_path / "f", GOOD[:at] + tail)
 
 
@@ -115,11 +115,11 @@ TENSOR = st.builds(
 
 @TMP
 @given(st.lists(ENTRY, max_size=3), st.lists(TENSOR, max_size=3), st.binary(max_size=128))
-def test_made_up_headers(tmp_path: Path, pairs: list[bytes], tensors: list[bytes], data: bytes) -> None:
+def test_random_headers(tmp_path: Path, pairs: list[bytes], tensors: list[bytes], data: bytes) -> None:
     read(tmp_path / "f", file(pairs, tensors, data))
 
 
-# -- what a file says of its tokenizer, as `GgufFile` hands it out: numbers, texts, arrays of numpy, lists
+# Tokenizer metadata, as `GgufFile` returns it
 
 SCALAR = st.sampled_from([None, True, False, -1, 0, 2, 10**6, 2**64 - 1, float("nan"), "", "llama", "a"])
 ARRAY = st.sampled_from(
@@ -141,20 +141,20 @@ ENTRIES = st.tuples(
 
 @TMP
 @given(changes=st.dictionaries(KEYS, VALUE, max_size=3), entries=st.lists(ENTRIES, max_size=3))
-def test_made_up_vocabularies(
+def test_random_vocabularies(
     spm_metadata: dict[str, Any], changes: dict[str, Any], entries: list[tuple[str, int, str | float]]
 ) -> None:
-    told = dict(spm_metadata)
+    metadata = dict(spm_metadata)
     for key, at, value in entries:
         name = f"tokenizer.ggml.{key}"
         if isinstance(value, str) == (key == "tokens") and not (key == "token_type" and isinstance(value, float)):
-            told[name] = told[name].copy()
-            told[name][at] = value
-    told |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+            metadata[name] = metadata[name].copy()
+            metadata[name][at] = value
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     try:
-        vocabulary = from_gguf(told)
+        vocabulary = from_gguf(metadata)
     except BadModel:
         return
     tokenizer = vocabulary.tokenizer
-    assert max(tokenizer.encode("the other </s> 日").ids) < len(told["tokenizer.ggml.tokens"])
+    assert max(tokenizer.encode("the other </s> 日").ids) < len(metadata["tokenizer.ggml.tokens"])
     assert vocabulary.eos_ids <= set(range(389))

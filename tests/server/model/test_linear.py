@@ -27,7 +27,7 @@ NATIVE = pytest.param("native", marks=pytest.mark.skipif(cpu.unavailable() is no
 
 @pytest.mark.parametrize("kernels", ["reference", "aten"])
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "int8", "none"])
-def test_the_gradient_is_that_of_the_dequantized_matrix(
+def test_the_input_gradient_uses_the_dequantized_matrix(
     scheme: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "BLOCK_BYTES", 1)  # several blocks
@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_the_dequantized_matrix(
 @pytest.mark.parametrize("kernels", ["reference", "aten", NATIVE, "cuda"])
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "none"])
 @pytest.mark.parametrize("rows", [64, 256])
-def test_an_update_below_the_last_place_of_the_sum_is_not_lost(scheme: str, kernels: str, rows: int) -> None:
+def test_small_updates_are_not_rounded_away(scheme: str, kernels: str, rows: int) -> None:
     """In bf16, where a product that is rounded before it is added would swallow it."""
     generator = torch.Generator().manual_seed(2)
     backend = Cuda(torch.bfloat16) if kernels == "cuda" else choose(kernels)
@@ -75,7 +75,7 @@ def test_an_update_below_the_last_place_of_the_sum_is_not_lost(scheme: str, kern
     assert (found * update).sum() / update.float().square().sum() == pytest.approx(1, abs=0.15)
 
 
-def test_a_second_tree_trains_over_the_same_weights(tiny_base: Base, tiny_runner: TorchRunner) -> None:
+def test_training_leaves_the_serving_decoder_unchanged(tiny_base: Base, tiny_runner: TorchRunner) -> None:
     serving, tree = Decoder(tiny_base), Decoder(tiny_base)
     layers = inject(tree, LoraSpec(rank=4, alpha=8.0), seed=1)
     assert set(layers) == set(tiny_base.shapes())

@@ -1,13 +1,15 @@
+"""Quantization: errors, exact cases, and refusals."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-from server import settings
 from server.errors import BadModel, BadSetting
 from server.kernels.packed_format import NF4, TILE, dequantize_stored, pack_nibbles, unpack_nibbles
 from server.model import quantization
 from server.model.quantization import Quantization, bits, check_group, quantize, quantize_table
+from server.settings.schema import GROUP_SIZES
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -18,14 +20,14 @@ def relative(weight_error: torch.Tensor, matrix: torch.Tensor) -> float:
     return float(weight_error.norm() / matrix.norm())
 
 
-def test_nibbles_go_low_first_and_come_back() -> None:
+def test_nibbles_are_packed_low_first() -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(3, 2)
     packed = pack_nibbles(codes)
     assert packed[0, 0] == 0x10 and packed[0, 1] == 0x32
     assert torch.equal(unpack_nibbles(packed), codes)
 
 
-def test_dequantize_follows_the_definition_element_by_element() -> None:
+def test_dequantize_equals_the_definition() -> None:
     for double in (False, True):
         weight = quantize(gaussian(37, 128), "int4", 32, double)
         t = weight.tensors
@@ -46,7 +48,7 @@ def test_dequantize_follows_the_definition_element_by_element() -> None:
 
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "int8"])
 @pytest.mark.parametrize("double", [False, True])
-def test_rows_can_be_read_alone(scheme: str, double: bool) -> None:
+def test_rows_can_be_dequantized_alone(scheme: str, double: bool) -> None:
     weight = quantize(gaussian(50, 128), scheme, 64, double)
     whole = dequantize_stored(weight)
     assert whole.dtype == torch.float32 and whole.shape == (50, 128)
@@ -73,7 +75,7 @@ def test_error_and_cost_on_gaussian_weights(scheme, group, double, most, at_most
     assert weight.double_quantized is double
 
 
-def test_the_fit_is_never_worse_than_the_range_and_usually_better() -> None:
+def test_fitted_scales_are_never_worse_than_the_range() -> None:
     matrix = gaussian(64, 512)
     blocks = matrix.view(64, -1, 64)
     low, high = blocks.aminmax(dim=-1)
@@ -85,7 +87,7 @@ def test_the_fit_is_never_worse_than_the_range_and_usually_better() -> None:
     assert float(ours.sum()) < 0.94 * float(plain.sum())
 
 
-def test_values_on_a_grid_of_sixteen_survive_exactly() -> None:
+def test_values_on_a_grid_of_16_are_exact() -> None:
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(0, 16, (32, 128), generator=generator)
     codes.view(32, 4, 32)[..., 0], codes.view(32, 4, 32)[..., 1] = 0, 15
@@ -93,13 +95,12 @@ def test_values_on_a_grid_of_sixteen_survive_exactly() -> None:
     assert torch.equal(dequantize_stored(quantize(matrix, "int4", 32)), matrix)
 
 
-def test_settings_know_the_groups() -> None:
-    """They are checked there before torch is loaded, so there are two lists."""
-    assert settings.GROUPS == quantization.GROUPS
+def test_settings_allow_the_groups() -> None:
+    assert GROUP_SIZES == quantization.GROUPS
 
 
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "int8"])
-def test_flat_and_zero_groups(scheme: str) -> None:
+def test_constant_groups(scheme: str) -> None:
     matrix = torch.zeros(16, 128)
     matrix[:, 64:] = 0.5
     for double in (False, True):
@@ -107,13 +108,13 @@ def test_flat_and_zero_groups(scheme: str) -> None:
         assert torch.allclose(got, matrix, rtol=5e-4, atol=1e-6)
 
 
-def test_nf4_is_the_table_of_qlora() -> None:
+def test_nf4_equals_the_table_of_qlora() -> None:
     assert NF4.shape == (16,) and NF4[0] == -1 and NF4[7] == 0 and NF4[15] == 1
     matrix = NF4.repeat(16, 4) * 0.5
     assert torch.equal(dequantize_stored(quantize(matrix, "nf4", 64)), matrix)
 
 
-def test_int8_codes_stay_off_minus_128() -> None:
+def test_int8_has_no_code_of_minus_128() -> None:
     weight = quantize_table(gaussian(64, 64), 8)
     assert weight.scheme == "int8" and weight.group == 32
     assert int(weight.tensors["codes"].min()) >= -127
@@ -128,7 +129,7 @@ def test_none_keeps_values_and_dtype() -> None:
     assert quantize_table(gaussian(8, 24), 16).tensors["codes"].dtype == torch.bfloat16
 
 
-def test_a_group_that_does_not_divide_names_those_that_do() -> None:
+def test_a_group_that_does_not_divide_names_possible_ones() -> None:
     with pytest.raises(BadModel, match=r"down_proj has 96 inputs, which groups of 64 do not divide; groups of 32 do"):
         quantize(gaussian(16, 96), "int4", 64, name="down_proj")
     with pytest.raises(BadModel, match="no group does"):
@@ -137,20 +138,20 @@ def test_a_group_that_does_not_divide_names_those_that_do() -> None:
 
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "int8", "none"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused_by_name(scheme: str, bad: float) -> None:
+def test_non_finite_values_are_refused(scheme: str, bad: float) -> None:
     matrix = gaussian(16, 64)
     matrix[3, 5] = bad
     with pytest.raises(BadModel, match="q_proj"):
         quantize(matrix, scheme, 64, name="q_proj")
 
 
-def test_settings_out_of_range() -> None:
+def test_invalid_settings() -> None:
     for wrong in ({"scheme": "int3"}, {"group": 48}, {"table_bits": 4}):
         with pytest.raises(BadSetting):
             Quantization(**wrong)
 
 
-def test_bits_over_several() -> None:
+def test_bits_over_several_matrices() -> None:
     a, b = quantize(gaussian(16, 64), "int4", 32), quantize(gaussian(16, 64), "none")
     assert bits([a]) == 5.0
     assert bits([a, b]) == pytest.approx((5 + 32) / 2)
@@ -158,7 +159,7 @@ def test_bits_over_several() -> None:
 
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "int8"])
 @pytest.mark.parametrize("double", [False, True])
-def test_a_matrix_of_several_pieces_is_quantized_as_one(
+def test_chunked_quantization_equals_quantizing_at_once(
     scheme: str, double: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of large models are, of whose rows some are looked at at a time: in whole tiles of scales."""

@@ -22,7 +22,7 @@ CONFIG = llama(
 
 
 @pytest.mark.parametrize("end", [0, 1, 7, 14, 500])
-def test_pieces_of_positions_have_the_same_angles(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
+def test_chunked_angles_equal_all_at_once(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
     asked = []
 
     def piece(inverse: torch.Tensor, factor: float, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
