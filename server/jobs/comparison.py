@@ -10,7 +10,7 @@ from typing import Any
 from adapters.errors import InvalidData
 from adapters.weights import Version
 from server.jobs.worker_messages import EVALUATED
-from server.tasks.evaluation import LOSS, Score
+from server.tasks.scores import LOSS, Score
 
 
 @dataclass(frozen=True)

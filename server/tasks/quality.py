@@ -16,6 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DataError, IntegrityError
 
 from adapters.errors import StoreFailed
 from server.database import Database
@@ -102,7 +103,7 @@ class Quality:
                 changes = [] if row.score is None else [(row.score, row.at, -1)]
                 hours = mix.changed_hours(FEEDBACK_METRIC, FEEDBACK, [*changes, (value, row.at, 1)])
                 store.set_score(connection, row.id, value)
-                store.write_hours(connection, self._database, mix.id, FEEDBACK_METRIC, FEEDBACK, hours)
+                store.write_hours(connection, mix.id, FEEDBACK_METRIC, FEEDBACK, hours)
             mix.update_hours(FEEDBACK_METRIC, FEEDBACK, hours)
 
     def record_evaluation(self, key: MixKey, metric: str, values: Mapping[str, float], context: str = "") -> None:
@@ -122,7 +123,7 @@ class Quality:
                 replaced = store.replace_example_scores(connection, mix.id, metric, context, values, now)
                 changes = [(value, at, -1) for value, at in replaced] + [(value, now, 1) for value in values.values()]
                 hours = mix.changed_hours(metric, EVALUATION, changes)
-                store.write_hours(connection, self._database, mix.id, metric, EVALUATION, hours)
+                store.write_hours(connection, mix.id, metric, EVALUATION, hours)
             self._add(key, mix)
             mix.update_hours(metric, EVALUATION, hours)
             self._paired.clear()
@@ -250,7 +251,10 @@ class Quality:
         try:
             with self._database.transaction() as connection:
                 written = self._write(connection, by_key)
-        except StoreFailed:
+        except StoreFailed as error:
+            if isinstance(error.__cause__, IntegrityError | DataError):  # trying again would not help
+                log.error("%d answers cannot be recorded", len(batch))
+                raise
             newer = [self._pending.popleft() for _ in range(len(self._pending))]
             self._pending.extend(batch + newer)
             raise
@@ -265,6 +269,7 @@ class Quality:
     def _write(self, connection: Connection, by_key: Mapping[MixKey, list[AnswerRecord]]) -> dict[MixKey, MixRecord]:
         """Write answers and their traffic. Returns the mixes that are recorded."""
         written: dict[MixKey, MixRecord] = {}
+        traffic: dict[tuple[int, int], TrafficCounts] = {}
         for key, records in by_key.items():
             routed = any(record.routed for record in records)
             mix = self._mixes.get(key)
@@ -276,11 +281,9 @@ class Quality:
             elif routed and mix.client_defined:
                 store.set_routed(connection, mix.id)
             written[key] = mix
-            traffic: dict[int, TrafficCounts] = {}
             for record in records:
-                traffic.setdefault(int(record.at) // HOUR, TrafficCounts()).add(record)
-            for hour, counts in traffic.items():
-                store.add_traffic(connection, self._database, mix.id, hour, counts)
+                traffic.setdefault((mix.id, int(record.at) // HOUR), TrafficCounts()).add(record)
+        store.add_traffic(connection, traffic)
         answered = [(written[r.key].id, r) for records in by_key.values() for r in records if r.key in written]
         store.add_answers(connection, [(mix_id, record) for mix_id, record in answered if not record.failed])
         return written

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from server.database import Database
 from server.database.tables import answers, best_candidates, example_scores, mixes, score_hours, traffic_hours
 from server.tasks.intervals import Totals
 from server.tasks.mix_key import AnswerRecord, MixKey
@@ -56,18 +56,27 @@ def add_answers(connection: Connection, records: Iterable[tuple[int, AnswerRecor
         connection.execute(sa.insert(answers), rows)
 
 
+_FIND_ANSWER = (
+    sa.select(answers, mixes.c.task, mixes.c.mix, mixes.c.base)
+    .join(mixes)
+    .where(
+        answers.c.id == sa.bindparam("digest"),
+        answers.c.tenant == sa.bindparam("tenant"),
+        answers.c.at > sa.bindparam("since"),
+        mixes.c.task == sa.bindparam("task"),
+    )
+)
+_SET_SCORE = sa.update(answers).where(answers.c.id == sa.bindparam("digest")).values(score=sa.bindparam("score"))
+
+
 def find_answer(connection: Connection, id: str, task: str, tenant: str, since: float) -> Any:
     """The row of an answer with the `task`, `mix` and `base` of its mix; None if there is none."""
-    statement = (
-        sa.select(answers, mixes.c.task, mixes.c.mix, mixes.c.base)
-        .join(mixes)
-        .where(answers.c.id == digest(id), answers.c.tenant == tenant, answers.c.at > since, mixes.c.task == task)
-    )
-    return connection.execute(statement).first()
+    values = {"digest": digest(id), "tenant": tenant, "since": since, "task": task}
+    return connection.execute(_FIND_ANSWER, values).first()
 
 
 def set_score(connection: Connection, answer_id: bytes, score: float) -> None:
-    connection.execute(sa.update(answers).where(answers.c.id == answer_id).values(score=score))
+    connection.execute(_SET_SCORE, {"digest": answer_id, "score": score})
 
 
 def replace_example_scores(
@@ -117,26 +126,40 @@ def paired_totals(connection: Connection, first: int, second: int, metric: str) 
     return Totals(*row)
 
 
-def write_hours(
-    connection: Connection, database: Database, mix_id: int, metric: str, source: str, hours: Mapping[int, Totals]
-) -> None:
-    """Write the totals of some hours; of hours without a score the row is deleted."""
-    for hour, totals in hours.items():
-        key: dict[str, Any] = {"mix_id": mix_id, "metric": metric, "source": source, "hour": hour}
-        if totals.count:
-            values = {"count": totals.count, "total": totals.total, "squares": totals.squares}
-            connection.execute(database.upsert(score_hours, **key, **values))
-        else:
-            connection.execute(sa.delete(score_hours).filter_by(**key))
+@cache
+def _delete_by_key(table: sa.Table) -> sa.Delete:
+    return sa.delete(table).where(*(column == sa.bindparam(f"key_{column.name}") for column in table.primary_key))
 
 
-def add_traffic(connection: Connection, database: Database, mix_id: int, hour: int, traffic: TrafficCounts) -> None:
-    """Add traffic to the row of an hour."""
-    total = TrafficCounts()
-    key = {"mix_id": mix_id, "hour": hour}
-    total.load(connection.execute(sa.select(traffic_hours).filter_by(**key)).all())
-    total.merge(traffic)
-    connection.execute(database.upsert(traffic_hours, **key, **total.columns()))
+def _replace(connection: Connection, table: sa.Table, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows over those with the same primary key. Rows with a `count` of 0 are only deleted."""
+    keys = [column.name for column in table.primary_key]
+    connection.execute(_delete_by_key(table), [{f"key_{key}": row[key] for key in keys} for row in rows])
+    if kept := [row for row in rows if row.get("count") != 0]:
+        connection.execute(sa.insert(table), kept)
+
+
+def write_hours(connection: Connection, mix_id: int, metric: str, source: str, hours: Mapping[int, Totals]) -> None:
+    """Write the totals of some hours."""
+    if hours:
+        key = {"mix_id": mix_id, "metric": metric, "source": source}
+        _replace(connection, score_hours, [{**key, "hour": hour, **vars(totals)} for hour, totals in hours.items()])
+
+
+def add_traffic(connection: Connection, traffic: Mapping[tuple[int, int], TrafficCounts]) -> None:
+    """Add traffic, by mix and hour, to the rows of the database."""
+    totals = {key: TrafficCounts() for key in traffic}
+    ids, hours = sorted({mix_id for mix_id, _ in traffic}), {hour for _, hour in traffic}
+    for start in range(0, len(ids), CHUNK):
+        some = traffic_hours.c.mix_id.in_(ids[start : start + CHUNK]), traffic_hours.c.hour.in_(hours)
+        for row in connection.execute(sa.select(traffic_hours).where(*some)):
+            if (row.mix_id, row.hour) in totals:
+                totals[row.mix_id, row.hour].load([row])
+    for key, counts in traffic.items():
+        totals[key].merge(counts)
+    rows = [{"mix_id": mix_id, "hour": hour, **total.columns()} for (mix_id, hour), total in totals.items()]
+    if rows:
+        _replace(connection, traffic_hours, rows)
 
 
 def read_traffic(connection: Connection, mix_ids: Sequence[int]) -> dict[int, TrafficCounts]:

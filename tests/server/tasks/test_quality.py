@@ -399,3 +399,15 @@ def test_an_error_in_the_middle_of_a_transaction_leaves_no_mix_behind(
     quality.flush()
     assert count(database, mixes) == count(database, answers) == 1
     score(quality, "gen-1", 1.0)
+
+
+def test_answers_that_the_database_can_never_store_are_dropped(
+    database: Database, quality: Quality, caplog: pytest.LogCaptureFixture
+) -> None:
+    for id in ("gen-1", "gen-2", "gen-1"):
+        quality.record_answer(answer(id))
+    with pytest.raises(StoreFailed):
+        quality.flush()
+    assert "3 answers cannot be recorded" in caplog.text
+    quality.record_answer(answer("gen-3"))
+    assert quality.performance("t")[0]["requests"] == 1 == count(database, answers)
