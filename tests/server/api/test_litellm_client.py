@@ -1,4 +1,4 @@
-"""/v1 through `litellm`, in a process of its own: its import takes seconds and warns of its own affairs."""
+"""/v1 through `litellm`, in its own process: its import takes seconds and emits warnings."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ litellm.suppress_debug_info = True
 url = sys.argv[1]
 common = {"api_base": f"{url}/v1", "api_key": "none", "max_retries": 0}
 messages = [{"role": "user", "content": "hello"}]
-told = {}
+found = {}
 made = litellm.completion(model="openai/a", messages=messages, max_tokens=8, temperature=0, logprobs=True,
                           top_logprobs=2, ignore_eos=True, **common)
-told["whole"] = made.choices[0].message.content
-told["finish"] = made.choices[0].finish_reason
-told["tokens"] = made.usage.completion_tokens
-told["logprobs"] = len(made.choices[0].logprobs.content)
+found["whole"] = made.choices[0].message.content
+found["finish"] = made.choices[0].finish_reason
+found["tokens"] = made.usage.completion_tokens
+found["logprobs"] = len(made.choices[0].logprobs.content)
 stream = litellm.completion(model="openai/a", messages=messages, max_tokens=8, temperature=0, stream=True,
                             stream_options={"include_usage": True}, ignore_eos=True, **common)
 chunks = list(stream)
-told["streamed"] = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-told["streamed usage"] = chunks[-1].usage.completion_tokens
+found["streamed"] = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+found["streamed usage"] = chunks[-1].usage.completion_tokens
 
 
 async def many():
@@ -40,27 +40,27 @@ async def many():
                                  **common) for m in ("a", "b", "mood", "adapter:mood", "tiny") * 3]
     return [answer.choices[0].message.content for answer in await asyncio.gather(*asked)]
 
-told["many"] = asyncio.run(many())
+found["many"] = asyncio.run(many())
 mixed = litellm.completion(model="openai/tiny", messages=messages, max_tokens=8, temperature=0, ignore_eos=True,
                            extra_body={"adapters": [{"name": "a"}]}, **common)
-told["mixed"] = mixed.choices[0].message.content
+found["mixed"] = mixed.choices[0].message.content
 text = litellm.text_completion(model="text-completion-openai/b", prompt="hello", max_tokens=4, temperature=0,
                                ignore_eos=True, **common)
-told["text tokens"] = text.usage.completion_tokens
+found["text tokens"] = text.usage.completion_tokens
 form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer", "maximum": 9, "minimum": 0}}}
-told["json"] = litellm.completion(model="openai/a", messages=messages, max_tokens=8, response_format=form,
+found["json"] = litellm.completion(model="openai/a", messages=messages, max_tokens=8, response_format=form,
                                   **common).choices[0].message.content
 wrong = {"unknown": {"model": "openai/nobody"}, "context": {"model": "openai/a", "max_tokens": 10**6}}
 for name, fields in wrong.items():
     try:
         litellm.completion(messages=messages, **fields, **common)
     except Exception as error:
-        told[name] = [type(error).__name__, error.status_code]
-json.dump(told, sys.stdout)
+        found[name] = [type(error).__name__, error.status_code]
+json.dump(found, sys.stdout)
 """
 
 
-def test_litellm_as_it_is(live: Any) -> None:
+def test_litellm(live: Any) -> None:
     if importlib.util.find_spec("litellm") is None:
         part_missing("litellm is not installed")
     done = subprocess.run(
@@ -71,11 +71,11 @@ def test_litellm_as_it_is(live: Any) -> None:
         env={"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PATH": "/usr/bin:/bin", "NO_PROXY": "*"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
-    assert told["tokens"] == told["logprobs"] == told["streamed usage"] == 8 and told["finish"] == "length"
-    assert told["streamed"] == told["whole"] == told["mixed"] and told["text tokens"] == 4
-    assert told["many"] == told["many"][:5] * 3 and told["many"][0] == told["whole"]
-    assert len(set(told["many"])) > 2
-    assert 0 <= int(told["json"]) <= 9
-    assert told["unknown"] == ["NotFoundError", 404] and told["context"] == ["BadRequestError", 400]
+    found = json.loads(done.stdout)
+    assert found["tokens"] == found["logprobs"] == found["streamed usage"] == 8 and found["finish"] == "length"
+    assert found["streamed"] == found["whole"] == found["mixed"] and found["text tokens"] == 4
+    assert found["many"] == found["many"][:5] * 3 and found["many"][0] == found["whole"]
+    assert len(set(found["many"])) > 2
+    assert 0 <= int(found["json"]) <= 9
+    assert found["unknown"] == ["NotFoundError", 404] and found["context"] == ["BadRequestError", 400]
     assert live.idle()

@@ -1,4 +1,4 @@
-"""`response_format` through the real `openai` package, on a model that knows nothing of JSON."""
+"""`response_format` through the `openai` package, on a model that does not know JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def client(live: Any) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def test_answers_follow_the_schema(client: openai.OpenAI) -> None:
+def test_answers_match_the_schema(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="a", messages=HELLO, max_tokens=120, temperature=1, seed=3, n=4, response_format=FORMAT
     )
@@ -54,10 +54,8 @@ def test_answers_follow_the_schema(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(streamed), SCHEMA)
 
 
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client, as it writes what it has parsed
-def test_an_answer_that_a_client_has_parsed_can_be_sent_back(client: openai.OpenAI) -> None:
-    """It goes out with what the client has made of it, and other servers' notes."""
-
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client
+def test_parsed_answers_can_be_sent_back(client: openai.OpenAI) -> None:
     class Mood(pydantic.BaseModel):
         sure: bool
 
@@ -94,9 +92,7 @@ def test_json_object_and_completions(client: openai.OpenAI) -> None:
         jsonschema.validate(json.loads(choice.text), SCHEMA)
 
 
-async def test_each_request_of_a_batch_has_its_own(live: Any) -> None:
-    """Free and held requests together answer as they do alone."""
-
+async def test_requests_of_a_batch_have_different_schemas(live: Any) -> None:
     async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
 
         async def ask(i: int) -> str:
@@ -117,7 +113,7 @@ async def test_each_request_of_a_batch_has_its_own(live: Any) -> None:
     assert live.idle()
 
 
-NO_FORMATS: list[Any] = [
+WRONG_FORMATS: list[Any] = [
     {"type": "json_schema"},
     {"type": "json_schema", "json_schema": {"name": "x"}},
     {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},
@@ -128,17 +124,16 @@ NO_FORMATS: list[Any] = [
 ]
 
 
-def test_what_is_no_format_is_400(live: Any, client: openai.OpenAI, subtests: pytest.Subtests) -> None:
-    for format in NO_FORMATS:
+def test_wrong_formats_are_400(live: Any, client: openai.OpenAI, subtests: pytest.Subtests) -> None:
+    for format in WRONG_FORMATS:
         with subtests.test(str(format)[:80]):
-            with pytest.raises(openai.BadRequestError) as told:
+            with pytest.raises(openai.BadRequestError) as refused:
                 client.chat.completions.create(model="a", messages=HELLO, max_tokens=4, response_format=format)
-            assert str(told.value.param).startswith("response_format")
+            assert str(refused.value.param).startswith("response_format")
             assert live.idle()
 
 
-async def test_schemas_that_are_slow_to_compile_delay_nobody_else(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them than the event loop's pool has threads, whose other users go on; each ends by its own deadline."""
+async def test_slow_schema_compilation_does_not_delay_other_requests(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     release, grammars = threading.Event(), live.services.grammars
     compile = grammars._compile
     monkeypatch.setattr(grammars, "_compile", lambda schema: release.wait(60) and compile(schema))
@@ -149,7 +144,7 @@ async def test_schemas_that_are_slow_to_compile_delay_nobody_else(live: Any, mon
         assert late.status_code == 504 and "response_format" in late.json()["error"]["message"]
         assert (await http.get("/metrics")).status_code == 200
         long = await http.post("/generate", json={"prompt": "x" * 5000})
-        assert long.status_code == 400, "its bounds were looked at"
+        assert long.status_code == 400
         assert (await http.get("/tasks/mood/performance")).status_code == 200
         assert not any(task.done() for task in waiting)
         monkeypatch.setattr("server.engine.grammar.MAX_WAITING", 40)
@@ -159,15 +154,15 @@ async def test_schemas_that_are_slow_to_compile_delay_nobody_else(live: Any, mon
         assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}
 
 
-def test_answers_leave_nothing_for_the_collector(live: Any) -> None:
-    """It counts objects, and a grammar's memory is none to it."""
+def test_answers_are_freed_without_the_garbage_collector(live: Any) -> None:
+    """The collector does not know how large a grammar is."""
 
     def alive() -> list[str]:
         return [kind.__name__ for thing in gc.get_objects() if (kind := type(thing)) in (Grammar, Request, Generation)]
 
     body: dict[str, Any] = {"model": "a", "messages": HELLO, "max_tokens": 30, "n": 2, "response_format": FORMAT}
     nowhere = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/no"}}}
-    assert live.http.post("/v1/chat/completions", json=body).status_code == 200  # whatever is made once
+    assert live.http.post("/v1/chat/completions", json=body).status_code == 200  # creates what is cached
     assert live.idle()
     gc.collect()
     gc.disable()
@@ -176,6 +171,6 @@ def test_answers_leave_nothing_for_the_collector(live: Any) -> None:
         for sent, status in ((body, 200), ({**body, "stream": True}, 200), ({**body, "response_format": nowhere}, 400)):
             assert live.http.post("/v1/chat/completions", json=sent).status_code == status
         assert live.idle()
-        until(lambda: len(alive()) <= len(before), f"more than {before} is left", every=0.1)
+        until(lambda: len(alive()) <= len(before), f"more than {before} is alive", every=0.1)
     finally:
         gc.enable()

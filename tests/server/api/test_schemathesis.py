@@ -1,6 +1,6 @@
-"""Requests made up from the OpenAPI document, valid and not: no 500, no status or body that the document lacks.
+"""Generated requests, valid and invalid: no status 500, and no response that the OpenAPI document does not describe.
 
-Short here. `make fuzz` runs the same under the hypothesis profile "fuzz", 20,000 cases and more.
+`make fuzz` runs the same test with 20,000 cases and more (hypothesis profile "fuzz").
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ CHECKS = [
     response_schema_conformance,
 ]
 KNOWN = {"name": "a", "task": "mood", "model": "tiny"}
-"""Names that exist, for half of the requests whose path has one."""
+"""Existing names, used in half of the paths."""
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 
 
 SHORT = 5
-"""Cases of each kind, unless the profile says otherwise."""
+"""Cases per operation and mode in the default profile."""
 
 
 @st.composite
 def cases(draw: st.DrawFn, operation: Any, mode: GenerationMode, named: dict[str, str]) -> Any:
-    """A case of `operation`; half of them are given names that exist and prompts that fit, so that they get deep."""
-    grounded = draw(st.booleans())
-    case = draw(operation.as_strategy(mode, path_parameters=named if grounded and named else None))
+    """A case of `operation`. Half of them use existing names and short prompts, so that they reach the engine."""
+    realistic = draw(st.booleans())
+    case = draw(operation.as_strategy(mode, path_parameters=named if realistic and named else None))
     body = case.body
-    if grounded and isinstance(body, dict):
+    if realistic and isinstance(body, dict):
         if isinstance(body.get("prompt"), str):
             body["prompt"] = body["prompt"][:8]
         if isinstance(body.get("messages"), list):
@@ -54,13 +54,13 @@ def cases(draw: st.DrawFn, operation: Any, mode: GenerationMode, named: dict[str
     return case
 
 
-def takes_something(operation: Any) -> bool:
-    """Whether there is anything about a call that could be wrong."""
+def has_inputs(operation: Any) -> bool:
+    """Whether the operation has parameters or a body."""
     raw = operation.definition.raw
     return bool(raw.get("parameters") or raw.get("requestBody"))
 
 
-def test_whatever_the_document_allows_or_forbids(start, write_adapter) -> None:
+def test_generated_requests(start, write_adapter) -> None:
     task = {"task": "mood", "prompt": "{input}", "labels": ["good", "bad"], "defaults": {"max_tokens": 3}}
     write_adapter("a", 1)
     write_adapter("mood", 3, task=task)
@@ -89,7 +89,7 @@ def test_whatever_the_document_allows_or_forbids(start, write_adapter) -> None:
     for result in schema.get_all_operations():
         operation = result.ok()
         named = {k: v for k, v in KNOWN.items() if f"{{{k}}}" in operation.path}
-        for mode in MODES if takes_something(operation) else MODES[:1]:
+        for mode in MODES if has_inputs(operation) else MODES[:1]:
             limits(given(cases(operation, mode, named))(check))()
     assert live.http.get("/health/ready").status_code == 200
     assert live.idle(20), "something still runs or is leased"
