@@ -12,10 +12,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import error_reply
 from server.api.middleware import discard_body, send_reply
-from server.api.types import ASGIApp, Receive, Scope, Send
 from server.errors import BadSetting, Forbidden, ServerError, Unauthorized
 from server.settings import Settings, parse_keys
 

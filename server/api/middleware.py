@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.error_responses import ALWAYS
 from server.api.errors import ErrorReply, error_reply, is_openai
-from server.api.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import SHUTTING_DOWN, BodyTooLarge, BodyTooSlow, NotReady, ServerError
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from server.api.errors import error_reply
-from server.api.types import Receive, Scope, Send
 from server.engine.request import Delivery
 from server.errors import NotReady
 from server.tasks.generation import Generation

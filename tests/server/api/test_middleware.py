@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api import middleware
 from server.api.middleware import BodyLimit, RequestBoundary, with_time_limit
-from server.api.types import Message, Receive, Scope, Send
 from server.errors import BodyTooSlow
 from tests.waiting import until
 

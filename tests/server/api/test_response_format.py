@@ -133,7 +133,7 @@ def test_wrong_formats_are_400(live: Any, client: openai.OpenAI, subtests: pytes
             assert live.idle()
 
 
-async def test_slow_schema_compilation_does_not_delay_other_requests(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_schema_compilation_delays_no_other_request(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     release, grammars = threading.Event(), live.services.grammars
     compile = grammars._compile
     monkeypatch.setattr(grammars, "_compile", lambda schema: release.wait(60) and compile(schema))

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from server.api.stream import EventStream, cancelled_on_exit
-from server.api.types import Message
 from server.engine.request import Delivery
 from server.errors import DeadlineExceeded
 from tests.waiting import SECONDS, until
