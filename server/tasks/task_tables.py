@@ -67,11 +67,13 @@ def save(database: Database, before: StoredTasks, after: StoredTasks) -> None:
             (deleted_tasks, "name", _rows("marks", before.deleted), _rows("marks", after.deleted)),
             (task_owners, "task", _rows("adapter", before.owners), _rows("adapter", after.owners)),
         ):
-            for key in old.keys() - new.keys():
-                connection.execute(sa.delete(table).where(table.c[key_column] == key))
-            for key, row in new.items():
-                if row != old.get(key):
-                    connection.execute(database.upsert(table, **{key_column: key}, **row))
+            changed = [{key_column: key, **row} for key, row in new.items() if row != old.get(key)]
+            stale = [key for key, row in old.items() if row != new.get(key)]
+            if stale:
+                delete = sa.delete(table).where(table.c[key_column] == sa.bindparam("key"))
+                connection.execute(delete, [{"key": key} for key in stale])
+            if changed:
+                connection.execute(sa.insert(table), changed)
 
 
 def _task_rows(found: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
