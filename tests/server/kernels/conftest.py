@@ -1,5 +1,4 @@
-"""Which native libraries run here; Triton's compiler, which takes half a minute and works beside the tests before its
-own, and its interpreter."""
+"""Fixtures: native libraries, the Triton compiler in the background, the Triton interpreter."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ Compiled = Callable[[], tuple[int, str, str]]
 
 
 def runs(library: str) -> bool:
-    """Whether this native library was built, and the processor has the instructions that it needs."""
+    """Whether this library was built and the processor supports it."""
     try:
         return bindings.load(library).loramux_unsupported() is None
     except OSError:  # an older compiler builds some of them
@@ -34,7 +33,7 @@ def runs(library: str) -> bool:
 
 
 def same_bits(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> bool:
-    """Whether float32 numbers are the same, and NaN where the others are, whatever its bits."""
+    """Whether two float32 arrays are equal bit for bit; any NaN equals any NaN."""
     nan = np.isnan(one)
     bits = [np.where(nan, np.int32(0), x.view(np.int32)) for x in (one, other)]
     return np.array_equal(nan, np.isnan(other)) and np.array_equal(*bits)
@@ -42,7 +41,7 @@ def same_bits(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> b
 
 @pytest.fixture(params=[name for name in bindings.LIBRARIES if runs(name)] or [None])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels of each native library that there is for this processor, in turn."""
+    """Each native library that runs here, in turn."""
     if request.param is None:
         pytest.skip("no native library runs here")
     loaded = bindings.load(request.param)
@@ -52,12 +51,12 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 HALVES = ("_native_avx2_vnni", "_native_avx2") if runs("_native") else ()
-"""Libraries of vectors of 256 bits, where there is one of 512 to compare with."""
+"""AVX2 libraries, if there is an AVX512 library to compare with."""
 
 
 @pytest.fixture(params=[name for name in HALVES if runs(name)] or [None])
 def both_sizes(request: pytest.FixtureRequest) -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """The library of vectors of 512 bits, and one of 256."""
+    """The AVX512 library and an AVX2 library."""
     if request.param is None:
         pytest.skip("no native library of each size of vectors runs here")
     return bindings.load("_native"), bindings.load(request.param)
@@ -65,15 +64,16 @@ def both_sizes(request: pytest.FixtureRequest) -> tuple[ctypes.CDLL, ctypes.CDLL
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
-    """Starts `compile_cuda.py small`; what it gives waits for the end: exit status, standard output and error."""
+    """Runs `compile_cuda.py small` in the background. The fixture waits for it and returns exit status, output and
+    errors."""
     folder = tmp_path_factory.mktemp("triton")
     out, err = folder / "out", folder / "err"
-    with out.open("w") as told, err.open("w") as failed:
+    with out.open("w") as stdout, err.open("w") as failed:
         process = subprocess.Popen(
             [sys.executable, "tests/server/kernels/compile_cuda.py", "small"],
             cwd=REPO,
             env={**os.environ, "PYTHONPATH": str(REPO), "TRITON_CACHE_DIR": str(folder / "cache")},
-            stdout=told,
+            stdout=stdout,
             stderr=failed,
         )
 
@@ -87,18 +87,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _begun(request: pytest.FixtureRequest) -> None:
-    """It is started by the first test of this folder, if one of those that run asks for it."""
+    """Starts the compiler with the first test of this folder, if a selected test needs it."""
     if any("compiled" in getattr(item, "fixturenames", ()) for item in request.session.items):
         request.getfixturevalue("compiled")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter() -> Iterator[None]:
-    """Triton's interpreter without half of its work, of which nothing comes.
+    """Speeds up Triton's interpreter.
 
-    It computes whether sums and products of integers overflow, for an assertion that is made in debugging alone. And
-    for each function that a kernel calls it patches its language anew, which the kernel's launch has done; what
-    functions of Triton's own see of the language, their first call patches for good.
+    It skips overflow checks, which only serve debug assertions, and patches each function's language once instead of at
+    every call.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
@@ -121,7 +120,7 @@ def _interpreter() -> Iterator[None]:
 
 
 class Launch:
-    """What the programs of a launch touch."""
+    """The memory accesses of a launch."""
 
     def __init__(self, given: list[torch.Tensor]) -> None:
         spans = [(t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) for t in given]
@@ -131,14 +130,14 @@ class Launch:
         self.program = 0
 
     def touch(self, addresses: Any, mask: Any, size: int, writes: bool) -> None:
-        """Raises AssertionError for an address that is in none of the tensors."""
+        """Raises AssertionError for an address outside the launch's tensors."""
         mine = np.unique(addresses[np.broadcast_to(mask, addresses.shape).astype(bool)].astype(np.int64))
         within = (mine[:, None] >= self._starts) & (mine[:, None] + size <= self._ends)
         assert within.any(1).all(), "a program touches what its launch was not given"
         self._touched.append((mine, np.full(len(mine), self.program), np.full(len(mine), writes)))
 
     def end(self) -> None:
-        """Raises AssertionError if a program has touched what another one writes."""
+        """Raises AssertionError if a program accesses what another one writes."""
         if self._touched:
             addresses, programs, written = map(np.concatenate, zip(*self._touched, strict=True))
             several, count = np.unique(np.unique(np.stack((addresses, programs)), axis=1)[0], return_counts=True)
@@ -148,8 +147,8 @@ class Launch:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The launches that are interpreted from now on, each of which is watched: what is beyond a tensor is memory of the
-    process there, and programs run one after the other, so that neither shows in a result. Nothing on a GPU."""
+    """Watches the memory accesses of interpreted launches. Out-of-bounds accesses and races do not show in the
+    interpreter's results. Has no effect on a GPU."""
     launches: list[Launch] = []
     if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
         return launches

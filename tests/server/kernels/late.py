@@ -1,4 +1,4 @@
-"""Streams of a device that does what it is given as late as it may, or as early: whatever order the waits allow."""
+"""Simulated CUDA streams that run their work as late or as early as the events allow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class LateStream:
-    """What was given to one stream, of which so much is `done`."""
+    """Work submitted to a stream, of which `done` items have run."""
 
     def __init__(self) -> None:
         self.given: list[Callable[[], object] | LateEvent] = []
@@ -27,7 +27,7 @@ class LateStream:
 
 
 class LateEvent:
-    """What a stream has been given up to now."""
+    """The end of the work submitted to a stream so far."""
 
     def __init__(self, stream: LateStream) -> None:
         self.stream, self.count = stream, len(stream.given)
@@ -37,9 +37,9 @@ class LateEvent:
 
 
 class LateDevice(TorchFunctionMode):
-    """Copies between tensors go to the stream that is current, and read and write when it comes to them.
+    """Queues copies between tensors on the current stream; they read and write when they run.
 
-    `draw` says how far each stream gets whenever it is asked to `go_on`.
+    `draw` chooses which stream runs next.
     """
 
     def __init__(self, draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ class LateDevice(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def go_on(self, most: int) -> None:
-        """Up to `most` things are done, on streams that wait for nothing."""
+        """Run up to `most` items of streams that do not wait."""
         for _ in range(most):
             able = [stream for stream in (self.main, self.copies) if self._is_able(stream)]
             if not able:
@@ -90,7 +90,7 @@ class LateDevice(TorchFunctionMode):
 
 
 class _Recorded(LateEvent):
-    """An event as torch makes it: of what is current when it is recorded."""
+    """An event with torch's interface."""
 
     def __init__(self, device: LateDevice) -> None:
         self._device = device

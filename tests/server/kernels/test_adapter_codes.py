@@ -1,4 +1,4 @@
-"""Adapters in codes: how close they are to what was given, what they do not depend on, and what is refused."""
+"""int8 adapters of the native kernels: accuracy, independence of ranks, refused values."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def random(rank: int, width: int, out: int, seed: int = 0) -> LowRank:
 
 
 def peaks(update: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest value of each rank, [rank, 1] of A and [1, rank] of B, as float64."""
+    """The largest magnitude of each rank, [rank, 1] of A and [1, rank] of B, float64."""
     return update.A.double().abs().amax(1, keepdim=True), update.B.double().abs().amax(0, keepdim=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("rank", "width", "out"), [(1, 37, 5), (3, 64, 576), (12, 40, 16), (17, 100, 33), (64, 31, 1)])
-def test_a_value_is_off_by_half_a_unit_at_most(dtype: torch.dtype, rank: int, width: int, out: int) -> None:
+def test_codes_are_off_by_half_a_scale_at_most(dtype: torch.dtype, rank: int, width: int, out: int) -> None:
     values = random(rank, width, out)
     given = LowRank(values.A.to(dtype), values.B.to(dtype), values.scale)
     (kept,) = encoded(given)
@@ -54,7 +54,7 @@ def test_a_value_is_off_by_half_a_unit_at_most(dtype: torch.dtype, rank: int, wi
     )
 
 
-def test_other_strides_come_out_alike() -> None:
+def test_strides_do_not_matter() -> None:
     given = random(5, 40, 24)
     turned = LowRank(given.A.t().contiguous().t(), given.B.t().contiguous().t(), given.scale)
     plain, other = encoded(given, turned)
@@ -62,7 +62,7 @@ def test_other_strides_come_out_alike() -> None:
     assert plain.units is not None and other.units is not None and torch.equal(plain.units, other.units)
 
 
-def test_what_is_encoded_again_stays_as_it_is() -> None:
+def test_encoding_is_idempotent() -> None:
     given = random(8, 96, 48)
     (once,) = encoded(given)
     of_a, of_b = peaks(given)
@@ -71,8 +71,8 @@ def test_what_is_encoded_again_stays_as_it_is() -> None:
     assert torch.equal(once.A, twice.A) and torch.equal(once.B, twice.B)
 
 
-def test_a_rank_s_codes_depend_on_that_rank_alone() -> None:
-    """So a mix and the adapter that is composed of it, ranks beside ranks, have the same codes."""
+def test_codes_of_a_rank_do_not_depend_on_other_ranks() -> None:
+    """So a mix and the composed adapter have the same codes."""
     small, large = random(3, 64, 40, seed=1), random(5, 64, 40, seed=2)
     large = LowRank(large.A * 1000, large.B * 1000, 0.5)
     beside = LowRank(torch.cat([small.A, large.A]), torch.cat([small.B, large.B], 1), 0.5)
@@ -81,7 +81,7 @@ def test_a_rank_s_codes_depend_on_that_rank_alone() -> None:
     assert torch.equal(both[1], torch.cat([first[1], second[1]], 1))
 
 
-def test_ranks_of_nothing_or_next_to_nothing_are_zero() -> None:
+def test_tiny_ranks_are_zero() -> None:
     given = random(4, 48, 32)
     given.A[1] = 0.0
     given.B[:, 2] = 0.0
@@ -93,7 +93,7 @@ def test_ranks_of_nothing_or_next_to_nothing_are_zero() -> None:
     assert not a[1].any() and not b[:, 2].any() and not a[3].any()
 
 
-def test_a_module_without_ranks_is_one_of_codes_too() -> None:
+def test_a_module_of_rank_0_is_int8() -> None:
     from server.kernels.cpu.adapter_layout import adapter_layout
 
     given = random(3, 16, 16), LowRank(torch.zeros(0, 16), torch.zeros(16, 0), 1.0)
@@ -104,21 +104,21 @@ def test_a_module_without_ranks_is_one_of_codes_too() -> None:
 
 @pytest.mark.parametrize("part", ["A", "B"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_value_that_is_not_finite_is_refused_by_its_module(part: str, value: float) -> None:
+def test_values_that_are_not_finite_are_refused_with_their_module(part: str, value: float) -> None:
     given = [random(3, 37, 20, seed=i) for i in range(3)]
     getattr(given[1], part)[2, 1] = value
     with pytest.raises(InvalidAdapter, match=r"layers\.1\.self_attn\.q_proj.*not finite"):
         encoded(*given)
 
 
-def test_factors_of_different_ranks_are_refused_before_they_are_read() -> None:
+def test_factors_of_different_ranks_are_refused() -> None:
     few, many = random(2, 16, 24), random(5, 16, 24)
     for a, b in ((few.A, many.B), (many.A, few.B)):
         with pytest.raises(ValueError, match=r"the update of model\.layers\.0\.self_attn\.q_proj is"):
             encoded(LowRank(a, b, 1.0))
 
 
-def test_values_whose_products_are_too_large_are_refused() -> None:
+def test_scales_that_overflow_are_refused() -> None:
     given = random(2, 16, 16)
     with pytest.raises(InvalidAdapter, match="too large"):
         encoded(LowRank(given.A * 1e25, given.B * 1e25, 1.0))

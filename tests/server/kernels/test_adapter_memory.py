@@ -1,4 +1,4 @@
-"""Adapters in one piece of memory: what is in it, where it begins, and that it goes with the adapter."""
+"""Adapters in one piece of memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def weights(layers: int, rank: int, width: int) -> LoraWeights:
 
 
 def mapped(address: int) -> bool:
-    """Whether an address belongs to a mapping of this process."""
+    """Whether an address is mapped in this process."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         first, last = (int(part, 16) for part in line.split()[0].split("-"))
         if first <= address < last:
@@ -37,7 +37,7 @@ def mapped(address: int) -> bool:
 
 
 @pytest.mark.parametrize(("layers", "rank", "width"), [(2, 3, 37), (2, 16, 20_000)])
-def test_every_matrix_is_there_and_begins_at_a_line(layers: int, rank: int, width: int) -> None:
+def test_matrices_are_copied_and_aligned(layers: int, rank: int, width: int) -> None:
     given = weights(layers, rank, width)
     kept = in_one_piece(given)
     first = kept.modules[PATH.format(0)].A
@@ -49,7 +49,7 @@ def test_every_matrix_is_there_and_begins_at_a_line(layers: int, rank: int, widt
         assert first.data_ptr() % HUGE == 0, "so that whole huge pages fit"
 
 
-def test_the_memory_of_a_large_one_goes_with_it() -> None:
+def test_memory_is_freed_with_the_adapter() -> None:
     kept = in_one_piece(weights(2, 16, 20_000))
     address = kept.modules[PATH.format(1)].B.data_ptr()
     gone = weakref.ref(kept.modules[PATH.format(0)].A)
@@ -60,22 +60,22 @@ def test_the_memory_of_a_large_one_goes_with_it() -> None:
 
 @pytest.mark.parametrize("part", ["A", "B"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_value_that_is_not_finite_is_refused_by_its_module(part: str, value: float) -> None:
+def test_values_that_are_not_finite_are_refused_with_their_module(part: str, value: float) -> None:
     given = weights(3, 3, 37)
     getattr(given.modules[PATH.format(1)], part)[2, 1] = value
     with pytest.raises(InvalidAdapter, match=r"layers\.1\.self_attn\.q_proj.*not finite in torch.bfloat16"):
         in_one_piece(given)
 
 
-def test_what_is_finite_in_float32_alone_is_refused() -> None:
+def test_values_that_overflow_bf16_are_refused() -> None:
     a, b = torch.zeros(2, 8), torch.zeros(8, 2)
-    b[3, 1] = 3.4e38  # rounded to bf16 it is infinite
+    b[3, 1] = 3.4e38  # infinite in bf16
     given = LoraWeights("a", "digest", {PATH.format(0): LowRank(a, b, 1.0)}, {})
     with pytest.raises(InvalidAdapter, match="not finite"):
         in_one_piece(given)
 
 
-def test_other_layouts_and_dtypes_come_out_alike() -> None:
+def test_strides_and_dtypes_do_not_matter() -> None:
     given = weights(2, 3, 37)
     turned = {
         path: LowRank(m.A.float().t().contiguous().t(), m.B.float(), m.scale) for path, m in given.modules.items()

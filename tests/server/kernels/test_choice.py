@@ -1,4 +1,4 @@
-"""Which kernels are picked, and what is said where the native ones cannot run."""
+"""The choice of kernels and of the native library."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from server.kernels.cpu.source_digest import MACHINES, digest
 from tests.conftest import part_missing
 
 
-def test_auto_takes_the_native_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "unavailable", lambda: None)
     assert choose("auto").name == choose("native").name == "native"
 
 
-def test_auto_falls_back_to_torchs_with_one_line(
+def test_auto_falls_back_to_torch_with_one_message(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu, "unavailable", lambda: "this processor has no AVX2")
@@ -40,10 +40,8 @@ def test_auto_falls_back_to_torchs_with_one_line(
         choose("native")
 
 
-def test_nothing_is_told_of_each_library_that_was_not_built(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One line is enough of kernels that cannot be had."""
+def test_missing_libraries_give_one_message(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Only one message about missing libraries."""
 
     def load(name: str) -> ctypes.CDLL:
         raise OSError("it was not built")
@@ -52,7 +50,7 @@ def test_nothing_is_told_of_each_library_that_was_not_built(
     monkeypatch.setattr(bindings, "load", load)
     with caplog.at_level(logging.INFO, "server"):
         assert choose("auto").name == "aten"
-        cpu.unavailable()  # as others ask later on
+        cpu.unavailable()  # a later caller
     assert caplog.messages == ["the native kernels cannot run here (it was not built); using torch's ops"]
 
 
@@ -61,7 +59,7 @@ def test_unknown_kernels_are_refused() -> None:
         choose("cuda-graphs")
 
 
-def test_a_gpu_is_taken_where_one_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     assert choose("auto").name == choose("cuda").name == choose("auto", "cuda").name == "cuda"
     assert choose("auto", "cpu").name != "cuda" and choose("reference").name == "reference"
@@ -75,7 +73,7 @@ def test_a_gpu_is_taken_where_one_can_be_used(monkeypatch: pytest.MonkeyPatch) -
     assert choose("auto").name != "cuda"
 
 
-def test_a_triton_that_is_too_old_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_triton_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     (tmp_path / "triton" / "language").mkdir(parents=True)
@@ -86,8 +84,8 @@ def test_a_triton_that_is_too_old_is_none(tmp_path: Path, monkeypatch: pytest.Mo
     assert "older than 3.5" not in (cuda.unavailable() or "")
 
 
-def test_a_compiler_that_triton_does_not_look_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes what $CC names, and gcc or clang where it names none."""
+def test_a_missing_c_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton uses CC if it is set, otherwise gcc or clang."""
     pytest.importorskip("triton")
     there: list[str] = []
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
@@ -105,10 +103,10 @@ def test_a_compiler_that_triton_does_not_look_for_is_none(monkeypatch: pytest.Mo
         assert ("C compiler" in (cuda.unavailable() or "")) is lacks, (names, named)
 
 
-def test_the_fastest_library_that_runs_is_loaded(
+def test_the_fastest_supported_library_is_loaded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One that the processor lacks instructions for is passed over, and one that was not built with a line."""
+    """Libraries that the processor does not support are skipped silently, missing ones with a message."""
 
     class Library:
         def __init__(self, missing: bytes | None) -> None:
@@ -126,7 +124,7 @@ def test_the_fastest_library_that_runs_is_loaded(
     there["_native_avx2_vnni"] = Library(b"the processor has no AVX-VNNI")
     assert bindings.library.__wrapped__() is there["_native_avx2"]
     there["_native_avx2"] = Library(b"the processor has no AVX2")
-    assert bindings.library.__wrapped__() is there["_native_avx2"]  # whose reason is told
+    assert bindings.library.__wrapped__() is there["_native_avx2"]  # its reason is reported
 
     def unbuilt(name: str) -> Library:
         if name == "_native_bf16":
@@ -141,7 +139,7 @@ def test_the_fastest_library_that_runs_is_loaded(
 
 @pytest.mark.skipif(platform.machine() not in MACHINES, reason="the kernels are not for this kind of processor")
 @pytest.mark.parametrize("name", bindings.LIBRARIES)
-def test_each_library_is_built_and_tells_what_the_processor_lacks(name: str) -> None:
+def test_each_library_reports_what_the_processor_lacks(name: str) -> None:
     try:
         library = bindings.load(name)
     except OSError as e:  # an older compiler builds some of them
@@ -157,29 +155,29 @@ def test_each_library_is_built_and_tells_what_the_processor_lacks(name: str) -> 
     assert (missing is None) == has or b"the system" in missing, missing
 
 
-def test_on_another_kind_of_processor_no_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(OSError, match="need an x86-64 processor, and this one is aarch64"):
         bindings.load("_native")
 
 
-def test_a_library_of_another_python_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lies in a checkout where another Python was used, and nothing has built it again since."""
+def test_a_library_of_another_python_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout keeps libraries of other Python versions."""
     monkeypatch.setattr(bindings, "__file__", str(tmp_path / "bindings.py"))
     (tmp_path / "_native.cpython-310-x86_64-linux-gnu.so").touch()
     with pytest.raises(OSError, match=r"was not built with this package: install it again .* compiler \(g\+\+"):
         bindings.load("_native")
 
 
-def test_a_library_of_other_sources_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout that has moved on: every name is there, and what they take may be laid out in another way."""
+def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library from an older checkout may have other struct layouts."""
 
     (tmp_path / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
     built = SimpleNamespace(**{name: lambda: None for name in bindings._SIGNATURES})
     monkeypatch.setattr(bindings, "__file__", str(tmp_path / "bindings.py"))
     monkeypatch.setattr(ctypes, "CDLL", lambda path: built)
     built.loramux_sources = lambda: b"of another"
-    assert bindings.load("_native") is built  # installed, with no sources beside it
+    assert bindings.load("_native") is built  # installed without sources
     (tmp_path / "model.cpp").write_text("int rows;")
     with pytest.raises(OSError, match="was built from other sources: install the package again"):
         bindings.load("_native")

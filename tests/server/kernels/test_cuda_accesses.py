@@ -1,4 +1,4 @@
-"""What no result shows in Triton's interpreter, and a GPU does: `watched` sees it, of which other tests make use."""
+"""Tests of the `watched` fixture, which finds invalid memory accesses of interpreted kernels."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if torch.cuda.is_available():
 
 @triton.jit
 def copy(source, target, n, ahead, BN: tl.constexpr):
-    """target [n] = source [ahead:], a piece of BN a program."""
+    """target [n] = source [ahead:], BN elements per program."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     tl.store(target + i, tl.load(source + ahead + i, mask=i < n, other=0.0), mask=i < n)
 
 
-def test_programs_that_keep_to_themselves_are_let_be(watched: list[Launch]) -> None:
+def test_valid_accesses_pass(watched: list[Launch]) -> None:
     numbers = torch.arange(10.0)
     copy[(3,)](numbers, numbers, 10, 0, BN=4)
     copy[(3,)](numbers[2:], target := torch.empty(7), 7, 1, BN=4)
     assert target.tolist() == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0] and len(watched) == 2
 
 
-def test_what_a_launch_was_not_given_is_seen(watched: list[Launch]) -> None:
-    """Also where it is memory of the same allocation."""
+def test_accesses_outside_the_arguments_are_detected(watched: list[Launch]) -> None:
+    """Also within the same allocation."""
     numbers, target = torch.arange(10.0), torch.empty(4)
     with pytest.raises(Exception, match="was not given"):
         copy[(1,)](numbers[:4], target, 4, 1, BN=4)
@@ -43,8 +43,8 @@ def test_what_a_launch_was_not_given_is_seen(watched: list[Launch]) -> None:
         copy[(1,)](numbers, target[:3], 4, 0, BN=4)
 
 
-def test_what_another_program_writes_is_seen(watched: list[Launch]) -> None:
-    """Read before or after, or written by both."""
+def test_races_between_programs_are_detected(watched: list[Launch]) -> None:
+    """Reads before or after the write, and two writes."""
     numbers = torch.arange(10.0)
     for grid, ahead in (((2,), 1), ((2, 2), 0)):
         with pytest.raises(AssertionError, match="another one writes"):

@@ -1,4 +1,4 @@
-"""Adapters in codes as a GPU has them: what they stand for, where they lie, and what is refused."""
+"""int8 adapters for the GPU: accuracy, memory layout, refused values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def one(a: torch.Tensor, b: torch.Tensor) -> LoraWeights:
     return LoraWeights("a", "0" * 64, {"model.layers.0.self_attn.q_proj": LowRank(a, b, 0.5)})
 
 
-def test_a_value_is_off_by_half_a_unit_at_most() -> None:
+def test_codes_are_off_by_half_a_scale_at_most() -> None:
     given = adapter(CONFIG, 3, 5)
     kept = adapter_codes.encoded(given, pinned=False)
     assert kept.modules.keys() == given.modules.keys() and kept.digest == given.digest
@@ -37,7 +37,7 @@ def test_a_value_is_off_by_half_a_unit_at_most() -> None:
         assert found.A.abs().max() == found.B.abs().max() == 127
 
 
-def test_all_of_it_is_one_tensor_of_lines_of_its_own() -> None:
+def test_matrices_are_aligned_in_one_tensor() -> None:
     given = adapter(CONFIG, 3, 5)
     kept = adapter_codes.encoded(given, pinned=False)
     begin = next(iter(kept.modules.values())).A.untyped_storage().data_ptr()
@@ -49,7 +49,7 @@ def test_all_of_it_is_one_tensor_of_lines_of_its_own() -> None:
     assert values < kept.nbytes < 2 * values, "half of bf16"
 
 
-def test_ranks_that_are_cut_off_change_no_code() -> None:
+def test_truncating_ranks_changes_no_code() -> None:
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(6, 40, generator=generator), torch.randn(24, 6, generator=generator)
     whole, part = (adapter_codes.encoded(one(a[:n], b[:, :n]), pinned=False) for n in (6, 2))
@@ -59,7 +59,7 @@ def test_ranks_that_are_cut_off_change_no_code() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_any_floats_and_a_rank_without_values(dtype: torch.dtype) -> None:
+def test_all_float_dtypes_and_a_rank_of_zeros(dtype: torch.dtype) -> None:
     a, b = torch.tensor([[1.0, -2.0], [0.0, 0.0]], dtype=dtype), torch.tensor([[4.0, 1.0]], dtype=dtype)
     (found,) = adapter_codes.encoded(one(a, b), pinned=False).modules.values()
     assert found.A.tolist() == [[64, -127], [0, 0]] and found.B.tolist() == [[127, 127]]
@@ -68,14 +68,14 @@ def test_any_floats_and_a_rank_without_values(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("part", ["A", "B"])
-def test_what_is_not_finite_or_too_large_is_refused(value: float, part: str) -> None:
+def test_values_that_are_not_finite_or_too_large_are_refused(value: float, part: str) -> None:
     a, b = torch.full((1, 4), 1e5), torch.full((3, 1), 1e5)
     (a if part == "A" else b)[0, 0] = value
     with pytest.raises(InvalidAdapter, match="not finite, or too large"):
         adapter_codes.encoded(one(a, b), pinned=False)
 
 
-def test_beside_a_base_in_bf16_adapters_are_bf16() -> None:
+def test_adapters_of_a_bf16_base_are_bf16() -> None:
     given = adapter(CONFIG, 3, 5)
     for scheme, dtype in (("none", torch.bfloat16), ("int4", torch.int8), ("nf4", torch.int8)):
         kept = Cuda().prepare(given, scheme)

@@ -1,4 +1,4 @@
-"""The engine on a GPU needs few libraries."""
+"""The GPU engine imports only a few libraries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Blocked:
         return None
 sys.meta_path.insert(0, Blocked())
 import server.engine.overlap, server.engine.backends.cuda.runner, server.model.loader, server.kernels.cuda.sampling
-import server.metrics, adapters.weights, benchmarks.gpu.checklist.checklist
+import server.metrics, adapters.weights, benchmarks.gpu.checklist
 try:
     import fastapi
 except ModuleNotFoundError:
@@ -49,8 +49,7 @@ except ModuleNotFoundError:
 
 
 def test_the_engine_imports_with_few_libraries() -> None:
-    """torch and the numpy that it shares arrays with, triton, safetensors, tokenizers and prometheus-client, and what
-    those need themselves."""
+    """torch, numpy, triton, safetensors, tokenizers, prometheus-client and their own requirements."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", ALONE],
         cwd=REPO,

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference, at tiny shapes: in Triton's interpreter, or on a GPU where there is one."""
+"""The Triton kernels on small shapes, compared with the reference: in Triton's interpreter, or on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.server.kernels.tiny import BLOCK, error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-"""The interpreter multiplies no bfloat16; float16 has the same path through the matrix units and is tested too."""
+"""The interpreter cannot multiply bfloat16. float16 is tested too and uses the same code."""
 LOOSE = 2e-2 if DEVICE.type == "cuda" else 2e-5
 SCHEMES = [("int4", 64, True), ("int4", 32, False), ("nf4", 64, True), ("nf4", 64, False), ("int8", 32, False)]
 
@@ -43,7 +43,7 @@ def on_device(stored: Weight, dtype: torch.dtype = FLOAT) -> matmul.Matrix:
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A result that has to be written everywhere."""
+    """A result tensor of NaN, which a kernel must overwrite completely."""
     return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
 
 
@@ -52,7 +52,7 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     [(576, *scheme) for scheme in SCHEMES]
     + [(256, "int4", 128, True), (512, "int4", 256, True), (512, "int4", 64, True)],
 )
-def test_packing_loses_nothing(width: int, scheme: str, group: int, double: bool) -> None:
+def test_packing_keeps_the_stored_values(width: int, scheme: str, group: int, double: bool) -> None:
     stored = stored_matrix(48, width, scheme, group, double)
     packed = packing.pack(stored)
     exact = reference.Reference().dequantize(stored)
@@ -62,13 +62,13 @@ def test_packing_loses_nothing(width: int, scheme: str, group: int, double: bool
         assert torch.equal(packing.gather_rows(packed, torch.tensor([40, 3, 3])), exact[[40, 3, 3]])
     assert torch.equal(matmul.dequantized(packing.concatenate([packed], DEVICE), torch.float32).cpu(), exact)
     whole = packing.concatenate([packed, packed], DEVICE)
-    for start, stop in ((16, 37), (48, 96)):  # a part of one, and one of two that were joined
+    for start, stop in ((16, 37), (48, 96)):  # a slice of one matrix, and of two concatenated ones
         part = packing.slice_outputs(whole, start, stop)
         assert torch.equal(packing.dequantize(part).cpu(), torch.cat((exact, exact))[start:stop])
         assert torch.equal(matmul.dequantized(part, torch.float32).cpu(), torch.cat((exact, exact))[start:stop])
 
 
-def test_production_shapes_are_packed_without_padding() -> None:
+def test_production_shapes_need_no_padding() -> None:
     for width in (2048, 2560, 3584, 4096, 8192, 14336, 18944):
         run = packing.run_length("int4", width, 64)
         assert run == 64 and width % (4 * run) == 0
@@ -76,14 +76,14 @@ def test_production_shapes_are_packed_without_padding() -> None:
     assert packing.pack(stored).nbytes == stored.nbytes
 
 
-def test_runs_that_are_all_too_long_are_as_short_as_can_be() -> None:
-    """Tiles of longer ones have no room in the shared memory of a small GPU."""
+def test_the_shortest_run_is_used_if_all_are_too_long() -> None:
+    """Longer runs would exceed the shared memory of small GPUs."""
     assert packing.run_length("nf4", 3584, 256) == 64
     assert packing.run_length("int8", 3584, 256) == 128
 
 
-def test_a_base_of_seven_billion_takes_less_than_4_7_gigabytes() -> None:
-    """int4 with double quantization and tables in 8 bits, from the sizes of what is resident alone."""
+def test_a_7b_base_takes_less_than_4_7_gb() -> None:
+    """Computed from the sizes of the packed tensors: int4 with double quantization and 8-bit tables."""
     config = from_hf(QWEN_7B)
     total, known = 0, {}
     kinds = [(shape, "int4", 64, True) for shape in config.linear_shapes().values()]
@@ -97,7 +97,7 @@ def test_a_base_of_seven_billion_takes_less_than_4_7_gigabytes() -> None:
     assert total < 4.7e9
 
 
-def test_a_group_that_does_not_fit_is_refused() -> None:
+def test_unsupported_groups_are_refused() -> None:
     stored = stored_matrix(16, 64, "int4", 64, False)
     with pytest.raises(BadModel, match="groups of 32, 64, 128, 256"):
         packing.pack(Weight("int4", "stored", (16, 64), 16, stored.tensors))
@@ -109,7 +109,7 @@ def test_a_group_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [FLOAT, torch.float16])
 @pytest.mark.parametrize(("scheme", "group", "double"), SCHEMES)
 @pytest.mark.parametrize(("m", "out", "width"), [(1, 160, 512), (3, 48, 576), (19, 130, 256)])
-def test_products_of_few_rows(
+def test_split_k_products(
     m: int, out: int, width: int, scheme: str, group: int, double: bool, dtype: torch.dtype
 ) -> None:
     if double and out % 16:
@@ -130,8 +130,8 @@ def test_products_of_few_rows(
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
-def test_codes_of_scales_are_found_in_blocks_of_any_group(group: int) -> None:
-    """Blocks of four, two or one groups, four of whose codes share a word."""
+def test_double_quantized_scales_for_every_group_size(group: int) -> None:
+    """Blocks of four, two or one groups; four scale codes share a word."""
     stored = stored_matrix(64, 1536, "int4", group, True)
     matrix = on_device(stored)
     assert matrix.blocks == 1536 // min(4 * group, 256)
@@ -145,28 +145,28 @@ def test_codes_of_scales_are_found_in_blocks_of_any_group(group: int) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "group", "double"), [("int4", 64, True), ("nf4", 64, False), ("int8", 32, False)])
-def test_products_of_many_rows(scheme: str, group: int, double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_and_dense_products(scheme: str, group: int, double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = stored_matrix(144, 320, scheme, group, double)
     matrix = on_device(stored)
     x = torch.randn(70, 320, generator=torch.Generator().manual_seed(2)).to(DEVICE, FLOAT)
     exact = x.float().cpu() @ reference.Reference().dequantize(stored).t()
-    for dense_rows in (1000, 70):  # tiles, and the matrix dequantized for a library's product
+    for dense_rows in (1000, 70):  # the tiled kernel, and cuBLAS
         monkeypatch.setattr(matmul, "DENSE_ROWS", dense_rows)
         result = poisoned(1, 70, 144)
         matrix.multiply(x, x, result, matrix.tiling(70))
         assert error(result[0], exact) < LOOSE
 
 
-def test_a_librarys_product_is_put_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for a GPU's tensor: a second result would be as large as all else that a step has."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch, "mm", lambda *given, **how: asked.append(how))
+def test_cublas_writes_float32_without_a_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary result would be as large as all other memory of a step."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "mm", lambda *args, **options: calls.append(options))
     out, x = torch.empty(3, 8), SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     matmul._multiply_dense(x, torch.ones(8, 4), out)  # type: ignore[arg-type]
-    assert len(asked) == 1 and asked[0]["out_dtype"] == torch.float32 and asked[0]["out"] is out
+    assert len(calls) == 1 and calls[0]["out_dtype"] == torch.float32 and calls[0]["out"] is out
 
 
-def test_a_matrix_that_is_not_quantized() -> None:
+def test_products_without_quantization() -> None:
     stored = quantize(torch.randn(24, 40), "none")
     matrix = on_device(stored)
     x = torch.randn(3, 40).to(DEVICE, FLOAT)
@@ -175,16 +175,15 @@ def test_a_matrix_that_is_not_quantized() -> None:
     assert error(result[0], x.float().cpu() @ stored.tensors["codes"].float().t()) < LOOSE
 
 
-def test_offsets_of_codes_are_exact() -> None:
-    """The bits that the kernel puts codes into, for the dtype that the interpreter does not multiply."""
+def test_int4_code_offsets_are_exact() -> None:
+    """For bfloat16, which the interpreter cannot multiply."""
     codes = torch.arange(16, dtype=torch.int16)
     for dtype, bits in ((torch.bfloat16, 0x4300), (torch.float16, 0x6400)):
         assert torch.equal((codes | bits).view(dtype).float(), codes.float() + matmul.offset_of(dtype))
 
 
 class Adapters:
-    """A pool with adapters of several ranks at one site of three slices, where some lack a slice, as they are or in
-    codes. `a` and `b` are what they stand for."""
+    """Adapters of several ranks in three slices of one module, float or int8; some lack a slice."""
 
     def __init__(self, width: int, outputs: tuple[int, ...], ranks: list[list[int]], coded: bool = False) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -196,7 +195,7 @@ class Adapters:
         scales = torch.zeros(len(ranks), 4)
 
         def put(values: torch.Tensor) -> int:
-            """Behind what is there, at a multiple of 64; where."""
+            """Append values, aligned to 64; returns their offset."""
             at = sum(map(len, pieces))
             values = values.flatten().to(kept) if values.dtype != kept else values.flatten()
             pieces.append(torch.cat((values, pieces[0][:1].expand(-len(values) % 64))))
@@ -237,7 +236,7 @@ def lanes_of(
     tiles: list[tuple[int, int, list[int]]],
     width: int,
 ) -> lora.Lanes:
-    """Tiles of (first row, rows, slots), and one at the end that is not used."""
+    """Tiles of (first row, rows, slots), and an unused tile at the end."""
     table, pairs = [], []
     for row, count, slots in tiles:
         mine = [(slot, r) for slot in slots for r in range(ranks[slot])]
@@ -262,13 +261,9 @@ EACH = [(0, 1, [0]), (1, 1, []), (2, 1, [1, 2]), *((row, 1, [2]) for row in rang
 
 @pytest.mark.parametrize("coded", [True, False], ids=["codes", "values"])
 @pytest.mark.parametrize(("tiles", "width", "most"), [(TOGETHER, 80, 56), (EACH, 32, 20)], ids=["together", "each"])
-def test_low_rank_updates_over_true_ranks(
-    tiles: list[tuple[int, int, list[int]]], width: int, most: int, coded: bool
-) -> None:
-    """Rows without an adapter, of one and of a mix, a tile that is not used; more lanes than go in one round.
-
-    In tiles of several rows, decoding ones on all lanes and a prefill on its own, and in tiles of one row.
-    """
+def test_lora_updates(tiles: list[tuple[int, int, list[int]]], width: int, most: int, coded: bool) -> None:
+    """Rows without an adapter, with one and with a mix; decoded rows that share lanes, a prefill with its own lanes,
+    and tiles of one row."""
     inputs, outputs = 600, (80, 48, 16)
     adapters = Adapters(inputs, outputs, [[3, 3, 0], [8, 8, 8], [most, 0, most]], coded)
     mixes: list[dict[int, float]] = [{0: 1.0}, {}, {1: -2.0, 2: 0.5}, {2: 1.0}]
@@ -309,8 +304,8 @@ def test_low_rank_updates_over_true_ranks(
 
 
 @pytest.mark.parametrize("tile_rows", [16, 64])
-def test_an_ending_adds_up_every_split(tile_rows: int) -> None:
-    """Of small tiles some are read at once, however many remain; of large ones each by itself."""
+def test_the_epilogue_adds_every_split(tile_rows: int) -> None:
+    """Small tiles load several splits at a time, large ones one by one."""
     nothing = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     tiles = torch.tensor([[0, 5, 0, 0]], dtype=torch.int32, device=DEVICE)
     lanes = lora.Lanes(tiles, nothing, nothing, nothing, nothing, nothing, 0, tile_rows)
@@ -322,19 +317,19 @@ def test_an_ending_adds_up_every_split(tile_rows: int) -> None:
 
 
 NORESERVE = 0x4000
-"""Of Linux' mmap: memory that need not be there. Python 3.11 has no name for it."""
+"""MAP_NORESERVE of Linux, which Python 3.11 does not name."""
 
 
 def untouched(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Zeros of which only those that are touched take memory."""
+    """Zeros that take memory only where they are touched."""
     if DEVICE.type == "cuda":
         return torch.zeros(shape, dtype=dtype, device=DEVICE)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
 
 
-def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
-    """In a step that is long enough: of the inputs, outputs and lanes of rows alike."""
+def test_offsets_beyond_32_bits() -> None:
+    """In a long step, for inputs, outputs and lanes."""
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 48 << 30:
         pytest.skip("of which 48 GB are touched on a GPU")
     count, inputs, outputs, width, rank = (1 << 27) + 2, 16, 16, 16, 3
@@ -342,7 +337,7 @@ def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
     generator = torch.Generator().manual_seed(1)
     x, sums = torch.randn(2, inputs, generator=generator), torch.randn(1, 2, 2 * outputs, generator=generator)
     found = []
-    for among in (2, count):  # two rows, by themselves and as the last of very many
+    for among in (2, count):  # two rows by themselves, and as the last of very many
         lanes = lora.Lanes(
             tiles=torch.tensor([[among - 2, 2, 0, rank]], dtype=torch.int32, device=DEVICE),
             slot=torch.zeros(rank, dtype=torch.int32, device=DEVICE),
@@ -368,8 +363,8 @@ def test_rows_lie_beyond_the_elements_that_32_bits_count() -> None:
         assert alone.count_nonzero() and torch.equal(alone, last)
 
 
-def test_rows_that_are_programs_lie_beyond_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes a while for each program: there two are launched, and told that they are the last."""
+def test_offsets_beyond_32_bits_in_kernels_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For kernels with one program per row. In the interpreter only the last two programs are launched."""
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 44 << 30:
         pytest.skip("of which 41 GB are touched on a GPU")
     count, width, d = (1 << 27) + 2, 32, 16
@@ -380,7 +375,7 @@ def test_rows_that_are_programs_lie_beyond_them_too(monkeypatch: pytest.MonkeyPa
     blocks = torch.arange(3, dtype=torch.int32, device=DEVICE)[:, None]
     context = torch.tensor([0, 3, 3], dtype=torch.int32, device=DEVICE)
     found = []
-    for among in (2, count):  # two rows, by themselves and as the last of very many
+    for among in (2, count):  # two rows by themselves, and as the last of very many
         launched = among if DEVICE.type == "cuda" else 2
         ids, positions, sequence = (untouched(among, dtype=torch.int32) for _ in range(3))
         ids[-2:], sequence[-2:] = (torch.tensor(pair, dtype=torch.int32, device=DEVICE) for pair in ((7, 3), (1, 2)))
@@ -393,10 +388,10 @@ def test_rows_that_are_programs_lie_beyond_them_too(monkeypatch: pytest.MonkeyPa
             if launched < among:
                 from triton.runtime.interpreter import InterpreterBuilder
 
-                def told(self: Any, x: int, y: int, z: int, first: int = among - 2) -> None:
+                def set_grid_idx(self: Any, x: int, y: int, z: int, first: int = among - 2) -> None:
                     self.grid_idx = (first + x, y, z)
 
-                patched.setattr(InterpreterBuilder, "set_grid_idx", told)
+                patched.setattr(InterpreterBuilder, "set_grid_idx", set_grid_idx)
             rowwise.embed(table, ids[:launched], stream[:launched])
             rowwise.rms_norm(stream[:launched], norm.to(DEVICE), 1e-5, normed[:launched], sums[:launched], width)
             matmul.group_sums(normed[:launched], width, again[:launched])
@@ -416,14 +411,14 @@ def test_rows_that_are_programs_lie_beyond_them_too(monkeypatch: pytest.MonkeyPa
         assert alone.count_nonzero() and torch.equal(alone, end)
 
 
-def test_inputs_are_cut_into_ranges_that_are_read_at_once() -> None:
+def test_number_of_splits_of_shrink() -> None:
     assert [lora.shrink_splits(1, 16, inputs) for inputs in (64, 512, 576, 3584, 18944)] == [1, 1, 2, 7, 16]
     assert [lora.shrink_splits(16, width, 3584) for width in (16, 64, 1024)] == [8, 8, 1]
 
 
 @pytest.mark.filterwarnings("ignore:.*(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
-def test_what_a_row_does_not_use_does_not_touch_it() -> None:
-    """A neighbour's adapter whose product overflows leaves this row's bits as they are."""
+def test_an_overflowing_adapter_does_not_change_other_rows() -> None:
+    """An overflow in a neighbour's adapter does not change this row's bits."""
     adapters = Adapters(32, (16,), [[1], [1]])
     tiles = torch.tensor([[0, 2, 0, 2]], dtype=torch.int32, device=DEVICE)
     slot = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
@@ -442,7 +437,7 @@ def test_what_a_row_does_not_use_does_not_touch_it() -> None:
     assert torch.equal(results[0][0], results[1][0])
 
 
-def test_norms_and_tables() -> None:
+def test_rms_norm_and_embedding() -> None:
     x, weight = torch.randn(3, 96), torch.randn(96)
     out, sums = poisoned(3, 96, dtype=FLOAT), poisoned(3, 3)
     rowwise.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-5, out, sums, 32)
@@ -461,8 +456,8 @@ def test_norms_and_tables() -> None:
 
 
 @pytest.mark.parametrize("head_dim", [32, 24, 256])
-def test_attention_over_blocks(head_dim: int) -> None:
-    """Queries turned, keys and values written, prefill chunks and single rows, of contexts of many lengths."""
+def test_attention_over_paged_kv(head_dim: int) -> None:
+    """Queries are rotated, keys and values written; prefills and decodes over contexts of different lengths."""
     heads, kv_heads, size = 6, 2, 16
     contexts, new = [1, 40, 130, 30], [1, 1, 1, 12]
     generator = torch.Generator().manual_seed(5)
@@ -516,7 +511,7 @@ def test_attention_over_blocks(head_dim: int) -> None:
         start += n
 
 
-def test_a_single_row_does_not_depend_on_its_batch() -> None:
+def test_decode_attention_does_not_depend_on_the_batch() -> None:
     heads, kv_heads, size, d = 4, 2, 16, 16
     cache = torch.randn(1, 20, kv_heads, 2, size, d, device=DEVICE).to(FLOAT)
     qkv = torch.randn(3, (heads + 2 * kv_heads) * d, device=DEVICE).to(FLOAT)
@@ -533,10 +528,10 @@ def test_a_single_row_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize(("outputs", "kind"), [(200, ("int8", 32, False)), (208, ("nf4", 64, True))])
-def test_a_product_dequantizes_no_more_than_a_block_at_a_time(
+def test_linear_dequantizes_one_block_at_a_time(
     outputs: int, kind: tuple[str, int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An output table in float32 would be gigabytes. The last block is not full."""
+    """The last block is incomplete."""
     weight = packing.concatenate([packing.pack(stored_matrix(outputs, 128, *kind))], DEVICE)
     exact = packing.dequantize(weight)
     made = []
@@ -563,8 +558,8 @@ def choices(logits: torch.Tensor, how: list[list[float]], top_k: list[int]) -> l
 
 
 @pytest.mark.usefixtures("watched")
-def test_tokens_are_drawn_from_what_the_limits_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy, and draws whose noise runs through the distribution, against the sums over the ids that remain."""
+def test_sampling_respects_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy, and samples with noise over the whole distribution."""
     monkeypatch.setattr(sampling, "PIECE", 64)
     generator = np.random.default_rng(0)
     row = torch.from_numpy(generator.normal(size=90).astype(np.float32) * 2)
@@ -589,7 +584,7 @@ def test_tokens_are_drawn_from_what_the_limits_leave(monkeypatch: pytest.MonkeyP
         assert choices(row.repeat(4, 1), how, [top_k] * 4) == exact
 
 
-def test_the_largest_and_rows_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_rows_and_rows_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "PIECE", 64)
     logits = torch.randn(5, 150)
     logits[0, 100] = logits[0, 20] = 50.0

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched, as far as that can be seen without a GPU."""
+"""Launch options of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FOLDER = Path(launch.__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
+def fresh_options() -> Iterator[None]:
     launch.options.cache_clear()
     yield
     launch.options.cache_clear()
 
 
 @pytest.mark.parametrize(("capability", "overlaps"), [((9, 0), True), ((10, 3), True), ((8, 9), False), (None, False)])
-def test_kernels_overlap_where_the_gpu_can(
+def test_dependent_launch_is_used_where_it_is_supported(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, overlaps: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
@@ -35,15 +35,15 @@ def test_kernels_overlap_where_the_gpu_can(
     assert launch.options().get("launch_pdl", False) is overlaps
 
 
-def test_kernels_that_overlap_can_be_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dependent_launch_can_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert launch.options()["launch_pdl"] and launch.disable_dependent_launch()
     assert "launch_pdl" not in launch.options() and not launch.disable_dependent_launch()
 
 
-def test_every_kernel_waits_for_the_one_ahead_first() -> None:
-    """One that does not is over before what it should have waited for, and whoever waits for it reads too early."""
+def test_every_kernel_waits_for_the_previous_one_first() -> None:
+    """Otherwise a later kernel could read memory too early."""
     kernels = [
         function
         for file in FOLDER.glob("*.py")

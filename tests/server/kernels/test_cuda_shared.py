@@ -1,4 +1,4 @@
-"""Matrices in one piece of memory that another process maps: with a driver that hands out a CPU's memory."""
+"""Sharing matrices with another process, with a fake CUDA driver, and on a GPU with the real one."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ except OSError as error:
 exact = {path: packing.dequantize(weight).cpu().numpy().tobytes() for path, weight in found.items()}
 print(json.dumps({path: hashlib.sha256(values).hexdigest() for path, values in exact.items()}))
 """
-"""A process that is told where matrices lie, and tells what they are."""
+"""A process that maps exported matrices and prints their digests."""
 
 
 class Driver:
-    """Handles are numbers of allocations; `status` is what every call answers."""
+    """A fake driver. Every call returns `status`."""
 
     def __init__(self, memory: torch.Tensor, before: int) -> None:
         self.base, self.size, self.status = memory.data_ptr() - before, memory.nbytes + before, 0
@@ -63,8 +63,8 @@ def weights() -> dict[str, Weight]:
     return {path: packing.pack(quantize(torch.randn(48, 256, generator=draw), *kind)) for path, kind in kinds.items()}
 
 
-def test_what_is_mapped_is_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole matrices, and those that were joined; the piece begins within an allocation of which it is not all."""
+def test_opened_matrices_equal_the_exported_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single and concatenated matrices, in a buffer that is a part of its allocation."""
     exact = weights()
     allocation = torch.zeros(4096 + shared_memory.required_bytes(exact), dtype=torch.uint8)
     piece = shared_memory.SharedBuffer(shared_memory.required_bytes(exact), CPU)
@@ -74,41 +74,41 @@ def test_what_is_mapped_is_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     parts |= {path: piece.add(exact[path]) for path in "cd"}
     assert piece._used <= shared_memory.required_bytes(exact)
     monkeypatch.setattr(shared_memory, "_driver", lambda: Driver(piece.memory, 4096))
-    told = json.loads(json.dumps(shared_memory.export(parts, piece.memory)))
-    assert told["memory"]["offset"] == 4096
-    found = shared_memory.open_shared(told, CPU)
+    described = json.loads(json.dumps(shared_memory.export(parts, piece.memory)))
+    assert described["memory"]["offset"] == 4096
+    found = shared_memory.open_shared(described, CPU)
     assert set(found) == set(exact)
     for path, weight in found.items():
         assert torch.equal(packing.dequantize(weight), packing.dequantize(exact[path]))
         assert all(t.untyped_storage().data_ptr() == allocation.data_ptr() for t in weight.tensors.values())
 
 
-def test_a_driver_that_does_not_share_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_driver_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.zeros(64, dtype=torch.uint8)
     driver = Driver(memory, 0)
     monkeypatch.setattr(shared_memory, "_driver", lambda: driver)
-    told = shared_memory.export({}, memory)
+    described = shared_memory.export({}, memory)
     driver.status = 801
     with pytest.raises(OSError, match="cuMemGetAddressRange answers 801"):
         shared_memory.export({}, memory)
     with pytest.raises(OSError, match="cuIpcOpenMemHandle answers 801"):
-        shared_memory.open_shared(told, CPU)
+        shared_memory.open_shared(described, CPU)
 
 
 @pytest.mark.gpu
-def test_another_process_maps_a_gpus_memory() -> None:
-    """With the real driver: all but the first begin within the piece."""
+def test_another_process_maps_the_matrices_of_a_gpu() -> None:
+    """With the real driver."""
     exact = weights()
     piece = shared_memory.SharedBuffer(shared_memory.required_bytes(exact), torch.device("cuda"))
     kept = {path: piece.add(weight) for path, weight in exact.items()}
     try:
-        told = shared_memory.export(kept, piece.memory)
+        described = shared_memory.export(kept, piece.memory)
     except OSError as error:
         pytest.skip(f"the driver shares no memory here: {error}")
     torch.cuda.synchronize()
     done = subprocess.run(
         [sys.executable, "-c", MAPS],
-        input=json.dumps(told),
+        input=json.dumps(described),
         env={**os.environ, "PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,

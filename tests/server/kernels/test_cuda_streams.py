@@ -1,4 +1,4 @@
-"""Adapters and numbers as steps find them, in whatever order a device's streams do what they were given."""
+"""Adapter copies and steps on streams that run in any order the events allow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SLOTS = 6
 
 @pytest.fixture(scope="module")
 def made() -> list[LoraWeights]:
-    """Prepared adapters of several sizes, half of them in one piece or not at all."""
+    """Prepared adapters of several sizes, every other one not splittable."""
     each = [
         Cuda(torch.float32).prepare(adapter(CONFIG, rank, rank, ("q_proj", "o_proj")), "int4") for rank in range(1, 9)
     ]
@@ -40,14 +40,14 @@ def made() -> list[LoraWeights]:
 
 
 def wrong_reads(made: list[LoraWeights], seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often a step found another adapter than its own in a slot, while adapters come, go and are moved."""
+    """How many reads by steps found another adapter than the slot's, while adapters are loaded, unloaded and moved."""
     draw = random.Random(seed)
     monkeypatch.setattr(adapter_pool, "PIECE", draw.choice([64, 512, 8 << 20]))
     sizes = [weights.layout.flat.numel() for weights in made]
     room = int(sizes[-1] * draw.choice([2.0, 2.5, 3.0]))
     pool = AdapterPool(CONFIG, room, SLOTS, torch.device("cpu"), torch.float32, True)
     tables = {name: getattr(pool.pool, name).clone() for name in ("offsets", "ranks", "scales")}
-    pool.pool = replace(pool.pool, **tables)  # those of the device, which here are the host's own else
+    pool.pool = replace(pool.pool, **tables)  # device copies; on the CPU they would alias the host's
     held: dict[int, int] = {}
     wrong: list[int] = []
 
@@ -81,7 +81,7 @@ def wrong_reads(made: list[LoraWeights], seed: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_each_step_finds_its_adapters_however_late_copies_and_steps_are(
+def test_steps_read_their_adapters_in_any_order_of_streams(
     made: list[LoraWeights], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert wrong_reads(made, seed, monkeypatch) == 0
@@ -91,16 +91,12 @@ def nothing(*_: Any) -> None:
     pass
 
 
-@pytest.mark.parametrize(
-    "forgotten", ["wait_for_copies", "record_use", "_wait_for_readers", "wait_stream", "_unloaded"]
-)
-def test_a_wait_that_is_left_out_is_found(
-    made: list[LoraWeights], forgotten: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or else the test above would say nothing."""
-    if forgotten == "wait_stream":
+@pytest.mark.parametrize("missing", ["wait_for_copies", "record_use", "_wait_for_readers", "wait_stream", "_unloaded"])
+def test_a_missing_wait_is_detected(made: list[LoraWeights], missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the test above can fail."""
+    if missing == "wait_stream":
         monkeypatch.setattr("tests.server.kernels.late.LateStream.wait_stream", nothing)
-    elif forgotten == "_unloaded":
+    elif missing == "_unloaded":
         wait = AdapterPool._wait_for_readers
 
         def of_the_slot_alone(pool: AdapterPool, slot: int) -> None:
@@ -109,14 +105,12 @@ def test_a_wait_that_is_left_out_is_found(
 
         monkeypatch.setattr(AdapterPool, "_wait_for_readers", of_the_slot_alone)
     else:
-        monkeypatch.setattr(AdapterPool, forgotten, nothing)
+        monkeypatch.setattr(AdapterPool, missing, nothing)
     assert any(wrong_reads(made, seed, monkeypatch) for seed in range(60))
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_step_s_numbers_are_not_written_over_before_they_are_sent(
-    waits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_arrays_are_not_overwritten_before_they_are_copied(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong: list[int] = []
     memory, target = StepMemory(4, torch.device("cpu")), torch.zeros(4, dtype=torch.int32)
     memory._pinned = True

@@ -1,4 +1,4 @@
-"""Memory on huge pages: what is in it, whose it is, and that a kernel which has none serves all the same."""
+"""Memory on huge pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.kernels.huge_pages import HUGE
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The advices that a kernel has refused."""
+    """Advice that the system refused."""
     refused: list[int] = []
 
     class Without(huge_pages.mmap.mmap):
@@ -31,7 +31,7 @@ def content(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 7, HUGE // 4, HUGE // 4 + 1, 3 * HUGE])
-def test_zeros_are_zeros_and_large_ones_begin_with_a_huge_page(size: int) -> None:
+def test_large_zeros_are_aligned_to_huge_pages(size: int) -> None:
     made = huge_pages.zeros(size, torch.float32)
     assert made.shape == (size,) and made.dtype == torch.float32 and not made.any()
     assert made.nbytes < HUGE or made.data_ptr() % HUGE == 0
@@ -40,7 +40,7 @@ def test_zeros_are_zeros_and_large_ones_begin_with_a_huge_page(size: int) -> Non
 
 
 @pytest.mark.parametrize("size", [1, 4097, 2 * HUGE, 2 * HUGE + 5])
-def test_a_file_is_its_bytes_and_keeps_them(tmp_path: Path, size: int) -> None:
+def test_a_mapped_file_is_copy_on_write(tmp_path: Path, size: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(content(size))
     found = huge_pages.mapped(path)
@@ -53,7 +53,7 @@ def test_a_file_is_its_bytes_and_keeps_them(tmp_path: Path, size: int) -> None:
 
 
 def resident(path: Path) -> int:
-    """Bytes of a file's mappings that count as this process's."""
+    """Resident bytes of a file's mappings."""
     kilobytes, of_file = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
@@ -64,7 +64,7 @@ def resident(path: Path) -> int:
     return kilobytes << 10
 
 
-def test_a_file_counts_as_this_process_s_once_it_is_touched(tmp_path: Path) -> None:
+def test_a_mapped_file_is_not_resident_until_it_is_touched(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(content(8 * HUGE))
     found = huge_pages.mapped(path)
@@ -72,7 +72,7 @@ def test_a_file_counts_as_this_process_s_once_it_is_touched(tmp_path: Path) -> N
     assert int(found.max()) == 255 and resident(path) == 8 * HUGE
 
 
-def test_a_file_that_is_not_there_or_empty_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         huge_pages.mapped(tmp_path / "none")
     (tmp_path / "empty").touch()
@@ -80,7 +80,7 @@ def test_a_file_that_is_not_there_or_empty_is_told(tmp_path: Path) -> None:
         huge_pages.mapped(tmp_path / "empty")
 
 
-def test_a_system_without_huge_pages_is_asked_for_none(
+def test_systems_without_huge_pages_get_no_advice(
     tmp_path: Path, without: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huge_pages, "HUGE_PAGES", False)
@@ -90,20 +90,20 @@ def test_a_system_without_huge_pages_is_asked_for_none(
     assert not huge_pages.zeros(HUGE, torch.uint8).any() and not without
 
 
-def test_huge_pages_are_asked_for_all_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
+def test_huge_pages_are_requested_for_all_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, int]] = []
 
     class Noting(huge_pages.mmap.mmap):
         def madvise(self, advice: int, start: int = 0, length: int = 0) -> None:
-            asked.append((start, length))
+            advised.append((start, length))
 
     monkeypatch.setattr(huge_pages.mmap, "mmap", Noting)
     made = huge_pages.zeros(3 * HUGE // 4 + 1, torch.float32)
-    ((start, length),) = asked
+    ((start, length),) = advised
     assert made.data_ptr() % HUGE == 0 and 0 <= start < HUGE and length == made.nbytes
 
 
-def test_a_kernel_that_takes_no_advice_has_small_pages(tmp_path: Path, without: list[int]) -> None:
+def test_refused_advice_is_ignored(tmp_path: Path, without: list[int]) -> None:
     path = tmp_path / "file"
     path.write_bytes(content(HUGE + 3))
     assert huge_pages.mapped(path).numpy().tobytes() == content(HUGE + 3) and len(without) == 3

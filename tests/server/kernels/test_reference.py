@@ -1,4 +1,4 @@
-"""The reference kernels against torch's own functions, and against what the words mean."""
+"""The reference kernels compared with torch's own functions."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def _seed() -> None:
     torch.manual_seed(11)
 
 
-def test_each_function_is_torchs() -> None:
+def test_functions_equal_those_of_torch() -> None:
     x, weight = torch.randn(5, 32), torch.randn(32)
     torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), F.rms_norm(x, (32,), weight, 1e-5))
     torch.testing.assert_close(reference.swiglu(x, x.flip(0)), F.silu(x) * x.flip(0))
     torch.testing.assert_close(reference.softmax(x * 50), F.softmax(x * 50, -1))
 
 
-def test_rope_turns_pairs_and_keeps_their_length() -> None:
+def test_rope_keeps_norms() -> None:
     x, angle = torch.randn(3, 2, 8), torch.randn(3, 4)
     turned = reference.rope(x, angle.cos(), angle.sin())
     pairs = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(3, 1, 4), angle[:, None])
     torch.testing.assert_close(turned, torch.cat((pairs.real, pairs.imag), -1))
 
 
-def test_attention_reads_the_blocks_in_the_order_of_the_table() -> None:
+def test_attention_follows_the_block_table() -> None:
     n, context, size, heads, kv_heads, d = 3, 9, 4, 4, 2, 8
     q, k, v = torch.randn(n, heads, d), torch.randn(context, kv_heads, d), torch.randn(context, kv_heads, d)
     keys, values = torch.full((6, size, kv_heads, d), torch.nan), torch.full((6, size, kv_heads, d), torch.nan)
@@ -49,7 +49,7 @@ def test_attention_reads_the_blocks_in_the_order_of_the_table() -> None:
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "int8", "none"])
-def test_products_and_rows_are_those_of_the_stored_matrix(scheme: str, double_quant: bool) -> None:
+def test_products_and_rows_equal_the_stored_matrix(scheme: str, double_quant: bool) -> None:
     backend = choose("reference")
     stored = quantize(torch.randn(40, 128), scheme, 32, double_quant)
     packed = backend.pack(stored)
@@ -62,8 +62,8 @@ def test_products_and_rows_are_those_of_the_stored_matrix(scheme: str, double_qu
     torch.testing.assert_close(backend.linear(packed, x), x @ dense.t())
 
 
-def test_a_row_of_a_product_is_the_same_in_any_batch_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is the exact one, rounded: float32 sums of so many inputs differ in their last four bits by how they go."""
+def test_products_do_not_depend_on_the_batch_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 sums would depend on the number of rows."""
     backend = choose("reference")
     stored = quantize(torch.randn(72, 1536), "int4", 32)
     x = torch.randn(81, 1536) * torch.logspace(-2, 2, 1536)
@@ -74,14 +74,14 @@ def test_a_row_of_a_product_is_the_same_in_any_batch_and_in_pieces(monkeypatch: 
     assert torch.equal(whole, backend.linear(stored, x))
 
 
-def test_an_adapter_that_overflows_its_dtype_is_refused_by_name() -> None:
+def test_an_adapter_that_overflows_its_dtype_is_refused() -> None:
     big = LoraWeights("big", "b" * 64, {"m": LowRank(torch.full((1, 4), 3.4e38), torch.ones(4, 1), 1.0)})
     assert choose("reference").prepare(big, "int4").modules["m"].A.dtype == torch.float32
     with pytest.raises(InvalidAdapter, match="'big' has values in m that are not finite"):
         choose("aten").prepare(big, "int4")
 
 
-def test_updates_reach_their_own_rows_only() -> None:
+def test_lora_updates_change_their_own_rows_only() -> None:
     table = SlotTable(2)
     update = LowRank(torch.randn(3, 8), torch.randn(5, 3), 0.5)
     table.load_adapter(1, LoraWeights("a", "a" * 64, {"m": update}))

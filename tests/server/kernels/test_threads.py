@@ -1,4 +1,4 @@
-"""How many processors there are for this process: affinity, and quotas of control groups."""
+"""Available processors: CPU affinity and cgroup quotas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.kernels import threads
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hierarchy in which this process is in /shop/till; 8 processors by affinity."""
+    """A cgroup hierarchy with this process in /shop/till; its affinity has 8 processors."""
     (tmp_path / "own").write_text("1:cpu:/old\n0::/shop/till\n")
     (tmp_path / "shop" / "till").mkdir(parents=True)
     monkeypatch.setattr(threads, "CGROUP", tmp_path / "own")
@@ -38,7 +38,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"shop/till": "what is this"}, 8),
     ],
 )
-def test_the_smallest_quota_on_the_way_up_counts(groups: Path, limits: dict[str, str], expected: int) -> None:
+def test_the_smallest_cgroup_quota_limits_cpus(groups: Path, limits: dict[str, str], expected: int) -> None:
     for group, text in limits.items():
         (groups / group / "cpu.max").write_text(text)
     assert threads.available_cpus() == expected
@@ -48,18 +48,16 @@ def test_the_smallest_quota_on_the_way_up_counts(groups: Path, limits: dict[str,
     ("quota", "period", "around", "expected"),
     [("-1", "100000", "-1", 8), ("150000", "100000", "-1", 2), ("-1", "100000", "300000", 3), ("", "100000", "-1", 8)],
 )
-def test_quotas_of_the_first_version_count_too(
-    groups: Path, quota: str, period: str, around: str, expected: int
-) -> None:
+def test_cgroup_v1_quotas_limit_cpus(groups: Path, quota: str, period: str, around: str, expected: int) -> None:
     (groups / "own").write_text("4:cpu,cpuacct:/old/till\n3:memory:/old\n0::/\n")
     (groups / "cpu" / "old" / "till").mkdir(parents=True)
-    for group, told in (("old/till", quota), ("old", around)):
-        (groups / "cpu" / group / "cpu.cfs_quota_us").write_text(told)
+    for group, text in (("old/till", quota), ("old", around)):
+        (groups / "cpu" / group / "cpu.cfs_quota_us").write_text(text)
         (groups / "cpu" / group / "cpu.cfs_period_us").write_text(period)
     assert threads.available_cpus() == expected
 
 
-def test_without_control_groups_affinity_counts(groups: Path) -> None:
+def test_affinity_without_cgroups(groups: Path) -> None:
     (groups / "own").write_text("1:cpu:/old\n")
     assert threads.available_cpus() == 8
     (groups / "own").unlink()
@@ -91,7 +89,7 @@ print(json.dumps([left_out, list(before), list(os.sched_getaffinity(0)), *map(li
         {"GOMP_CPU_AFFINITY": "0-1", "KMP_AFFINITY": "granularity=fine,compact,1,0"},
     ],
 )
-def test_what_binds_threads_to_processors_is_left_out_before_torch_is_loaded(bound: dict[str, str]) -> None:
+def test_thread_binding_variables_are_removed_before_torch_is_loaded(bound: dict[str, str]) -> None:
     run = subprocess.run(
         [sys.executable, "-c", ANY_THREAD], env={**os.environ, **bound}, capture_output=True, timeout=120, check=True
     )

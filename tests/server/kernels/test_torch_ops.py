@@ -1,4 +1,4 @@
-"""Torch's own kernels against the reference: exact where they can be, within bf16 where they cannot."""
+"""Torch's ops compared with the reference."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def _seed() -> None:
 
 @pytest.fixture(params=["as here", "AVX2", "neither"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if oneDNN multiplied no bf16, as on a processor with AVX2 alone: what is asked for there raises or takes a
-    plain loop. Without AVX2 torch's 4-bit product is one too."""
+    """Simulate a processor without bf16 instructions in oneDNN."""
     if request.param == "as here":
         return
     few = SCALAR_ROWS if request.param == "neither" else PACKED_ROWS
@@ -55,7 +54,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def rounded(stored: Weight) -> torch.Tensor:
-    """What torch's 4-bit product means: codes around 8, scale and offset in bf16."""
+    """The meaning of torch's 4-bit product: codes around 8, scale and offset in bf16."""
     exact = dequantize_stored(stored)
     grouped = exact.view(stored.shape[0], -1, stored.group)
     plain = {k: t for k, t in stored.tensors.items() if k != "codes"}
@@ -73,7 +72,7 @@ def rounded(stored: Weight) -> torch.Tensor:
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("rows", "group"), [(64, 32), (192, 64), (80, 64), (112, 128), (16, 32)])
-def test_int4_is_exact_after_the_rounding_of_scales(rows: int, group: int, double_quant: bool) -> None:
+def test_int4_is_exact_up_to_the_rounding_of_scales(rows: int, group: int, double_quant: bool) -> None:
     backend = TorchOps()
     stored = quantize(torch.randn(rows, 256) * 0.05, "int4", group, double_quant)
     packed = backend.pack(stored)
@@ -87,7 +86,7 @@ def test_int4_is_exact_after_the_rounding_of_scales(rows: int, group: int, doubl
 
 
 @pytest.mark.parametrize(("rows", "columns", "group"), [(40, 128, 64), (64, 48, 16)])
-def test_shapes_that_torch_does_not_take_stay_stored(rows: int, columns: int, group: int) -> None:
+def test_shapes_that_torch_does_not_support_stay_stored(rows: int, columns: int, group: int) -> None:
     stored = quantize(torch.randn(rows, columns), "int4", group)
     packed = TorchOps().pack(stored)
     assert packed is stored
@@ -103,7 +102,9 @@ def test_shapes_that_torch_does_not_take_stay_stored(rows: int, columns: int, gr
 @pytest.mark.parametrize(
     ("scheme", "double_quant"), [("int4", False), ("int4", True), ("nf4", True), ("int8", False), ("none", False)]
 )
-def test_products_are_the_dequantized_ones(scheme: str, double_quant: bool, count: int, dtype: torch.dtype) -> None:
+def test_products_equal_those_of_dequantized_weights(
+    scheme: str, double_quant: bool, count: int, dtype: torch.dtype
+) -> None:
     backend = TorchOps()
     matrix = torch.randn(208, 256) * 0.05
     packed = backend.pack(quantize(matrix if scheme != "none" else matrix.bfloat16(), scheme, 64, double_quant))
@@ -115,7 +116,7 @@ def test_products_are_the_dequantized_ones(scheme: str, double_quant: bool, coun
     assert error < (1e-6 if dtype == torch.float32 else BF16)
 
 
-def test_blocks_of_any_size_give_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_does_not_change_products(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = TorchOps().pack(quantize(torch.randn(336, 64), "int4", 32))
     x = torch.randn(PACKED_ROWS + 8, 64).bfloat16()
     whole = TorchOps().linear(packed, x)
@@ -124,7 +125,7 @@ def test_blocks_of_any_size_give_the_same_product(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_product_stays_when_the_next_one_is_made(count: int) -> None:
+def test_results_do_not_share_work_buffers(count: int) -> None:
     table, backend = quantize(torch.randn(96, 64), "int8", 32), TorchOps()
     first = backend.linear(table, torch.ones(count, 64))
     kept = first.clone()
@@ -133,14 +134,14 @@ def test_a_product_stays_when_the_next_one_is_made(count: int) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "none"])
-def test_rows_are_looked_up(scheme: str) -> None:
+def test_embedding(scheme: str) -> None:
     packed = TorchOps().pack(quantize(torch.randn(96, 64), scheme, 32))
     ids = torch.tensor([95, 3, 3, 64])
     assert torch.equal(TorchOps().embed(packed, ids), TorchOps().dequantize(packed)[ids])
 
 
 def adapters(backend: TorchOps | Reference, count: int) -> list[LoraWeights]:
-    """Adapters of ranks 1 to 24; the last lacks two modules, and one shares another's ranks."""
+    """Adapters of ranks 1 to 24; the last lacks two modules."""
     generator = torch.Generator().manual_seed(5)
     made = []
     for i in range(count):
@@ -159,13 +160,13 @@ def adapters(backend: TorchOps | Reference, count: int) -> list[LoraWeights]:
 
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("seed", range(6))
-def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
+def test_batched_lora_equals_a_loop_over_adapters(seed: int) -> None:
     draw = random.Random(seed)
     plain, ours = SlotTable(8), SlotTable(8)
     for slot, (a, b) in enumerate(zip(adapters(Reference(), 7), adapters(TorchOps(), 7), strict=True)):
         plain.load_adapter(slot, a)
         ours.load_adapter(slot, b)
-    weights = [-1.0, 0.25, 1.0, 2.0] if seed % 2 else [-1.0, 0.3, 0.7]  # those that bf16 holds, and others
+    weights = [-1.0, 0.25, 1.0, 2.0] if seed % 2 else [-1.0, 0.3, 0.7]  # exact in bf16, or not
     segments, start = [], 0
     for _ in range(12):
         rows = draw.choice([1, 1, 1, 2, SHARED_ROWS, SHARED_ROWS + 1, 40])
@@ -185,7 +186,7 @@ def test_updates_of_any_grouping_equal_the_plain_loop(seed: int) -> None:
         assert (y.float() - expected).norm() <= 2 * BF16 * expected.norm()
 
 
-def test_what_overflows_in_one_adapter_stays_in_its_rows() -> None:
+def test_an_overflowing_adapter_does_not_change_other_rows() -> None:
     table = SlotTable(3)
     for slot, adapter in enumerate(adapters(TorchOps(), 3)):
         table.load_adapter(slot, adapter)
@@ -198,16 +199,16 @@ def test_what_overflows_in_one_adapter_stays_in_its_rows() -> None:
     assert torch.isfinite(y[[0, 2, 3]]).all()
 
 
-def test_the_copy_of_the_active_set_is_remade_only_when_it_must_be() -> None:
+def test_the_concatenated_copy_is_rebuilt_only_when_needed() -> None:
     table = SlotTable(4)
     made = adapters(TorchOps(), 5)
     for slot in range(4):
         table.load_adapter(slot, made[slot])
     both: ConcatenatedAdapters = table.concatenated([2, 3])
-    assert table.concatenated([3]) is both  # less than what is held, and not much less
+    assert table.concatenated([3]) is both  # a subset that is not much smaller
     assert table.concatenated([0]) is not both  # another adapter
     three = table.concatenated([2, 3, 0])
-    assert table.concatenated([0]) is not three  # a small part of what is held
+    assert table.concatenated([0]) is not three  # a much smaller subset
     held = table.concatenated([1, 2])
     table.unload_adapter(0)
     assert table.concatenated([1, 2]) is held
@@ -217,8 +218,8 @@ def test_the_copy_of_the_active_set_is_remade_only_when_it_must_be() -> None:
     assert made[4].digest in table.concatenated([1, 2]).index
 
 
-def test_a_layout_is_named_by_all_that_it_goes_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what was packed on another machine, or by another torch, is packed anew."""
+def test_the_layout_name_depends_on_torch_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a base packed by another machine or torch version is packed again."""
     names = [TorchOps().layout]
     others = (
         (torch_ops.platform, "machine", "riscv64"),

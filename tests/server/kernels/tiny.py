@@ -1,7 +1,4 @@
-"""Tiny random models, adapters and steps for the tests of the runners: the same weights for every kind of kernels.
-
-Owns how such a model and a batch are made. Does not know which runner takes them.
-"""
+"""Tiny random models, adapters and batches for the tests of all runners."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ from server.model.config import ModelConfig, RopeScaling
 from server.model.quantization import quantize
 
 BLOCK = 16
-"""Positions of a block of the KV cache."""
+"""Tokens per KV block."""
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A base as one kind of kernels has it."""
+    """A base model, packed for one backend."""
 
     config: ModelConfig
     weights: dict[str, Weight]
@@ -33,12 +30,12 @@ class Tiny:
     backend: Backend
 
     def prepare(self, weights: LoraWeights) -> LoraWeights:
-        scheme = next(iter(self.weights.values())).scheme  # a linear's
+        scheme = next(iter(self.weights.values())).scheme  # of a linear
         return self.backend.prepare(weights, scheme)
 
 
 def llama(**changes: Any) -> ModelConfig:
-    """A config of Llama's shape; each test module says its widths and what its families change."""
+    """A small Llama configuration."""
     return ModelConfig(
         **{
             "architecture": "LlamaForCausalLM",
@@ -54,7 +51,7 @@ def llama(**changes: Any) -> ModelConfig:
 def bases(
     config: ModelConfig, scheme: str, group: int, double: bool, table: str, packer: Backend, plain: Backend
 ) -> tuple[Tiny, Tiny]:
-    """The same stored weights, packed by `packer` and as `plain`, the reference, has them."""
+    """The same weights, packed by `packer` and by `plain`."""
     torch.manual_seed(11)
     stored = {
         path: quantize(torch.randn(shape) * shape[1] ** -0.5, scheme, group, double)
@@ -70,7 +67,7 @@ def bases(
 
 
 def adapter(config: ModelConfig, seed: int, rank: int, targets: tuple[str, ...] = (), size: float = 1.0) -> LoraWeights:
-    """A random adapter of the linears whose paths end like one of `targets`; of all without any."""
+    """A random adapter for linears whose path ends with one of `targets`; for all linears without any."""
     generator = torch.Generator().manual_seed(seed)
     modules = {
         path: LowRank(
@@ -85,7 +82,7 @@ def adapter(config: ModelConfig, seed: int, rank: int, targets: tuple[str, ...] 
 
 
 def codes_of(kept: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes of an adapter's module as the native kernels have them: A [rank, in] and B [out, rank], int64."""
+    """The codes of a native int8 module: A [rank, in] and B [out, rank], int64."""
     columns, ranks = kept.B.shape[0] * kept.B.shape[2], kept.B.shape[1] * kept.B.shape[3]
     b = kept.B.permute(0, 2, 1, 3).reshape(columns, ranks)
     out, into = kept.coded
@@ -100,7 +97,7 @@ def codes_of(kept: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class Sequence:
-    """What an engine keeps of a sequence: its tokens, how many are in the cache, its blocks and its mix."""
+    """A sequence: tokens, number of tokens in the cache, blocks and mix."""
 
     tokens: list[int]
     blocks: list[int]
@@ -109,7 +106,7 @@ class Sequence:
 
 
 def batch_of(new: list[tuple[Sequence, int]], every_row: bool = True) -> Batch:
-    """The step that runs `count` more tokens of each sequence, with logits of all rows or of each sequence's last."""
+    """A step that runs `count` more tokens of each sequence, with logits of all rows or of each sequence's last row."""
     tokens: list[int] = []
     positions: list[int] = []
     starts, context = [0], []
@@ -139,19 +136,19 @@ def random_tokens(config: ModelConfig, seed: int, count: int) -> list[int]:
 
 
 def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative, in the Frobenius norm, of what may be on a device to what is not."""
+    """Relative error in the Frobenius norm."""
     ours, exact = ours.float().cpu(), exact.float()
     assert torch.isfinite(ours).all()
     return float((ours - exact).norm() / exact.norm())
 
 
 def uncut(weights: LoraWeights) -> LoraWeights:
-    """A prepared adapter that has to lie in one piece."""
+    """A prepared adapter that may not be split."""
     return replace(weights, layout=replace(weights.layout, cuts=weights.layout.cuts[[0, -1]]))
 
 
 def lies_in(pool: Any, slot: int, weights: LoraWeights) -> bool:
-    """Whether the tables lead to an adapter's matrices, bit for bit."""
+    """Whether the pool has exactly the adapter's matrices in that slot."""
     for path, update in weights.modules.items():
         (site,) = pool._find_modules(((path, update.shape),))
         a, b, units = pool.pool.offsets[slot, site].tolist()
