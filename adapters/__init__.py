@@ -1,4 +1,1 @@
-"""What a LoRA is: its value, its file format, its store and registry, and how to train one.
-
-Knows nothing of servers, requests or HTTP.
-"""
+"""LoRA adapters: file format, store, registry, and training. Independent of the server."""

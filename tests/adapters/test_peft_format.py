@@ -737,8 +737,8 @@ def test_messages_and_metadata_are_shortened(make_peft, shapes):
     _, folder = make_peft(folder="named", r=2, target_modules=["q_proj"])
     edit_config(folder, base_model_name_or_path=f"begin{long}end", **{f"begin{long}end": None})
     metadata = peft_format.read_folder(folder, name="a", shapes=shapes).metadata
-    for told in (metadata["base"], *metadata["harmless"]):
-        assert len(told) < 1100
+    for text in (metadata["base"], *metadata["harmless"]):
+        assert len(text) < 1100
     assert metadata["base"].startswith("begin") and metadata["base"].endswith("end")
 
 

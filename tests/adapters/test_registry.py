@@ -64,7 +64,7 @@ class Events(Observer):
 
 
 class Device(NoSlots):
-    """Slots that keep views until they are told to unload them."""
+    """Slots that keep views until `unload`."""
 
     def __init__(self) -> None:
         self.views: dict[str, LoraWeights] = {}

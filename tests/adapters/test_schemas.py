@@ -1,4 +1,4 @@
-"""What is told of an adapter beside its numbers."""
+"""`base_notes`: whether an adapter names another base."""
 
 from __future__ import annotations
 
