@@ -137,7 +137,7 @@ class Admission:
         full = request.computed // self._kv.block_size
         hashes = self._hashes(request, full)
         for i in range(request.num_hashed_blocks, full):
-            self._kv.register(request.blocks[i], hashes[i + 1], request.mix)
+            self._kv.register(request.blocks[i], hashes[i + 1])
         self._remove_pending(request, request.num_hashed_blocks, full)
         request.num_hashed_blocks = full
 

@@ -64,7 +64,6 @@ class Engine:
         max_queue_tokens: Most prompt tokens of waiting requests.
         max_step_tokens: Most tokens of a step.
         prefix_cache: Whether to cache KV blocks by their content.
-        prefix_share: Largest share of all blocks that one mix may have cached.
         age_limit: Seconds after which a request that waits for room takes precedence.
         step_limit: Seconds after which a step counts as stuck. Prefill is limited to stay well below it.
         on_batch_change: Receives a line that names the running requests whenever they change.
@@ -90,7 +89,6 @@ class Engine:
         max_queue_tokens: int = 262144,
         max_step_tokens: int = 512,
         prefix_cache: bool = True,
-        prefix_share: float = 0.5,
         age_limit: float = 2.0,
         step_limit: float = math.inf,
         on_batch_change: Callable[[str], None] = lambda text: None,
@@ -108,7 +106,7 @@ class Engine:
         self._inbox = RequestInbox(max_queue, max_queue_tokens, self._wake.set)
         self._slots = AdapterSlots(max_slots, runner.load_adapter, runner.unload_adapter, adapter_memory)
         self._scheduler = Scheduler(
-            KVCache(blocks, block_size, prefix_share if prefix_cache else 0.0),
+            KVCache(blocks, block_size, prefix_cache),
             self._slots,
             AdapterLoader(fetch, 2 * max_batch, self._wake.set),
             SchedulerConfig(

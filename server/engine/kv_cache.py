@@ -37,28 +37,23 @@ class KVCache:
     Args:
         blocks: Number of blocks.
         block_size: Tokens per block.
-        max_share: Largest share of all blocks that one mix may have cached. 0 turns the prefix cache off.
+        has_prefix_cache: Whether full blocks can be found by their contents.
     """
 
-    def __init__(self, blocks: int, block_size: int, max_share: float = 0.5) -> None:
+    def __init__(self, blocks: int, block_size: int, has_prefix_cache: bool = True) -> None:
         self.blocks = blocks
         self.block_size = block_size
+        self.has_prefix_cache = has_prefix_cache
         self.queries = 0
         """Prompt tokens looked up in the prefix cache."""
         self.hits = 0
         """Prompt tokens found there."""
-        self._limit = int(blocks * max_share)
         self._free = list(range(blocks - 1, -1, -1))
         self._users = [0] * blocks
         self._hash: list[BlockHash | None] = [None] * blocks
-        self._mix: list[Mix | None] = [None] * blocks
         self._block_of: dict[BlockHash, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._cached_of: dict[Mix, OrderedDict[int, None]] = {}
-
-    @property
-    def has_prefix_cache(self) -> bool:
-        return self._limit > 0
+        """Blocks without users that have a hash, least recently used first."""
 
     @property
     def available(self) -> int:
@@ -93,7 +88,7 @@ class KVCache:
             if block is None:
                 break
             if self._users[block] == 0:
-                self._uncache(block)
+                del self._cached[block]
             self._users[block] += 1
             found.append(block)
         return found
@@ -103,11 +98,10 @@ class KVCache:
         self.queries += tokens
         self.hits += found * self.block_size
 
-    def register(self, block: int, key: BlockHash, mix: Mix) -> None:
+    def register(self, block: int, key: BlockHash) -> None:
         """Make a used, full block findable by its hash. Does nothing if another block has that hash."""
-        if self._limit and self._hash[block] is None and key not in self._block_of:
+        if self.has_prefix_cache and self._hash[block] is None and key not in self._block_of:
             self._hash[block] = key
-            self._mix[block] = mix
             self._block_of[key] = block
 
     def unregister(self, blocks: Iterable[int]) -> None:
@@ -116,7 +110,7 @@ class KVCache:
             key = self._hash[block]
             if key is not None:
                 del self._block_of[key]
-                self._hash[block] = self._mix[block] = None
+                self._hash[block] = None
 
     def free(self, blocks: Iterable[int]) -> None:
         """Remove one user from each block. The last block of a sequence becomes the first to be evicted."""
@@ -125,14 +119,10 @@ class KVCache:
             self._users[block] -= 1
             if self._users[block]:
                 continue
-            mix = self._mix[block]
-            if mix is None:
+            if self._hash[block] is None:
                 self._free.append(block)
-                continue
-            own = self._cached_of.setdefault(mix, OrderedDict())
-            self._cached[block] = own[block] = None
-            if len(own) > self._limit:
-                self._evict(next(iter(own)))
+            else:
+                self._cached[block] = None
 
     def clear(self) -> None:
         """Evict all cached blocks and unregister the used ones."""
@@ -140,16 +130,7 @@ class KVCache:
             self._evict(block)
         self.unregister(range(self.blocks))
 
-    def _uncache(self, block: int) -> None:
-        mix = self._mix[block]
-        assert mix is not None, "cached blocks have a mix"
-        del self._cached[block]
-        own = self._cached_of[mix]
-        del own[block]
-        if not own:
-            del self._cached_of[mix]
-
     def _evict(self, block: int) -> None:
-        self._uncache(block)
+        del self._cached[block]
         self.unregister((block,))
         self._free.append(block)

@@ -198,26 +198,12 @@ class RequestInbox:
         return float(min(30, max(1, math.ceil(each * len(self._requests) / 4))))
 
 
-@dataclass(eq=False)
-class _Lane:
-    """Waiting requests of one key. Preempted ones go before new ones."""
-
-    resumed: OrderedDict[Request, None] = field(default_factory=OrderedDict)
-    fresh: OrderedDict[Request, None] = field(default_factory=OrderedDict)
-
-    def __len__(self) -> int:
-        return len(self.resumed) + len(self.fresh)
-
-    def __iter__(self) -> Iterator[Request]:
-        yield from list(self.resumed)
-        yield from list(self.fresh)
-
-
 class FairQueue:
     """Waiting requests, ordered by priority, then by the service of their keys. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._lanes: dict[Key, _Lane] = {}
+        self._lanes: dict[Key, OrderedDict[Request, None]] = {}
+        """Waiting requests by key: preempted ones, then new ones in order of arrival."""
         self._num_lanes: Counter[int] = Counter()
         """Number of lanes by priority."""
         self._running: Counter[Key] = Counter()
@@ -235,13 +221,12 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Request]:
         for lane in list(self._lanes.values()):
-            yield from lane
+            yield from list(lane)
 
     def __contains__(self, request: object) -> bool:
         if not isinstance(request, Request):
             return False
-        lane = self._lanes.get(_key(request))
-        return lane is not None and (request in lane.fresh or request in lane.resumed)
+        return request in self._lanes.get(_key(request), ())
 
     @property
     def best_priority(self) -> int:
@@ -250,23 +235,20 @@ class FairQueue:
 
     def add(self, request: Request) -> None:
         """Add a new request behind those of its key."""
-        self._lane(_key(request)).fresh[request] = None
+        self._lane(_key(request))[request] = None
 
     def requeue(self, request: Request) -> None:
         """Add a preempted request before those of its key."""
         lane = self._lane(_key(request))
-        lane.resumed[request] = None
-        lane.resumed.move_to_end(request, last=False)
+        lane[request] = None
+        lane.move_to_end(request, last=False)
         self.leave(request)
 
     def remove(self, request: Request) -> None:
         """Remove a request. Raises KeyError if it does not wait."""
         key = _key(request)
         lane = self._lanes[key]
-        if request in lane.resumed:
-            del lane.resumed[request]
-        else:
-            del lane.fresh[request]
+        del lane[request]
         if not lane:
             priority = key[0]
             del self._lanes[key]
@@ -293,8 +275,7 @@ class FairQueue:
 
     def newest(self, key: Key) -> Request | None:
         """Return the newest request of a key that has not run yet."""
-        lane = self._lanes.get(key)
-        return next(reversed(lane.fresh), None) if lane is not None else None
+        return next((request for request in reversed(self._lanes.get(key, {})) if math.isnan(request.admitted)), None)
 
     def charge(self, request: Request, tokens: float) -> None:
         """Count service for the request's key."""
@@ -307,16 +288,14 @@ class FairQueue:
         """Yield the waiting requests, fairest first. The caller may admit and charge each as it is yielded."""
         service, lanes = self._service, dict(self._lanes)
         # Usually one or two of hundreds of keys are used, so only the order of the keys is computed in advance.
-        heads = [
-            (key[0], service[key], next(iter(lane.resumed or lane.fresh)).submitted, key) for key, lane in lanes.items()
-        ]
+        heads = [(key[0], service[key], next(iter(lane)).submitted, key) for key, lane in lanes.items()]
         heapq.heapify(heads)
         iterators: dict[Key, Iterator[Request]] = {}
         following: dict[Key, Request] = {}
         while heads:
             key = heads[0][-1]
             if key not in iterators:
-                iterators[key] = iter(lanes[key])
+                iterators[key] = iter(list(lanes[key]))
                 following[key] = next(iterators[key])
             yield following[key]
             request = next(iterators[key], None)
@@ -326,14 +305,14 @@ class FairQueue:
                 following[key] = request
                 heapq.heapreplace(heads, (key[0], service[key], request.submitted, key))
 
-    def _lane(self, key: Key) -> _Lane:
+    def _lane(self, key: Key) -> OrderedDict[Request, None]:
         lane = self._lanes.get(key)
         if lane is None:
             priority = key[0]
             waiting = (self._service[other] for other in self._lanes if other[0] == priority)
             self._clock[priority] = max(self._clock[priority], min(waiting, default=0.0))
             self._service[key] = max(self._service.get(key, 0.0), self._clock[priority])
-            lane = self._lanes[key] = _Lane()
+            lane = self._lanes[key] = OrderedDict()
             self._num_lanes[priority] += 1
             self._update_present(key)
             self._forget_absent()
