@@ -49,16 +49,16 @@ def compose(
     result = composition.compose(pairs, output.resolve().name, method, rank=rank, density=density, seed=seed)
     peft_format.save(result, output)
     _remove_old_files(output, replaces, result)
-    error = result.metadata.get("pruning", {}).get("error", 0.0)
+    lost = result.metadata.get("pruning", {}).get("error", 0.0)
     if as_json:
         version = _saved_version(output, max(result.ranks))
         print_json(
-            {"path": str(output), "version": version, "ranks": result.ranks, "bytes": result.nbytes, "error": error}
+            {"path": str(output), "version": version, "ranks": result.ranks, "bytes": result.nbytes, "error": lost}
         )
     else:
         stdout().print(
             f"{output}: ranks {result.ranks}, {format_size(result.nbytes)}, relative error of the rank reduction "
-            f"{error:.2g}"
+            f"{lost:.2g}"
         )
 
 
