@@ -51,7 +51,7 @@ else
 endif
 
 # Packages whose tests need no server, no child process and no large model.
-FAST := tests/adapters tests/server/engine tests/server/tasks tests/server/test_settings.py tests/server/test_metrics.py
+FAST := tests/adapters tests/server/tasks tests/server/test_settings.py tests/server/test_metrics.py
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 -m "not e2e" $(FAST) $(ARGS)
 
