@@ -382,6 +382,31 @@ def test_candidates_of_an_ended_server_are_deleted_at_the_start(make: Make) -> N
     assert scene.registry.names() == sorted([f"ft-{scene.job.id}", "ftjob-mine", "m", uploaded])
 
 
+def test_a_candidate_that_could_not_be_deleted_is_replaced(make: Make) -> None:
+    scene = make()
+    scene.add_version(name=scene.job.id, source="job")
+    assert scene.publish()["model"] == "m" and scene.registry.names() == ["m"]
+
+
+def test_a_result_that_is_served_already_stays_unpublished_by_its_job(make: Make) -> None:
+    scene = make("never")
+    scene.registry.publish_now("m", scene.folder / RESULT)
+    result = scene.publish()
+    assert result["model"] is None and len(result["files"]) == 3
+
+
+def test_a_score_of_an_earlier_try_is_removed(make: Make) -> None:
+    scene = make("always")
+    scene.job.result["evaluation"] = {"metric": "loss"}
+    scene.store.save(scene.job)
+
+    def refuse(number: int) -> None:
+        raise REFUSED
+
+    scene.before = refuse
+    assert "evaluation" not in scene.publish()
+
+
 def test_an_adapter_of_the_candidates_name_is_not_touched(make: Make) -> None:
     scene = make()
     theirs = scene.add_version(name=scene.job.id)

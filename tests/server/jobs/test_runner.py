@@ -224,6 +224,20 @@ def test_a_client_hears_when_a_change_cannot_be_stored(
     assert (job.status, job.pausing, job.cancelling) == ("running", False, False) and waiting.status == "queued"
 
 
+def test_a_cancelled_job_makes_room_on_a_full_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = JobRunner(store, {})
+    job = runner.submit(EVALUATION, "x", {}, "eval", lambda folder: (folder / DATA).write_bytes(b"x"))
+    data, save = store.folder(job.id) / DATA, store.save
+
+    def full(job: Job) -> None:
+        if data.exists():
+            raise StoreFailed("no space left")
+        save(job)
+
+    monkeypatch.setattr(store, "save", full)
+    assert runner.cancel(job.id).status == "cancelled" and not data.exists()
+
+
 def test_a_job_whose_end_cannot_be_stored_runs_again_after_a_restart(
     open_store: Callable[[], JobStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
