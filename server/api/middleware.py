@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.error_responses import ALWAYS
-from server.api.errors import ErrorReply, error_reply, is_openai
+from server.api.errors import INVALID_HTTP, ErrorReply, error_reply, is_openai
 from server.errors import SHUTTING_DOWN, BodyTooLarge, BodyTooSlow, NotReady, ServerError
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,12 @@ _KEY = re.compile(rb'"[\s\0]*:')  # \0 because JSON may be UTF-16
 UPLOADS = {"POST": re.compile("/adapters|/v1/files"), "PUT": re.compile("/adapters/[^/]+")}
 """Routes with the limit of uploads. Multipart bodies on other routes have the limit of JSON bodies."""
 _CLOSE = (b"connection", b"close")
+TWO_LENGTHS = ErrorReply(
+    400,
+    "send either Content-Length or Transfer-Encoding, not both",
+    code=INVALID_HTTP,
+    headers={"connection": "close"},
+)
 
 
 def new_request_id() -> str:
@@ -88,7 +94,10 @@ class RequestBoundary:
             await send(message)
 
         try:
-            await self.app(scope, receive_noting_disconnect, send_with_headers)
+            if _has_two_lengths(scope):
+                await send_reply(TWO_LENGTHS, scope, send_with_headers)
+            else:
+                await self.app(scope, receive_noting_disconnect, send_with_headers)
         except ClientDisconnect:
             log.info("request %s: the client disconnected", request_id, extra={"request_id": request_id})
         except asyncio.CancelledError:
@@ -107,6 +116,11 @@ class RequestBoundary:
                 self.on_refused(scope["method"], scope["path"], status)
             if self.access_log:
                 _log_access(scope, CLIENT_CLOSED if disconnected or not status else status, start)
+
+
+def _has_two_lengths(scope: Scope) -> bool:
+    """Whether a body has both a length and chunks. A proxy may see another end of it: request smuggling."""
+    return {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}
 
 
 def _log_access(scope: Scope, status: int, start: float) -> None:
