@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from adapters.peft_format import OPTIONAL, REQUIRED
 from server.errors import InvalidRequest
 from server.sources import retries
 from server.sources.budget import Spend
+
+T = TypeVar("T")
 
 _SUMS = "SHA256SUMS"
 _SMALL = 1 << 20  # limit in bytes of every file except the tensors
@@ -140,7 +142,7 @@ class _Reader:
 
         return self._retried(attempt)
 
-    def _retried(self, attempt: Any) -> Any:
+    def _retried(self, attempt: Callable[[], T]) -> T:
         try:
             return retries.retrying(lambda error: isinstance(error, _TransferError))(attempt)
         except _TransferError as error:
