@@ -268,7 +268,7 @@ def test_make_rejects_an_old_python(tmp_path: Path) -> None:
 
 
 def test_containers_restart_and_have_time_to_drain(compose: dict[str, Any]) -> None:
-    run = shlex.split(re.search(r"^docker run (.*loramux)$", read("README.md").replace("\\\n", ""), re.M)[1])  # type: ignore[index]
+    run = shlex.split(re.search(r"^docker run (.*loramux)$", read("docs/quickstart.md").replace("\\\n", ""), re.M)[1])  # type: ignore[index]
     servers = [compose["services"][name] for name in ("server", "server-gpu")]
     assert {server["restart"] for server in servers} == {run[run.index("--restart") + 1]} == {"unless-stopped"}
     assert "--detach" in run

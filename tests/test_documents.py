@@ -84,7 +84,7 @@ def test_the_api_page_has_the_bounds_and_defaults_that_hold(page: str) -> None:
 
 
 def test_the_api_page_has_every_code_beside_its_status(page: str) -> None:
-    known = {(status, code) for status, _, code in errors.TABLE.values()} | set(errors.STATUS_CODES.items())
+    known = {(status, code) for status, _, code in errors.TABLE.values()} | set(errors.HTTP_CODES.items())
     known |= {(422, "invalid_request"), (422, "invalid_json"), (400, "invalid_json"), (500, "internal")}
     known |= {(400, errors.INVALID_HTTP)}
     told = set()
