@@ -42,19 +42,19 @@ def unavailable() -> str | None:
     if not any((Path(place) / NEWEST_PART).exists() for place in triton.submodule_search_locations or ()):
         return f"triton is older than 3.5, as torch before 2.9 brings it ({install_command('cuda')})"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return "Triton builds its launchers against Python's headers, which are missing (python3-dev)"
+        return "Triton needs Python's headers, which are missing (install python3-dev)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
-        return "torch finds no GPU that it can use; see whether nvidia-smi finds one, and its driver's version"
+        return "torch finds no usable GPU; check with nvidia-smi that there is one, and the driver's version"
     if not _finds_compiler():
-        return "Triton builds its launchers with a C compiler, and finds none (what CC names, or else gcc or clang)"
+        return "Triton needs a C compiler and finds none (CC, gcc or clang)"
     try:
         found = torch.cuda.get_device_capability()
     except RuntimeError as error:  # it is full, busy, or faulty
-        return f"the GPU does not answer: {str(error).splitlines()[0]}"
+        return f"the GPU does not respond: {str(error).splitlines()[0]}"
     if found < CAPABILITY:
-        return f"the GPU has compute capability {found[0]}.{found[1]}, and {CAPABILITY[0]}.{CAPABILITY[1]} is needed"
+        return f"the GPU has compute capability {found[0]}.{found[1]}, but {CAPABILITY[0]}.{CAPABILITY[1]} is required"
     return None
 
 

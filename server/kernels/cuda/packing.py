@@ -20,7 +20,7 @@ from itertools import product
 import torch
 
 from server.errors import BadModel
-from server.kernels.packed_format import NF4, TILE, decode_tiles, unpack_nibbles
+from server.kernels.packed_format import NF4, TILE, apply_scales, decode_tiles, unpack_nibbles
 from server.kernels.weight import Weight
 
 LAYOUT = "words-2"
@@ -52,7 +52,7 @@ def pack(stored: Weight) -> Weight:
         return Weight("none", LAYOUT, stored.shape, stored.group, {"values": kept.contiguous()})
     if stored.group not in GROUPS or stored.shape[1] % stored.group:
         raise BadModel(
-            f"the CUDA kernels take groups of {', '.join(map(str, GROUPS))} that divide the inputs, not {stored.group} "
+            f"the CUDA kernels need groups of {', '.join(map(str, GROUPS))} that divide the inputs, not {stored.group} "
             f"for {stored.shape[1]} inputs",
             "group_size",
         )
@@ -80,11 +80,9 @@ def dequantize(weight: Weight, start: int = 0, stop: int | None = None) -> torch
         values = NF4.to(codes.device)[codes.int()]
     else:
         values = codes.float()
-    grouped = values.view(stop - start, width // weight.group, weight.group)
-    grouped *= _group_values(weight, "scale", start, stop).float()[:, :, None]
-    if weight.scheme == "int4":
-        grouped += _group_values(weight, "zero", start, stop).float()[:, :, None]
-    return values
+    scale = _group_values(weight, "scale", start, stop)
+    zero = _group_values(weight, "zero", start, stop) if weight.scheme == "int4" else None
+    return apply_scales(values, weight.group, scale, zero)
 
 
 def gather_rows(table: Weight, ids: torch.Tensor) -> torch.Tensor:
@@ -120,7 +118,7 @@ def concatenate(weights: Sequence[Weight], device: torch.device) -> Weight:
     tiled = all(not w.double_quantized or w.shape[0] % TILE == 0 for w in weights)
     if not same or not tiled:
         shapes = ", ".join(f"{w.shape[0]}x{w.shape[1]} {w.scheme} in groups of {w.group}" for w in weights)
-        raise BadModel(f"the CUDA kernels can not join these matrices of a layer: {shapes}")
+        raise BadModel(f"the CUDA kernels cannot concatenate these matrices of a layer: {shapes}")
     axis = 0 if first.scheme == "none" else 1
     joined = {name: torch.cat([w.tensors[name].to(device) for w in weights], axis) for name in first.tensors}
     shape = (sum(w.shape[0] for w in weights), first.shape[1])

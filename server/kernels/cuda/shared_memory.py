@@ -128,4 +128,4 @@ def _mapped(exported: Mapping[str, Any], device: torch.device) -> tuple[torch.Un
 
 def _check(call: str, status: int) -> None:
     if status:
-        raise OSError(f"{call} answers {status}")
+        raise OSError(f"{call} failed with error {status}")

@@ -102,7 +102,7 @@ def test_unsupported_groups_are_refused() -> None:
     with pytest.raises(BadModel, match="groups of 32, 64, 128, 256"):
         packing.pack(Weight("int4", "stored", (16, 64), 16, stored.tensors))
     one, other = (packing.pack(stored_matrix(16, 64, "int4", group, False)) for group in (32, 64))
-    with pytest.raises(BadModel, match="can not join"):
+    with pytest.raises(BadModel, match="cannot concatenate"):
         packing.concatenate([one, other], DEVICE)
 
 

@@ -89,9 +89,9 @@ def test_errors_of_the_driver_are_raised(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shared_memory, "_driver", lambda: driver)
     described = shared_memory.export({}, memory)
     driver.status = 801
-    with pytest.raises(OSError, match="cuMemGetAddressRange answers 801"):
+    with pytest.raises(OSError, match="cuMemGetAddressRange failed with error 801"):
         shared_memory.export({}, memory)
-    with pytest.raises(OSError, match="cuIpcOpenMemHandle answers 801"):
+    with pytest.raises(OSError, match="cuIpcOpenMemHandle failed with error 801"):
         shared_memory.open_shared(described, CPU)
 
 

@@ -194,8 +194,8 @@ class AdapterPool:
         if sum(length for _, length in self._free) < size:
             each = self.pool.values.element_size()
             raise NoCapacity(
-                f"an adapter of {size * each} bytes finds no room in the {self._size * each} of the GPU's pool "
-                "(--adapter-device-memory)"
+                f"an adapter of {size * each} bytes does not fit into the GPU's {self._size * each} bytes for adapters; "
+                "raise --adapter-device-memory"
             )
         parts, begin = list[Part](), 0
         whole = next((piece for piece in self._free if piece[1] >= size), None)

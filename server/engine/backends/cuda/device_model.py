@@ -308,13 +308,13 @@ class DeviceModel:
 def _check(base: Source) -> None:
     config, table = base.config, base.weights["model.embed_tokens"]
     if table.scheme not in ("int8", "none") or table.double_quantized:
-        twice = ", its scales too" if table.double_quantized else ""
+        twice = " with double quantization" if table.double_quantized else ""
         raise BadModel(
-            "the CUDA kernels look up tables of 16 bits, and of 8 bits whose scales are not quantized; the model's "
-            f"model.embed_tokens is in {table.scheme}{twice}, which the kernels of a CPU serve (--device cpu)"
+            "the CUDA kernels support embedding tables of 16 bits, or of 8 bits without double quantization, but "
+            f"model.embed_tokens is in {table.scheme}{twice}; use --device cpu"
         )
     for path, (out, _) in config.linear_shapes().items():
         if out % TILE:
-            raise BadModel(f"the CUDA kernels take linears with a multiple of {TILE} outputs, and {path} has {out}")
+            raise BadModel(f"the CUDA kernels need linears with a multiple of {TILE} outputs, but {path} has {out}")
     if config.head_dim % 2:
-        raise BadModel(f"the CUDA kernels take heads of an even size, not {config.head_dim}")
+        raise BadModel(f"the CUDA kernels need an even head size, not {config.head_dim}")

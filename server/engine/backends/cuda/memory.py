@@ -68,9 +68,9 @@ def divide_memory(
     token = config.kv_values * 2
     if left <= 0 or for_adapters < 0 or for_cache < 16 * token or for_adapters + for_cache > left:
         raise NoCapacity(
-            f"{_gb(total)} of GPU memory are too little: the base takes {_gb(base)}, work buffers {_gb(work)}, "
+            f"{_gb(total)} of GPU memory is too little: the base needs {_gb(base)}, work buffers {_gb(work)}, "
             f"graphs {_gb(GRAPH_BYTES)}, adapters {_gb(max(for_adapters, 0))} "
-            f"and keys and values {_gb(max(for_cache, 0))}; "
+            f"and the KV cache {_gb(max(for_cache, 0))}; "
             "raise --gpu-memory if more is free, or lower --kv-cache, --adapter-device-memory or --max-step-tokens"
         )
     return MemoryShares(total, base, work, GRAPH_BYTES, for_adapters, for_cache)

@@ -67,8 +67,8 @@ def gpu_memory(wanted: int | float | None) -> int:
     if isinstance(wanted, int):
         if wanted > free:
             log.warning(
-                "of the GPU's %.2f GB %.2f GB are free and others hold the rest: --gpu-memory is lowered to them from "
-                "%.2f GB", total / 1e9, free / 1e9, wanted / 1e9,
+                "only %.2f GB of the GPU's %.2f GB are free: using these instead of --gpu-memory %.2f GB",
+                free / 1e9, total / 1e9, wanted / 1e9,
             )  # fmt: skip
         return min(wanted, free)
     return int(free * (SHARE if wanted is None else wanted))
@@ -240,7 +240,7 @@ class CudaRunner:
                 self._graph(bucket)
             if self._broken:
                 self._warm_up()  # a failed capture may have changed the launch options
-            log.info("the kernels are compiled, the graphs of %d batch sizes are made", len(self._buckets))
+            log.info("compiled the kernels and captured graphs of %d batch sizes", len(self._buckets))
 
     def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         self._pool.load_adapter(slot, weights)
@@ -341,7 +341,7 @@ class CudaRunner:
         try:
             base = self._model.export()
         except OSError as error:
-            log.warning("the base is not shared with training processes: %s", error)
+            log.warning("cannot share the base with training processes: %s", error)
             base = None
         return {"memory": training_memory(free, self.shares.total, taken), "base": base}
 
@@ -435,14 +435,16 @@ class CudaRunner:
             self._capture(shape, graph)
             return graph
         except RuntimeError as error:
-            log.warning("no graph of %d sequences, whose steps run without for a while: %s", shape.rows, str(error))
+            log.warning(
+                "cannot capture a graph of %d sequences; these steps run without one: %s", shape.rows, str(error)
+            )
             if is_out_of_memory(error):
                 return None
         self._abandon(graph)
         self.wait()
         if self._gave_up or self._allocated is not None or not disable_dependent_launch():
             return None
-        log.warning("trying again with kernels that do not overlap")
+        log.warning("capturing again without dependent launch")
         return self._try_capture(shape)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -452,7 +454,7 @@ class CudaRunner:
             self._broken += 1
         self._graph_memory = None
         if self._gave_up:
-            log.warning("there will be no more graphs: steps of other sizes than before run without, and slower")
+            log.warning("no more graphs are captured: steps of new sizes run without one, more slowly")
 
     def _drop_graph(self) -> None:
         """Drop the least recently used graph."""
@@ -559,11 +561,11 @@ def _retry_out_of_memory(launch: Callable[[], T]) -> T:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("memory of the GPU lacks for a step: %s", str(error))
+            log.warning("the GPU is out of memory in a step: %s", str(error))
         _empty_cache()  # after the error is gone, which holds allocations
     raise NoCapacity(
-        "the GPU lacks the memory for a step: others take of what the server counts on; lower --gpu-memory, so that it "
-        "counts on less, or --max-step-tokens, so that steps need less"
+        "the GPU has too little memory for a step, because other processes use it too; lower --gpu-memory or "
+        "--max-step-tokens"
     )
 
 
@@ -576,6 +578,6 @@ def _startup_allocations(total: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise NoCapacity(
-            f"the GPU lacks what the server counts on, {total / 1e9:.2f} GB in all: others have taken of it since "
-            f"it looked; lower --gpu-memory, or start it when they have ended ({error})"
+            f"the GPU no longer has the {total / 1e9:.2f} GB that were free before; lower --gpu-memory, or start the "
+            f"server when other processes have ended ({error})"
         ) from None
