@@ -194,7 +194,7 @@ class AdapterPool:
         if sum(length for _, length in self._free) < size:
             each = self.pool.values.element_size()
             raise NoCapacity(
-                f"an adapter of {size * each} bytes does not fit into the GPU's {self._size * each} bytes for adapters; "
+                f"an adapter of {size * each} bytes does not fit into the GPU's {self._size * each} bytes for them; "
                 "raise --adapter-device-memory"
             )
         parts, begin = list[Part](), 0
