@@ -89,15 +89,15 @@ class Publisher:
 
         Raises InvalidAdapter, JobError, JobStopped, and whatever the registry raises when publishing.
         """
-        job, rule = active.job, active.job.request["lora"]["publish"]
+        job = active.job
         if "files" in job.result:  # all done before the server ended
             return
         active.check_stop()
         folder = active.folder / RESULT
         result = read_folder(folder, name=job.name, max_rank=self._max_rank, shapes=self._shapes).version
         current = self._current(job.name)
-        if current == result and rule != "never":  # published before the server ended or the job failed
-            job.result |= {"model": job.name, "version": current.label}
+        if current is not None and current.label == job.result.get("version"):
+            job.result["model"] = job.name  # it was published before the server ended or the job failed
             active.add_event(f"Published as {current.label}.", data={"version": current.label})
         else:
             try:
@@ -119,7 +119,8 @@ class Publisher:
                 raise  # there is no room to serve the result either; the job can be resumed
             failure = error.message
             active.add_event(f"The result could not be evaluated: {failure}", level="warn")
-        job.result.pop("evaluation", None)
+        for key in ("evaluation", "version"):
+            job.result.pop(key, None)
         if comparison is not None:
             job.result["evaluation"] = comparison.as_json()
             active.add_event(str(comparison), data=comparison.as_json())
@@ -131,17 +132,21 @@ class Publisher:
             job.result["model"] = None
             active.add_event(f"Not published: {reason}")
             return
-        active.store.save(job)  # with its evaluation, in case the server ends before the job does
-        compared = rule == "if_better"
-        published = self._registry.publish_now(
-            job.name,
-            active.folder / RESULT,
-            source=SOURCE,
-            if_match=current.label if compared and current is not None else None,
-            create_only=compared and current is None,
-        )
-        label = published.version.label
-        job.result |= {"model": job.name, "version": label}
+        compared, label = rule == "if_better", result.label
+        job.result["version"] = label
+        active.store.save(job)  # if the server ends now, the next one knows that this job published the version
+        try:
+            self._registry.publish_now(
+                job.name,
+                active.folder / RESULT,
+                source=SOURCE,
+                if_match=current.label if compared and current is not None else None,
+                create_only=compared and current is None,
+            )
+        except BaseException:
+            del job.result["version"]
+            raise
+        job.result["model"] = job.name
         active.add_event(f"Published as {label}.", data={"version": label})
         task = self._tasks.find(job.name)
         if task is not None and not task.route.allows([(job.name, 1.0)]):
