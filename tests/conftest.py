@@ -1,4 +1,4 @@
-"""What all tests share: single-threaded torch, and what happens when a real part is missing."""
+"""Shared fixtures: test isolation, a tiny random model and its adapters, and skips for missing programs."""
 
 from __future__ import annotations
 
@@ -22,45 +22,43 @@ if TYPE_CHECKING:
     from server.model.loader import Base
     from server.model.vocabulary import Vocabulary
 
-# Before torch is imported anywhere: tiny tensors are faster without a thread pool, and two cores are few.
+# Set before torch is imported: tiny tensors are faster on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where a runner or a server takes more of them, those that wait for each other sleep: where other work runs too, they
-# would burn the time that the one they wait for needs, and a step of a second takes half a minute.
+# Waiting OpenMP threads sleep instead of spinning. Spinning slows down steps a lot when other processes need the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Before Triton is: without a GPU its interpreter runs the kernels, on a CPU's tensors.
+# Set before Triton is imported: without a GPU, its interpreter runs the kernels on CPU tensors.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
-"""No test is timed: how long an example takes says more of the machine than of the code."""
+"""Hypothesis deadlines are off, because the time per example depends on the machine."""
 
 hypothesis.settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "400")), deadline=None)
-"""What `make fuzz` runs under."""
+"""The profile of `make fuzz`."""
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 
 ASYNCIO = ("asyncio_mode", "asyncio_default_fixture_loop_scope")
-"""Settings of pytest-asyncio, unknown to pytest and so refused where it is not installed: on a machine with a GPU that
-has what the engine needs, the kernels' tests run without it."""
+"""Settings of pytest-asyncio. pytest rejects unknown settings, and GPU machines do not have the plugin."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     if importlib.util.find_spec("pytest_asyncio") is None:
         for name in ASYNCIO:
-            parser.addini(name, "of pytest-asyncio, which is not installed")
+            parser.addini(name, "setting of pytest-asyncio, which is not installed")
 
 
 def part_missing(reason: str) -> NoReturn:
-    """Skips the test that calls it; fails it under REQUIRE_ALL=1, where every part has been installed."""
+    """Skip the calling test, or fail it if REQUIRE_ALL=1."""
     if REQUIRE_ALL:
         pytest.fail(f"REQUIRE_ALL=1, but {reason}", pytrace=False)
     pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
-def _own_threads() -> Iterator[None]:
-    """Commands set torch's threads for their process: sums, to the last bit, are those of as many threads."""
+def _restore_torch_threads() -> Iterator[None]:
+    """Restore torch's thread count after each test. Commands change it, and results depend on it in the last bit."""
     torch = sys.modules.get("torch")
     before = None if torch is None else torch.get_num_threads()
     yield
@@ -69,15 +67,15 @@ def _own_threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller's LORAMUX_* variables never reach a test."""
+def _clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the caller's LORAMUX_* variables."""
     for name in [n for n in os.environ if n.startswith("LORAMUX_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)
-def _own_log() -> Iterator[None]:
-    """A command that runs within a test sets up a log of its own, on a stream that is closed after it."""
+def _restore_logging() -> Iterator[None]:
+    """Restore the root logger after each test. Commands add handlers whose streams are closed afterwards."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -90,13 +88,13 @@ gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """What the tests import stays to their end, and is not looked through for garbage again and again."""
+    """Exclude everything imported during collection from garbage collection."""
     gc.freeze()
     gc.enable()
 
 
 def pytest_unconfigure() -> None:
-    """At the end it is: Triton's bindings tell of what is left then."""
+    """Unfreeze at the end, because Triton's bindings report objects that are left over."""
     gc.unfreeze()
 
 
@@ -122,7 +120,7 @@ MERGES = ("t h", "th e", "Ġ the", "i n", "Ġ a", "o n", "e r", "r e", "a n", "a
 
 @pytest.fixture
 def tiny_vocabulary() -> Vocabulary:
-    """Byte-level BPE over all 256 bytes with a few merges and ChatML's special tokens: any text has its ids."""
+    """Byte-level BPE over all 256 bytes with a few merges and ChatML's special tokens. It encodes any text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     from server.model.vocabulary import Vocabulary
@@ -155,10 +153,10 @@ RUNS = (2, 3, 4, 5, 8)
 
 @pytest.fixture(scope="session")
 def spm_metadata() -> dict[str, Any]:
-    """GGUF metadata of a small vocabulary of SentencePiece's kind, 3 + 256 + 5 runs of spaces + 118 pieces.
+    """GGUF metadata of a small SentencePiece vocabulary: 3 special tokens, 256 bytes, 5 runs of spaces, 118 pieces.
 
-    It was trained as Llama's was (`model_type="bpe"`, byte fallback, digits split), and the runs of spaces share one
-    score, as they do in Llama's and Mistral's.
+    It was trained like Llama's (`model_type="bpe"`, byte fallback, split digits). As in Llama's and Mistral's
+    vocabularies, the runs of spaces share one score.
     """
     import numpy as np
 
@@ -180,7 +178,7 @@ def spm_metadata() -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_base(tiny_vocabulary: Vocabulary) -> Base:
-    """A random Llama: hidden 64, 2 layers, 4 heads on 2, 272 tokens, context of 256, float32, reference kernels."""
+    """A random Llama: hidden size 64, 2 layers, 4 heads, 2 KV heads, context 256, float32, reference kernels."""
     import torch
 
     from server.kernels import choose
@@ -222,7 +220,7 @@ def tiny_base(tiny_vocabulary: Vocabulary) -> Base:
 
 @pytest.fixture
 def tiny_runner(tiny_base: Base) -> TorchRunner:
-    """A runner over `tiny_base` with 8 slots and 64 blocks of 16 tokens."""
+    """A runner for `tiny_base` with 8 adapter slots and 64 KV blocks of 16 tokens."""
     from server.engine.backends.torch.runner import TorchRunner
 
     runner = TorchRunner(tiny_base, max_slots=8, threads=1)
@@ -232,7 +230,7 @@ def tiny_runner(tiny_base: Base) -> TorchRunner:
 
 @pytest.fixture
 def tiny_adapter(tiny_base: Base) -> Callable[..., LoraWeights]:
-    """`tiny_adapter(seed, rank=4, targets=("q_proj", "v_proj"), size=0.2)`: a prepared random adapter."""
+    """Return `make(seed, rank=4, targets=("q_proj", "v_proj"), size=0.2)`, which makes a prepared random adapter."""
     import hashlib
 
     import torch
@@ -260,7 +258,7 @@ def tiny_adapter(tiny_base: Base) -> Callable[..., LoraWeights]:
 
 @pytest.fixture
 def tiny_folder(tiny_base: Base, tmp_path: Path) -> Path:
-    """`tiny_base` as a Hugging Face folder in bfloat16."""
+    """`tiny_base` as a Hugging Face model folder in bfloat16."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,7 +1,4 @@
-"""Waiting for what another thread or process does, for as long as a busy machine may need.
-
-How long that is says nothing of what is tested, so there is one bound, after which it is a hang.
-"""
+"""Wait for a condition that another thread or process makes true."""
 
 from __future__ import annotations
 
@@ -12,10 +9,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SECONDS = 60.0
+"""Timeout of every wait: long enough for a busy machine, so reaching it means a hang."""
 
 
-def until(condition: Callable[[], T], what: str = "it never came true", every: float = 0.002) -> T:
-    """The first true value of `condition()`, asked for again `every` so many seconds."""
+def until(condition: Callable[[], T], what: str = "the condition did not become true", every: float = 0.002) -> T:
+    """Call `condition` every `every` seconds and return its first true value.
+
+    Raises:
+        AssertionError: With the message `what`, after `SECONDS`.
+    """
     end = time.monotonic() + SECONDS
     while not (value := condition()):
         assert time.monotonic() < end, what

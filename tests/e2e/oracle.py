@@ -1,7 +1,4 @@
-"""Transformers and PEFT on the embedded base's own dequantized weights, in float32: what an answer should be.
-
-Owns the comparison of two greedy answers. Knows our side only through its files and its strings.
-"""
+"""Reference answers of Transformers and PEFT in float32, on the embedded base's dequantized weights."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from server.model.loader import Base
 
 
 def config_of(base: Base) -> LlamaConfig:
-    """The base's architecture, in Transformers' words."""
+    """The base's architecture as a Transformers config."""
     c = base.config
     return LlamaConfig(
         hidden_size=c.hidden_size,
@@ -40,7 +37,7 @@ def config_of(base: Base) -> LlamaConfig:
 
 
 def llama_of(base: Base) -> LlamaForCausalLM:
-    """The same weights as a float32 Transformers model, never read from its own GGUF reader."""
+    """The base's weights as a float32 Transformers model, without Transformers' GGUF reader."""
     config = config_of(base)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -56,16 +53,21 @@ def llama_of(base: Base) -> LlamaForCausalLM:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two greedy answers part: the token's index, and how far the oracle's choice was ahead of the other."""
+    """The first token in which two greedy answers differ.
+
+    Attributes:
+        index: Index of the token.
+        margin: The oracle's logit of its own token minus its logit of our token.
+    """
 
     index: int
     margin: float
 
 
 class Oracle:
-    """One PEFT model and every adapter that it was given, by content.
+    """A PEFT model with adapters that are identified by content.
 
-    The model holds the modules of the active adapters alone: whatever PEFT does, it goes through all that there are.
+    Only the modules of active adapters are attached, because PEFT iterates over all attached ones.
     """
 
     def __init__(self, base: Base) -> None:
@@ -73,12 +75,12 @@ class Oracle:
         self._peft: PeftModel | None = None
         self._names: dict[str, str] = {}
         self._modules: dict[str, list[tuple[LoraLayer, nn.Module, nn.Module]]] = {}
-        """What each adapter adds to which layers, as PEFT has loaded it."""
+        """The layers of each adapter, with the LoRA A and B modules that PEFT loaded."""
         self._active: tuple[tuple[str, float], ...] = ()
-        self._reading: dict[str, int] | None = None
+        self._ids: dict[str, int] | None = None
 
     def add(self, folder: Path) -> str:
-        """Load a PEFT folder; returns the name that this oracle knows its content by."""
+        """Load a PEFT folder and return the oracle's name for its content."""
         config = json.loads((folder / "adapter_config.json").read_text())
         from safetensors.torch import load_file
 
@@ -86,7 +88,7 @@ class Oracle:
         if digest not in self._names:
             name = self._names[digest] = f"v{len(self._names)}"
             self._activate(())
-            # Memory that is filled from the file at once needs no random content before.
+            # Skip the random initialization of weights that are loaded from the file.
             how: dict[str, Any] = {"adapter_name": name, "low_cpu_mem_usage": True}
             if self._peft is None:
                 self._peft = PeftModel.from_pretrained(self._plain, str(folder), **how)
@@ -98,7 +100,7 @@ class Oracle:
         return self._names[digest]
 
     def model(self, mix: Sequence[tuple[str, float]]) -> Any:
-        """The model with that mix active: PEFT's own sum over active adapters, whose scales the weights multiply."""
+        """The model with the mix active. PEFT sums the active adapters; the weights multiply their scales."""
         if self._peft is None:
             return self._plain
         if tuple(mix) != self._active:
@@ -120,13 +122,13 @@ class Oracle:
 
     @torch.no_grad()
     def logits(self, prompt: Sequence[int], mix: Sequence[tuple[str, float]] = (), last: int = 0) -> torch.Tensor:
-        """Float32 logits [tokens, vocab] of a prompt; after its last `last` tokens alone, if that is not 0."""
+        """Float32 logits [tokens, vocab] of a prompt, or of its last `last` tokens if that is not 0."""
         ids = torch.tensor([list(prompt)])
         return self.model(mix)(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0].float()
 
     @torch.no_grad()
     def next_logits(self, prompts: Sequence[Sequence[int]], mix: Sequence[tuple[str, float]] = ()) -> torch.Tensor:
-        """Float32 logits [prompts, vocab] after each of several prompts, in one pass; what fills up comes last."""
+        """Float32 logits [prompts, vocab] after the last token of each prompt, in one right-padded batch."""
         ends = [len(prompt) - 1 for prompt in prompts]
         ids = torch.tensor([[*prompt, *[0] * (max(ends) - end)] for prompt, end in zip(prompts, ends, strict=True)])
         step = self.model(mix)(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(ends))
@@ -142,14 +144,22 @@ class Oracle:
         mix: Sequence[tuple[str, float]],
         eos: set[int],
     ) -> Difference | None:
-        """None if the oracle's greedy answer is `ours` (tokens as strings), else where and how narrowly they part.
+        """Compare our greedy answer with the oracle's.
 
-        One pass over the prompt and our answer gives the oracle's choice after each beginning of it. Where all of them
-        are ours, its greedy answer is ours, by induction; the first that is not is where the two part. Several ids may
-        read the same: where the oracle's is another than the one that was passed, it is passed instead.
+        One forward pass over the prompt and our answer gives the oracle's next token after each prefix. The first
+        prefix after which it differs from ours is the difference. Several token ids may have the same text: if the
+        oracle chooses another id with our text, the pass is repeated with that id.
 
-        The greedy answer has `count` tokens, or fewer of which the last is an end token. The margin is how far the
-        oracle's own token was ahead of its best token that reads like ours.
+        Args:
+            prompt: Token ids.
+            ours: Our answer, each token as text.
+            decode: Returns the text of a token id.
+            count: Length of a greedy answer that does not end with an end token.
+            mix: Names of the oracle's adapters with weights.
+            eos: End token ids.
+
+        Returns:
+            None if the answers are equal.
         """
         ids = [self._id(token, decode) for token in ours[:count]]
         i = 0
@@ -169,14 +179,14 @@ class Oracle:
         return None if len(ours) == count else Difference(min(len(ours), count), float("inf"))
 
     def _id(self, token: str, decode: Callable[[int], str]) -> int:
-        """A token that reads like that; any if there is none, since then the oracle's choice reads otherwise."""
-        if self._reading is None:
-            self._reading = {decode(t): t for t in reversed(range(self._plain.config.vocab_size))}
-        return self._reading.get(token, 0)
+        """The lowest id with this text, or 0 if there is none: then the oracle's choice differs anyway."""
+        if self._ids is None:
+            self._ids = {decode(t): t for t in reversed(range(self._plain.config.vocab_size))}
+        return self._ids.get(token, 0)
 
 
 def write_peft(path: Path, model: LlamaConfig, seed: int, strength: float = 0.15, **config: Any) -> Path:
-    """Let PEFT itself write a randomly filled adapter of any LoraConfig for `model`'s architecture (on meta)."""
+    """Write a random adapter with PEFT, for any LoraConfig on the architecture of `model`."""
     with torch.device("meta"):
         shell = LlamaForCausalLM(model)
     peft = get_peft_model(shell, LoraConfig(task_type="CAUSAL_LM", **config))

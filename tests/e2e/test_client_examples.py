@@ -1,4 +1,4 @@
-"""The examples of clients run as they are, against a server with the shipped adapters."""
+"""The client examples run unchanged against a server with the bundled adapters."""
 
 from __future__ import annotations
 

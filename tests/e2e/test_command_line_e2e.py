@@ -1,4 +1,4 @@
-"""The command line on the embedded base: one answer without a server, and how a server stops."""
+"""The command line on the embedded base: offline generation, adapter commands, and server shutdown."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ pytestmark = pytest.mark.e2e
 
 
 def test_generate(embedded: Path) -> None:
-    """Once as a process of its own; what else it can be asked needs none."""
+    """Run once as a process, then in this process."""
     task = ["generate", "--task", "sentiment", "A dull, lifeless film.", "--state-dir", str(STATE)]
     run = subprocess.run(
         [sys.executable, "-m", "server.cli", *task], cwd=REPO, capture_output=True, text=True, timeout=120, check=True
     )
     assert run.stdout == "negative\n"
 
-    def told(*arguments: str) -> dict[str, Any]:
+    def run_json(*arguments: str) -> dict[str, Any]:
         adapter = f"{REPO / 'adapters' / 'library' / 'sentiment'}=0.9"
         done = CliRunner().invoke(app, [*arguments, "--json", "--library", "none", "--adapter", adapter])
         assert done.exit_code == 0, (done.output, done.exception)
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
-    assert told(*task)["text"] == "negative", "the folder brought its task"
-    raw = told("generate", "Once", "--max-tokens", "3", "--state-dir", str(STATE))
+    assert run_json(*task)["text"] == "negative", "the folder defines the task"
+    raw = run_json("generate", "Once", "--max-tokens", "3", "--state-dir", str(STATE))
     assert raw["usage"]["completion_tokens"] == 3 and raw["adapters"][0]["weight"] == pytest.approx(0.9)
 
 
-def test_adapters_of_a_running_server(
+def test_adapter_commands_on_a_running_server(
     embedded: Path, write_random: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each command changes what the server itself then tells, and says so."""
+    """Each command prints the new state, which equals the server's."""
     monkeypatch.chdir(tmp_path)
     for seed, folder in enumerate(("one", "two")):
         write_random(tmp_path / "watched" / folder, rank=2, seed=seed)
     with serving(tmp_path / "state", "--adapter-dir", str(tmp_path / "watched"), "--library", "none") as live:
 
-        def told(*command: str) -> dict[str, Any]:
+        def run_json(*command: str) -> dict[str, Any]:
             port = live.url.rpartition(":")[2]
             done = CliRunner().invoke(app, ["adapters", *command, "--port", port, "--json"])
             assert done.exit_code == 0, (done.output, done.exception)
             answer: dict[str, Any] = json.loads(done.stdout)
             return answer
 
-        first = told("load", "mine", "one")["version"]
-        second = told("load", "mine", "two", "--replace")["version"]
+        first = run_json("load", "mine", "one")["version"]
+        second = run_json("load", "mine", "two", "--replace")["version"]
         assert second == live.get("/adapters/mine")["version"] != first
-        assert told("roll-back", first)["version"] == live.get("/adapters/mine")["version"] == first
-        assert told("pin", "mine")["pinned"] is live.get("/adapters/mine")["pinned"] is True
-        assert told("unpin", "mine")["pinned"] is live.get("/adapters/mine")["pinned"] is False
-        assert told("prefetch", "mine")["tier"] == live.get("/adapters/mine")["tier"] == "ram"
-        assert told("show", "mine") == live.get("/adapters/mine")
-        assert "mine" in {adapter["name"] for adapter in told("list")["adapters"]}
-        assert told("retire", "mine")["name"] == "mine"
+        assert run_json("roll-back", first)["version"] == live.get("/adapters/mine")["version"] == first
+        assert run_json("pin", "mine")["pinned"] is live.get("/adapters/mine")["pinned"] is True
+        assert run_json("unpin", "mine")["pinned"] is live.get("/adapters/mine")["pinned"] is False
+        assert run_json("prefetch", "mine")["tier"] == live.get("/adapters/mine")["tier"] == "ram"
+        assert run_json("show", "mine") == live.get("/adapters/mine")
+        assert "mine" in {adapter["name"] for adapter in run_json("list")["adapters"]}
+        assert run_json("retire", "mine")["name"] == "mine"
         assert live.client.get("/adapters/mine").status_code == 404
 
 
@@ -86,7 +86,7 @@ def _stream(live: Live, tokens: int, begun: threading.Event, lines: list[str]) -
 
 
 def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
-    """What runs is finished; what is new is told that it comes too late, and when to come back."""
+    """Running requests finish. New requests get 503 with Retry-After."""
     with serving(tmp_path, "--drain", "5m") as live:
         begun, lines = threading.Event(), []
         reader = threading.Thread(target=_stream, args=(live, 500, begun, lines))
@@ -104,7 +104,7 @@ def test_sigterm_lets_requests_finish(embedded: Path, tmp_path: Path) -> None:
         assert live.process.wait(30) == 0
 
 
-def test_requests_that_exceed_the_drain_end_with_an_error(embedded: Path, tmp_path: Path) -> None:
+def test_requests_that_exceed_the_drain_are_cancelled(embedded: Path, tmp_path: Path) -> None:
     with serving(tmp_path, "--drain", "500ms") as live:
         begun, lines = threading.Event(), []
         reader = threading.Thread(target=_stream, args=(live, 8000, begun, lines))
@@ -116,7 +116,7 @@ def test_requests_that_exceed_the_drain_end_with_an_error(embedded: Path, tmp_pa
         assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["finish_reason"] == "cancelled"
 
 
-def test_a_second_signal_ends_at_once(embedded: Path, tmp_path: Path) -> None:
+def test_a_second_signal_stops_the_server_immediately(embedded: Path, tmp_path: Path) -> None:
     with serving(tmp_path) as live:
         begun, lines = threading.Event(), []
         reader = threading.Thread(target=_stream, args=(live, 4000, begun, lines))

@@ -1,4 +1,4 @@
-"""Composition on the embedded base: weights swept in one batch, and oddly configured adapters as they are served."""
+"""Adapter mixes on the embedded base equal PEFT: many weights in one batch, and unusual LoRA configs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.e2e.oracle import Oracle, config_of, write_peft
 
 pytestmark = [
     pytest.mark.e2e,
-    # PEFT and older names of Transformers' own, which a newer Transformers has deprecated.
+    # PEFT uses names that newer Transformers versions deprecate.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
 ]
@@ -60,7 +60,7 @@ def test_mixes_with_many_weights_equal_peft(base: Base, oracle: Oracle, two: lis
     for slot, (_, weights) in enumerate(two):
         runner.load_adapter(slot, weights)
     prompt = ModelTokenizer(base.vocabulary).encode(PROMPT)
-    # A zero weight never reaches a batch: the canonical mix drops it.
+    # The server drops members with weight 0, so a batch never contains one.
     mixes = [((0, w),) if w else () for w in WEIGHTS] + [((0, 0.5), (1, 0.5))]
     together = prefill(runner, prompt, mixes).clone()
     alone = torch.cat([prefill(runner, prompt, [mix]) for mix in mixes])

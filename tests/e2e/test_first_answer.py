@@ -1,4 +1,4 @@
-"""What a newcomer does: the shipped adapters answer by task, and memory comes back when adapters go."""
+"""First steps of a new user: tasks of the bundled adapters, streaming, and adapters that come and go."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.e2e.conftest import Live
 pytestmark = pytest.mark.e2e
 
 
-def test_sentiment_by_task(default_server: Live) -> None:
+def test_the_sentiment_task(default_server: Live) -> None:
     answer = default_server.post("/generate?task=sentiment", {"prompt": "A dull, lifeless film."})
     assert answer["text"] == "negative"
     assert answer["finish_reason"] == "stop"
@@ -21,10 +21,10 @@ def test_sentiment_by_task(default_server: Live) -> None:
     assert answer["adapters"][0]["version"].startswith("sentiment@")
     assert default_server.post("/generate?task=sentiment", {"prompt": "A stirring, funny film."})["text"] == "positive"
     shown = default_server.client.get("/adapters/sentiment").json()
-    assert shown["base"].startswith("HuggingFaceTB/") and shown["notes"] == [], "the base goes by the hub's name too"
+    assert shown["base"].startswith("HuggingFaceTB/") and shown["notes"] == [], "the base is known by its Hub name too"
 
 
-def test_streamed_text_equals_the_whole_text(default_server: Live) -> None:
+def test_streamed_text_equals_unstreamed_text(default_server: Live) -> None:
     body = {"prompt": "The old lighthouse", "max_tokens": 24, "adapters": []}
     whole = default_server.post("/generate", body)
     pieces, last = [], None
@@ -39,10 +39,10 @@ def test_streamed_text_equals_the_whole_text(default_server: Live) -> None:
     assert last["usage"]["completion_tokens"] == 24
 
 
-def test_load_and_unload_free_everything(
+def test_removed_adapters_free_memory_and_files(
     default_server: Live, write_random: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Forty adapters come, answer and go; the base's own logits are bit-equal before and after."""
+    """Register, use and remove 40 adapters. The base's log-probabilities stay bit-equal."""
     live = default_server
     base = {"prompt": "The engine coughed twice", "max_tokens": 8, "adapters": [], "logprobs": 5}
     before = live.post("/generate", base)["logprobs"]
@@ -64,8 +64,3 @@ def test_load_and_unload_free_everything(
     assert live.post("/generate", base)["logprobs"] == before
     names = [a["name"] for a in live.get("/adapters")["adapters"]]
     assert "cycle" not in names
-
-
-def test_ready_soon(default_server: Live) -> None:
-    """A first start may pack the base; it is still no matter of minutes."""
-    assert default_server.ready_seconds < 60

@@ -1,4 +1,4 @@
-"""kill -9 of a real server while adapters, tasks, scores and jobs are written: everything acknowledged is kept."""
+"""A server that crashes or is killed keeps every acknowledged write and names the requests that were running."""
 
 from __future__ import annotations
 

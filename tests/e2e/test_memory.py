@@ -1,4 +1,4 @@
-"""What the server tells of its memory, beside what the operating system counts: within a tenth, kind by kind."""
+"""The memory figures of `/stats` match the operating system's within 10 %, by kind."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.waiting import until
 pytestmark = pytest.mark.e2e
 
 SLACK = 12 << 20
-"""Bytes that Python and the C library may take on the way: buffers, arenas, what reading leaves behind."""
+"""Bytes allowed for buffers and allocator overhead of Python and the C library."""
 
 
 def mapped(live: Live) -> int:
-    """Resident bytes of the base's packed file."""
+    """Resident bytes of the packed base file."""
     maps = Path(f"/proc/{live.process.pid}/smaps").read_text()
     return sum(1024 * int(kb) for kb in re.findall(r"\.packed\n(?:.*\n)*?Rss:\s+(\d+) kB", maps))
 
 
-def told(live: Live) -> dict[str, int]:
+def memory(live: Live) -> dict[str, int]:
     return live.get("/stats")["memory"]
 
 
@@ -34,13 +34,13 @@ def test_memory_by_kind_adds_up_to_resident_memory(
     folder.mkdir()
     with serving(tmp_path / "state", "--adapter-dir", str(folder), "--library", "none") as live:
         live.post("/generate", {"prompt": "a " * 600, "max_tokens": 8})
-        before, resident = told(live), live.resident()
+        before, resident = memory(live), live.resident()
         assert before["process"] == pytest.approx(resident, rel=0.1)
         assert before["base"] == pytest.approx(mapped(live), rel=0.1)
         assert sum(before[kind] for kind in ("base", "kv_cache", "activations", "adapters")) < resident
 
         live.post_all("/generate", [{"prompt": f"{i} " + "word " * 1500, "max_tokens": 4} for i in range(4)])
-        after = told(live)
+        after = memory(live)
         grown = after["kv_cache"] + after["activations"] - before["kv_cache"] - before["activations"]
         assert grown > 80 << 20
         assert live.resident() - resident == pytest.approx(grown, abs=0.1 * grown + SLACK)

@@ -1,4 +1,4 @@
-"""Requests on many adapters and mixes at once, while adapters change under them, against PEFT one by one."""
+"""Concurrent requests on many adapters and mixes, while adapters change, give the same answers as PEFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.e2e.oracle import Oracle
 
 pytestmark = [
     pytest.mark.e2e,
-    # PEFT and older names of Transformers' own, which a newer Transformers has deprecated.
+    # PEFT uses names that newer Transformers versions deprecate.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
 ]
@@ -31,7 +31,7 @@ def test_answers_under_traffic_equal_peft(
 ) -> None:
     live, text = reference_server, ModelTokenizer(base.vocabulary)
     folders: dict[str, Path] = {}
-    known: dict[str, Path] = {}
+    versions: dict[str, Path] = {}
 
     def register(name: str, folder: Path, method: str) -> str:
         answer = live.client.request(
@@ -45,7 +45,7 @@ def test_answers_under_traffic_equal_peft(
         )
         assert answer.status_code in (200, 201), answer.text
         version = str(answer.json()["version"])
-        known[version] = folder
+        versions[version] = folder
         return version
 
     for i, rank in enumerate(RANKS):
@@ -53,14 +53,14 @@ def test_answers_under_traffic_equal_peft(
         register(f"a{i}", folders[f"a{i}"], "POST")
     churn = [write_random(tmp_path / f"churn{i}", rank=5 + i, seed=100 + i, alpha=5 + i) for i in range(4)]
 
-    dice = random.Random(7)
+    rng = random.Random(7)
     prompts = sentences()
     asked: list[dict] = []
     for i in range(16):
         asked.append({"prompt": prompts[i], "adapters": [{"name": f"a{i}", "weight": 1.0}]})
     for i in range(16):
-        members = dice.sample(range(16), 2 + i % 3)
-        mix = [{"name": f"a{m}", "weight": dice.choice([-0.5, 0.25, 0.5, 0.75])} for m in members]
+        members = rng.sample(range(16), 2 + i % 3)
+        mix = [{"name": f"a{m}", "weight": rng.choice([-0.5, 0.25, 0.5, 0.75])} for m in members]
         asked.append({"prompt": prompts[(i + 3) % 20], "adapters": mix})
     asked += [{"prompt": p, "adapters": [{"name": "churned"}]} for p in prompts[:8]]
     asked += [{"prompt": p, "adapters": []} for p in prompts[:8]]
@@ -72,7 +72,7 @@ def test_answers_under_traffic_equal_peft(
 
     def change_adapters() -> int:
         turns = 0
-        while not done.wait(0.2):  # without a rest it takes a processor from the steps
+        while not done.wait(0.2):  # the pause leaves CPU time to the engine
             turns += 1
             register("churned", churn[turns % 4], "PUT")
             register(f"short{turns}", churn[(turns + 1) % 4], "POST")
@@ -91,16 +91,16 @@ def test_answers_under_traffic_equal_peft(
         assert changes.result() > 0
 
     eos = set(base.vocabulary.eos_ids)
-    parted = []
+    differing = []
     mixes = []
     for body, answer in zip(asked, answers, strict=True):
         assert [a["name"] for a in answer["adapters"]] == [a["name"] for a in body["adapters"]]
-        mixes.append([(oracle.add(known[a["version"]]), a["weight"]) for a in answer["adapters"]])
-    # One mix after the other: PEFT takes as long to change its active adapter as it does to answer.
+        mixes.append([(oracle.add(versions[a["version"]]), a["weight"]) for a in answer["adapters"]])
+    # Sorted by mix, because PEFT takes as long to switch adapters as to answer.
     for body, answer, mix in sorted(zip(asked, answers, mixes, strict=True), key=lambda one: one[2]):
         tokens = [entry["token"] for entry in answer["logprobs"]]
         difference = oracle.compare(text.encode(body["prompt"]), tokens, text.token_text, NEW_TOKENS, mix, eos)
         if difference is not None:
-            parted.append(difference)
-    assert all(d.margin < 1e-3 for d in parted), parted
-    assert len(parted) <= 1, f"{len(parted)} of 64 answers part within a margin of 1e-3"
+            differing.append(difference)
+    assert all(d.margin < 1e-3 for d in differing), differing
+    assert len(differing) <= 1, f"{len(differing)} of 64 answers differ within a margin of 1e-3"

@@ -1048,7 +1048,7 @@ def test_versions_on_another_base_are_marked(page: Page, live: Live) -> None:
     page.route("**/performance", lambda route: route.fulfill(json={**told, "versions": versions, "best": best}))
     page.get_by_role("tab", name="Tasks").click()
     names = page.locator("[data-task=sentiment] tbody td:first-child")
-    expect(names).to_have_text([re.compile(r"@\w{12} leads$"), re.compile(r"@\w{12} other base$")])
+    expect(names).to_have_text([re.compile(r"@\w{12} leader$"), re.compile(r"@\w{12} other base$")])
     page.unroute_all()
 
 

@@ -1,4 +1,4 @@
-"""Prometheus from deploy/ over a live server under load: every query returns data, and faults fire their alerts."""
+"""Prometheus with the config of deploy/ on a server under load: every query returns data, and faults fire alerts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.part("prometheus")]
 
 @dataclass
 class World:
-    """A server under load that has less room than is asked of it, and the Prometheus that watches it."""
+    """An overloaded server and the Prometheus that scrapes it."""
 
     server: Live
     url: str
@@ -63,7 +63,7 @@ def served(server: Live) -> set[str]:
 
 
 def train(server: Live) -> None:
-    """A training job that goes on for as long as anybody looks; its series move whenever the clients leave it room."""
+    """Start a training job that outlasts the tests, and wait for its first step."""
     lines = "".join(json.dumps({"input": f"word {i}", "output": "yes"}) + "\n" for i in range(8))
     sent = {"file": ("words.jsonl", lines.encode())}
     file = server.client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}).json()["id"]
@@ -74,15 +74,15 @@ def train(server: Live) -> None:
 
 
 def break_a_stored_version(server: Live) -> None:
-    """Damage what the store holds of an adapter, so that its next load fails."""
+    """Truncate a stored adapter, so that its next load fails."""
     digest = server.get("/adapters/r3")["versions"][0]["digest"]
     file = server.state / "store" / "versions" / digest / "adapter_model.safetensors"
     file.chmod(0o600)
     file.write_bytes(file.read_bytes()[:-64])
 
 
-def press(server: Live, number: int, stop: threading.Event, errors: list[Exception]) -> None:
-    """One client of many: tasks, single adapters, mixes, the base, what does not fit, and thumbs."""
+def send_requests(server: Live, number: int, stop: threading.Event, errors: list[Exception]) -> None:
+    """Send tasks, single adapters, mixes, the base, mixes that do not fit, and feedback, until `stop` is set."""
     names = ["r0", "r1", "r2", "r3"]
     bodies: list[tuple[str, dict[str, Any]]] = [
         ("/generate?task=sentiment", {}),
@@ -122,12 +122,12 @@ def world(
     flags = ["--adapter-dir", str(folder), "--adapter-ram", "7MiB", "--max-batch", "4", "--max-queue", "2"]
     errors: list[Exception] = []
     with serving(root / "state", *flags, "--metrics-key-file", str(root / "metrics")) as server:
-        assert server.client.get("/metrics").status_code == 401, "Prometheus's key is asked for"
+        assert server.client.get("/metrics").status_code == 401, "/metrics needs the metrics key"
         assert wait(lambda: served(server) >= {"r0", "r1", "r2", "r3", "sentiment"}, 30)
         break_a_stored_version(server)
         train(server)
         stop = threading.Event()
-        clients = [threading.Thread(target=press, args=(server, i, stop, errors)) for i in range(9)]
+        clients = [threading.Thread(target=send_requests, args=(server, i, stop, errors)) for i in range(9)]
         with prometheus(root, server) as url:
             for client in clients:
                 client.start()
@@ -138,7 +138,7 @@ def world(
 
 
 class prometheus:
-    """Prometheus from deploy/, every path and pace of it made this machine's and a test's."""
+    """Prometheus with the config of deploy/, with paths of this test and short intervals."""
 
     def __init__(self, root: Path, server: Live) -> None:
         quick = recent(re.sub(r"for: \dm", "for: 1s", RULES.read_text()))
@@ -180,7 +180,7 @@ class prometheus:
 
 
 def test_every_query_returns_data(world: World) -> None:
-    """Of panels and recorded rules as they are; of alerts what they compare, as their faults are induced."""
+    """Panels and recording rules are queried unchanged, alerts without their comparison."""
     left = {expr.id: data_of(expr.values[0]) for expr in expressions()}
 
     def ask_all() -> bool:
@@ -193,7 +193,7 @@ def test_every_query_returns_data(world: World) -> None:
 
 
 def data_of(expr: str) -> str:
-    """An expression without the comparisons that make it an alert."""
+    """An alert expression without its comparison."""
     tree = promql_parser.parse(filled(expr))
     if "$job" in expr or str(getattr(tree, "op", "")) not in (">", "==", "and"):
         return recent(filled(expr))
@@ -203,7 +203,7 @@ def data_of(expr: str) -> str:
 
 
 def recent(text: str) -> str:
-    """What is asked of minutes, asked of seconds: a test is over before a rate of minutes is that of its load."""
+    """Shorten ranges of minutes to 10 seconds, because the test is too short for them."""
     return re.sub(r"\[\dm\]", "[10s]", text)
 
 
@@ -223,13 +223,15 @@ def test_alerts_fire(world: World) -> None:
         pausing.set()
         thread.join()
     shutil.rmtree(world.folder / "broken")
-    assert wait(lambda: "LoramuxAdapterRefused" not in world.firing(), 30), "it ends with its fault"
+    assert wait(lambda: "LoramuxAdapterRefused" not in world.firing(), 30), "the alert did not end with its cause"
 
 
 def pause(process: subprocess.Popen[bytes], running: float, stop: threading.Event) -> None:
-    """Let the server run for `running` seconds of each second or so, as on a machine that others have taken over. That
-    is a scrape's length at least: a server that none reaches is down. It may be many answers' length as well, so one
-    pause within an answer has to be a slow one: what `press` asks for has two steps after its first token."""
+    """Alternate pauses of 0.8 s with `running` seconds of work, as on an overloaded machine.
+
+    `running` must be longer than a scrape, or Prometheus considers the server down. A pause within a request makes one
+    slow step: each request of `send_requests` has two steps after its first token.
+    """
     while not stop.is_set():
         process.send_signal(signal.SIGSTOP)
         stop.wait(0.8)

@@ -1,4 +1,4 @@
-"""A soak test of a few seconds, with fewer adapters than `make soak`."""
+"""A short soak test, with fewer adapters than `make soak`."""
 
 from __future__ import annotations
 

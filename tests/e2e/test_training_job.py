@@ -1,4 +1,4 @@
-"""A training job on the embedded base, by OpenAI's client: served at its end, and bit for bit the same after kills."""
+"""A training job through OpenAI's client: its adapter is served, and a killed job resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANSWERS = ("north", "south")
 
 
 def lines() -> bytes:
-    """Twelve sentences of our own, with answers that no model would give by itself."""
+    """Twelve sentences with arbitrary answers, which the base model cannot guess."""
     pairs = [{"input": text, "output": ANSWERS[i % 2]} for i, text in enumerate(sentences()[:12])]
     return "".join(json.dumps(pair) + "\n" for pair in pairs).encode()
 
@@ -70,7 +70,7 @@ def child(id: str) -> int:
 
 
 def mapped(process: int) -> set[str]:
-    """Files of packed bases that a process has mapped."""
+    """Packed base files that a process has mapped."""
     maps = Path(f"/proc/{process}/maps").read_text().splitlines()
     return {line.split()[-1] for line in maps if line.endswith(".packed")}
 
@@ -83,7 +83,7 @@ def test_a_job_is_served_and_survives_kills_bit_for_bit(tmp_path: Path, embedded
         before = live.post("/generate", body)
         whole = start(client, "whole")
         wait(client, whole, lambda job: losses(client, whole))
-        assert mapped(child(whole)) == mapped(live.process.pid) != set(), "one file, mapped by both"
+        assert mapped(child(whole)) == mapped(live.process.pid) != set(), "both map the same file"
         during = live.post("/generate", body)
         assert (during["text"], during["logprobs"]) == (before["text"], before["logprobs"])
         job = wait(client, whole, over)
@@ -95,8 +95,8 @@ def test_a_job_is_served_and_survives_kills_bit_for_bit(tmp_path: Path, embedded
         )
         assert said.usage.completion_tokens and "whole" in [model.id for model in client.models.list()]
         shown = live.get("/jobs/" + whole)
-        told, served = shown["curves"]["valid_loss"][-1][1], shown["result"]["evaluation"]["score"]
-        assert served == pytest.approx(told, rel=0.03), "as served, within what 8-bit activations do"
+        trained, served = shown["curves"]["valid_loss"][-1][1], shown["result"]["evaluation"]["score"]
+        assert served == pytest.approx(trained, rel=0.03), "losses differ by more than 8-bit activations explain"
 
         parts = start(client, "parts")
         wait(client, parts, lambda job: len(losses(client, parts)) >= 3)
