@@ -1,4 +1,4 @@
-"""Compose file, Dockerfile, Makefile and README match the code and each other. Docker itself is not run."""
+"""Compose file, Dockerfile, Makefile and documents match the code and each other. Docker itself is not run."""
 
 from __future__ import annotations
 
@@ -166,16 +166,19 @@ def test_dockerignore_matches_copied_files() -> None:
     assert all((REPO / name).exists() for name in sent)
 
 
-def test_readme_names_existing_targets_flags_and_files() -> None:
-    text = read("README.md")
-    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z]+)\b", text)) <= targets
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/adapters.md", "docs/operations.md"])
+def test_documents_name_existing_targets_flags_and_variables(name: str) -> None:
+    text = read(name)
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    assert set(re.findall(r"^make ([a-z-]+)\b|`make ([a-z-]+)", text, re.MULTILINE)) <= {
+        pair for target in targets for pair in ((target, ""), ("", target))
+    }
     options = {o for c in get_command(app).commands.values() for p in c.params for o in p.opts}  # type: ignore[attr-defined]
     options |= {flag(name) for name in Settings.model_fields}
-    foreign = {"--help", "--build-arg", "--detach", "--name", "--restart", "--init", "--stop-timeout"}
+    foreign = {"--build-arg", "--cpus", "--detach", "--from-literal", "--help", "--init", "--restart", "--stop-timeout"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= options | foreign
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (REPO / target).exists()
+    variables = set(re.findall(rf"\b{PREFIX}[A-Z_]+\b", text))
+    assert variables - READ_BY_LOAD <= {PREFIX + name.upper() for name in Settings.model_fields}
 
 
 def commands(*arguments: str, **environment: str) -> list[str]:
