@@ -141,7 +141,7 @@ def test_malformed_http(live: Live, sent: bytes) -> None:
 def test_the_content_of_a_deleted_file_is_404(live: Live) -> None:
     sent = live.client.post("/v1/files", files={"file": ("a.jsonl", b"{}")}, data={"purpose": "fine-tune"}).json()
     (live.state / "files" / sent["id"] / "content").unlink()
-    assert "gone" in check_error(live, live.client.get(f"/v1/files/{sent['id']}/content"), 404)["message"]
+    assert "missing" in check_error(live, live.client.get(f"/v1/files/{sent['id']}/content"), 404)["message"]
     assert live.client.delete(f"/v1/files/{sent['id']}").json()["deleted"]
 
 
