@@ -1,6 +1,6 @@
-"""The built-in page in a real Chromium: each control, on one server with the embedded base.
+"""The web page in Chromium, on a server with the embedded base.
 
-Every test fails on a script error, a console error that is no refused request, and on any request to another host.
+Every test fails on a script error, on a console error except failed requests, and on a request to another host.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.part("chromium")]
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--no-first-run"]
-REFUSED = "Failed to load resource"
-"""What Chromium writes for each answer of 4xx, whether the page expects it or not."""
+FAILED_REQUEST = "Failed to load resource"
+"""Chromium logs this for every 4xx response, even if the page expects it."""
 FILM = "A stirring, funny film that never lets go."
 ENDLESS = "Count: one, two, three,"
-"""What base only, at temperature 0, goes on with for longer than any test takes to stop it."""
-OFTEN = "{ const wait = setTimeout; setTimeout = (call, ms) => wait(call, ms === 2000 ? 250 : ms); }"
-"""The page asks for what is new every two seconds, which most tests wait for once or more."""
+"""The base model continues this prompt for longer than any test needs to stop it."""
+FAST_POLLING = "{ const wait = setTimeout; setTimeout = (call, ms) => wait(call, ms === 2000 ? 250 : ms); }"
+"""Shortens the page's polling interval from 2 s to 0.25 s."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory, embedded: Path, write_random: Callable[..., Path]) -> Iterator[Live]:
-    """A server with the library's adapter, two random ones, and a folder that it has to reject."""
+    """A server with the bundled adapter, two random adapters and one broken folder."""
     folder = tmp_path_factory.mktemp("adapters")
     write_random(folder / "formal", rank=4, seed=1)
     write_random(folder / "spare", rank=2, seed=2)
@@ -72,7 +72,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, embedded: Path, write_random:
 
 @pytest.fixture
 def page(browser: Browser, live: Live, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """The page, ready; light, unless the test asks for something else by `parametrize(..., indirect=True)`."""
+    """The loaded page in the light theme. `parametrize("page", ..., indirect=True)` sets another theme."""
     scheme = getattr(request, "param", "light")
     context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, base_url=live.url)
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=live.url)
@@ -88,24 +88,24 @@ def page(browser: Browser, live: Live, request: pytest.FixtureRequest) -> Iterat
 
 @contextmanager
 def watched(opener: Browser | BrowserContext, url: str) -> Iterator[Page]:
-    """A page that is closed at the end, and that has written no error and asked none but the server at `url`."""
+    """Open a page, close it at the end, and check that it logged no error and contacted only the server at `url`."""
     opened = opener.new_page()
-    opened.add_init_script(OFTEN)
-    wrong: list[str] = []
+    opened.add_init_script(FAST_POLLING)
+    problems: list[str] = []
     hosts: set[str] = set()
 
-    def heard(message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning") and not message.text.startswith(REFUSED):
-            wrong.append(f"{message.text} at {message.location}")
+    def on_console(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning") and not message.text.startswith(FAILED_REQUEST):
+            problems.append(f"{message.text} at {message.location}")
 
-    opened.on("console", heard)
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("console", on_console)
+    opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.on("request", lambda sent: hosts.add(urlsplit(sent.url).netloc))
     try:
         yield opened
     finally:
         opened.close()
-    assert not wrong
+    assert not problems
     assert hosts == {urlsplit(url).netloc}
 
 
@@ -117,28 +117,28 @@ def ask(page: Page, prompt: str = FILM, tokens: int | None = None) -> None:
 
 
 def figures(page: Page, side: int = 0) -> dict[str, str]:
-    """What a side says of its answer, once it is whole."""
+    """The figures below an answer, once it is complete."""
     node = page.locator(".side").nth(side)
     expect(node.locator(".after")).to_be_visible()
     return dict(zip(node.locator("dt").all_inner_texts(), node.locator("dd").all_inner_texts(), strict=True))
 
 
 def body_of(page: Page, act: Callable[[], None]) -> dict:
-    """The JSON of the generation that `act` sends."""
+    """The JSON body of the generation request that `act` sends."""
     with page.expect_request(lambda sent: "/generate" in sent.url) as caught:
         act()
     return json.loads(caught.value.post_data or "")
 
 
-def looks(page: Page, times: int) -> None:
-    """Returns once the page has asked for what is new so often, and was answered."""
+def wait_for_polls(page: Page, times: int) -> None:
+    """Wait until the page has polled the server `times` times."""
     for _ in range(times):
         with page.expect_response("**/stats"):
             pass
 
 
-def job_told(name: str, **given: object) -> dict:
-    """A training job that runs, as `/jobs` lists it."""
+def listed_job(name: str, **given: object) -> dict:
+    """A running training job as `/jobs` lists it."""
     return {
         "id": f"ftjob-{name}", "kind": "training", "name": name, "status": "running", "progress": 0.0, "step": 0,
         "steps": 4, "created_at": 1.0, "started_at": 1.0, "finished_at": None, "error": None, "result": {},
@@ -170,8 +170,8 @@ def test_an_answer_streams(page: Page) -> None:
     shown = figures(page)
     assert shown["answered by"] == "base only" and "→ 40 (length)" in shown["tokens"]
     lengths = page.evaluate("window.seen")
-    assert len(lengths) > 10 and lengths == sorted(lengths), "the text grew step by step"
-    assert not page.locator(".side .up").is_visible(), "without a task there is nothing to tell of"
+    assert len(lengths) > 10 and lengths == sorted(lengths), "the text did not grow step by step"
+    assert not page.locator(".side .up").is_visible(), "feedback needs a task"
 
 
 def test_weights_by_sliders(page: Page) -> None:
@@ -240,26 +240,8 @@ def test_thumbs_send_feedback(page: Page) -> None:
     expect(page.locator("#notice")).to_have_text("Recorded as a bad answer of sentiment.")
 
 
-def test_late_feedback_is_not_shown_on_another_answer(page: Page) -> None:
-    page.locator("select.task").select_option("sentiment")
-    ask(page)
-    figures(page)
-    held: list[Route] = []
-    page.route("**/feedback", lambda route: held.append(route))
-    good = page.get_by_role("button", name="Good answer")
-    good.click()
-    until(lambda: page.wait_for_timeout(10) or held)
-    ask(page, "A dull film.")
-    expect(page.locator(".answer.done")).to_be_visible()
-    figures(page)
-    held[0].fulfill(status=204)
-    expect(page.locator("#notice")).to_have_text("Recorded as a good answer of sentiment.")
-    expect(good).to_have_attribute("aria-pressed", "false")
-    page.unroute_all()
-
-
 def test_copied_snippets_run(page: Page, live: Live) -> None:
-    """curl, Python and openai: each snippet is run, and answers what the page has shown."""
+    """The curl, Python and openai snippets print the answer that the page shows."""
     page.locator("select.task").select_option("sentiment")
     ask(page, 'It\'s a dull, "lifeless" film.\nNo joy in it.', tokens=4)
     figures(page)
@@ -277,7 +259,7 @@ def test_copied_snippets_run(page: Page, live: Live) -> None:
 
 
 def test_copied_snippets_read_the_key_from_api_key(page: Page) -> None:
-    """In a shell where that is exported servers start all the same. And a copy waits for as long as the server does."""
+    """Snippets read a variable that `loramux serve` ignores, and wait as long as the server's deadline."""
     page.evaluate("sessionStorage.setItem('key', 'secret')")
     page.reload()
     page.locator("select.task").select_option("sentiment")
@@ -289,22 +271,6 @@ def test_copied_snippets_read_the_key_from_api_key(page: Page) -> None:
         text = page.evaluate("navigator.clipboard.readText()")
         assert reads in text and PREFIX not in text
         assert name != "Python" or f"timeout={Settings.model_fields['deadline'].default:.0f}" in text
-
-
-def test_a_copied_snippet_without_a_task_names_the_base(page: Page, live: Live) -> None:
-    page.locator("select.task").select_option("")
-    ask(page, "The capital of France is", tokens=4)
-    figures(page)
-    page.get_by_role("button", name="openai", exact=True).click()
-    expect(page.locator("#notice")).to_have_text("Copied as openai.")
-    out = subprocess.run(
-        [sys.executable, "-c", page.evaluate("navigator.clipboard.readText()")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.strip() == page.locator(".answer").inner_text().strip()
 
 
 def test_a_retired_adapter_stays_selected(page: Page, live: Live) -> None:
@@ -327,7 +293,7 @@ def test_a_deleted_task_stays_selected(page: Page, live: Live) -> None:
     task, hint = page.locator("select.task"), page.locator(".side .hint").first
     task.select_option("passing")
     expect(hint).to_contain_text("Say it.")
-    assert len(hint.inner_text()) < 300, "a template may be of any length"
+    assert len(hint.inner_text()) < 300, "long templates are not shortened"
     page.get_by_role("tab", name="Jobs").click()
     page.locator("#train-task").select_option("passing")
     assert live.client.delete("/tasks/passing").is_success
@@ -341,43 +307,17 @@ def test_a_deleted_task_stays_selected(page: Page, live: Live) -> None:
     expect(page.locator(".answer")).to_contain_text("'passing'")
 
 
-def test_a_new_default_task_is_shown_as_the_one_that_answered(page: Page, live: Live) -> None:
-    page.locator("select.task").select_option("")
-    live.client.put("/tasks/default", json={"prompt": "{input}"}).raise_for_status()
-    try:
-        ask(page, "Hello", tokens=2)
-        figures(page)
-        expect(page.get_by_role("button", name="Good answer")).to_be_visible()
-        page.get_by_role("button", name="openai", exact=True).click()
-        expect(page.locator("#notice")).to_have_text("Copied as openai.")
-        assert 'model="default"' in page.evaluate("navigator.clipboard.readText()")
-    finally:
-        live.client.delete("/tasks/default")
-
-
-def test_the_first_task_is_not_selected_automatically(page: Page) -> None:
-    published = False
-    page.route("**/tasks", lambda route: route.continue_() if published else route.fulfill(json={"tasks": []}))
-    page.reload()
-    expect(page.locator("#run")).to_be_enabled()
-    published = True
-    page.get_by_role("button", name="Add adapter").click()
-    expect(page.locator("select.task option")).not_to_have_count(1)
-    expect(page.locator("select.task")).to_have_value("")
-    page.unroute_all()
-
-
 def test_invalid_weights_are_not_sent(page: Page) -> None:
     page.locator("select.task").select_option("sentiment")
     page.get_by_role("button", name="Add adapter").click()
     weight = page.locator(".mix li").get_by_role("spinbutton")
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url) if "/generate" in request.url else None)
-    for wrong in ("", "99"):
-        weight.fill(wrong)
+    for invalid in ("", "99"):
+        weight.fill(invalid)
         ask(page)
         expect(weight).to_be_focused()
-    assert not sent, "no weight would be one of 0"
+    assert not sent
     weight.fill("0.333")
     assert body_of(page, lambda: ask(page))["adapters"][0]["weight"] == 0.333
 
@@ -416,13 +356,13 @@ def test_a_text_selection_survives_updates(page: Page, live: Live) -> None:
 
 
 def test_a_table_row_survives_updates(page: Page) -> None:
-    """A click takes a while, and is lost where the row is another when it ends."""
+    """A replaced row would lose a click that is in progress."""
     leases = 7
 
     def in_use(route: Route) -> None:
         answer = route.fetch()
-        told = answer.json()
-        route.fulfill(response=answer, json={**told, "adapters": [{**a, "leases": leases} for a in told["adapters"]]})
+        shown = answer.json()
+        route.fulfill(response=answer, json={**shown, "adapters": [{**a, "leases": leases} for a in shown["adapters"]]})
 
     page.route("**/adapters", in_use)
     page.get_by_role("tab", name="Adapters").click()
@@ -473,7 +413,7 @@ def test_form_edits_do_not_change_a_submitted_job(page: Page) -> None:
         form.get_by_label("Epochs").fill("7")
         form.get_by_label("Rank").fill("2")
         publish.select_option("never")
-        name.fill("first")  # as before, so that this alone tells of no change
+        name.fill("first")  # the old value again: the form must not be considered unchanged
         page.unroute("**/stats")
         while held:
             held.pop().continue_()
@@ -487,65 +427,6 @@ def test_form_edits_do_not_change_a_submitted_job(page: Page) -> None:
     page.unroute_all()
 
 
-def test_a_file_chosen_during_an_upload_stays_chosen(page: Page) -> None:
-    page.get_by_role("tab", name="Adapters").click()
-    page.get_by_label("Name", exact=True).fill("again")
-    weights = page.get_by_label("adapter_model.safetensors")
-    for file in (page.get_by_label("adapter_config.json"), weights):
-        file.set_input_files({"name": "first", "mimeType": "application/octet-stream", "buffer": b"{}"})
-    held: list[Route] = []
-    page.route("**/adapters", lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
-    page.get_by_role("button", name="Upload", exact=True).click()
-    until(lambda: page.wait_for_timeout(10) or held)
-    weights.set_input_files({"name": "second", "mimeType": "application/octet-stream", "buffer": b"{}"})
-    held[0].fulfill(json={"version": "again@1"})
-    expect(page.locator("#notice")).to_have_text("again@1 is served.")
-    assert weights.evaluate("input => input.files[0]?.name") == "second"
-    page.unroute_all()
-
-
-def test_focus_stays_while_an_action_runs(page: Page) -> None:
-    held: list[Route] = []
-    page.route("**/adapters/formal/pin", lambda route: held.append(route))
-    page.get_by_role("tab", name="Adapters").click()
-    pin = page.get_by_role("button", name="Pin formal", exact=True)
-    pin.click()
-    until(lambda: page.wait_for_timeout(10) or held)
-    name = page.get_by_label("Name", exact=True)
-    name.focus()
-    held[0].fulfill(status=204)
-    expect(pin).to_be_enabled()
-    expect(name).to_be_focused()
-
-
-def test_late_responses_are_not_drawn(page: Page, live: Live) -> None:
-    """A poll that is answered after what a button has asked for anew would bring the old state back."""
-    held: list[Route] = []
-    before = live.get("/adapters")
-    page.get_by_role("tab", name="Adapters").click()
-    expect(row(page, "formal")).to_be_visible()
-    page.route("**/adapters", lambda route: route.continue_() if held else held.append(route))
-    until(lambda: page.wait_for_timeout(10) or held)
-    page.get_by_role("button", name="Pin formal", exact=True).click()
-    expect(page.get_by_role("button", name="Unpin formal")).to_be_visible()
-    drawn = row(page, "formal").element_handle()
-    with page.expect_request("**/stats"):  # of the next poll
-        held[0].fulfill(json=before)
-    assert drawn.evaluate("node => node.isConnected")
-    live.client.post("/adapters/formal/unpin").raise_for_status()
-
-    listings: list[Route] = []
-    page.route("**/jobs", lambda route: listings.append(route))
-    page.get_by_role("tab", name="Jobs").click()
-    until(lambda: page.wait_for_timeout(10) or len(listings) > 1)
-    listings[1].fulfill(json={"jobs": [job_told("late", status="paused")]})
-    drawn = page.locator(".job .state", has_text="paused").element_handle()
-    with page.expect_request("**/stats"):
-        listings[0].fulfill(json={"jobs": [job_told("late")]})
-    assert drawn.evaluate("node => node.isConnected")
-    page.unroute_all()
-
-
 def test_a_server_without_answers_is_shown_as_not_ready(page: Page) -> None:
     page.route("**/stats", lambda route: None)
     expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
@@ -555,68 +436,11 @@ def test_a_server_without_answers_is_shown_as_not_ready(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_not_ready_with_other_error_texts(page: Page) -> None:
-    """WebKit gives what was stopped for being late the name of what somebody stopped."""
-    page.route("**/stats", lambda route: None)
-    page.evaluate(
-        """() => { const before = window.fetch; window.fetch = (...given) => before(...given).catch((error) => {
-            throw error.name === "TimeoutError" ? new DOMException("Fetch is aborted", "AbortError") : error; });
-            const timeout = AbortSignal.timeout.bind(AbortSignal); AbortSignal.timeout = () => timeout(500); }"""
-    )
-    expect(page.locator("#status")).to_have_text("not connected", timeout=30_000)
-    expect(page.get_by_role("alert")).to_contain_text("the server does not respond")
-    page.unroute_all()
-    expect(page.locator("#status[data-ready]")).to_be_visible(timeout=30_000)
-
-
-def test_the_scroll_position_stays_when_an_answer_ends(page: Page) -> None:
-    page.set_viewport_size({"width": 360, "height": 640})
-    end = page.evaluate(
-        """() => fetch('/generate', { method: 'POST', headers: { 'content-type': 'application/json' },
-            body: JSON.stringify({ prompt: 'x', max_tokens: 1 }) }).then((answer) => answer.json())"""
-    )
-    del end["text"]
-    events = [*({"id": end["id"], "text": "word " * 40} for _ in range(40)), end]
-    sent = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-    held: list[Route] = []
-    page.route("**/generate*", lambda route: held.append(route))
-    ask(page)
-    until(lambda: page.wait_for_timeout(10) or held)
-    page.evaluate("() => { document.querySelector('.answer').style.minHeight = '3000px'; window.scrollTo(0, 900); }")
-    until(lambda: page.evaluate("window.scrollY") == 900)
-    held[0].fulfill(body=sent, content_type="text/event-stream")
-    expect(page.get_by_role("button", name="Run")).to_be_focused()
-    expect(page.locator(".answer.done")).to_be_visible()
-    expect(page.get_by_role("alert")).to_be_hidden()
-    assert page.evaluate("window.scrollY") >= 900, "what stands above it may grow"
-    page.unroute_all()
-
-
-def test_charts_stay_in_view_when_the_viewport_grows(page: Page) -> None:
-    page.set_viewport_size({"width": 360, "height": 640})
-    page.get_by_role("tab", name="Live").click()
-    expect(page.locator("#chart-batch canvas, #live canvas").first).to_be_visible(timeout=30_000)
-    until(lambda: page.evaluate("window.scrollTo(0, 500), window.scrollY") == 500)
-    page.evaluate("() => { addEventListener('resize', () => { window.resized = true; }); }")
-    page.set_viewport_size({"width": 360, "height": 700})
-    until(lambda: page.evaluate("window.resized && document.querySelectorAll('#live canvas').length > 0"))
-    assert page.evaluate("window.scrollY") == 500
-
-
-def test_new_adapters_appear_while_the_page_is_open(page: Page) -> None:
-    more = page.evaluate("() => fetch('/adapters').then((answer) => answer.json())")
-    more["adapters"].append({**more["adapters"][0], "name": "published-meanwhile"})
-    page.route("**/adapters", lambda route: route.fulfill(json=more))
-    page.get_by_role("button", name="Add adapter").click()
-    expect(page.locator(".mix option", has_text="published-meanwhile")).to_have_count(1)
-    page.unroute_all()
-
-
 def test_a_file_changed_after_selection_is_an_error(page: Page, tmp_path: Path) -> None:
     page.get_by_role("tab", name="Jobs").click()
     file = tmp_path / "words.jsonl"
     file.write_text('{"input": "a", "output": "b"}\n')
-    # A browser knows a changed file by its time, and a clock that ticks slowly gives two writes in a row the same one.
+    # Browsers detect changes by modification time, and two quick writes may get the same one.
     os.utime(file, (1e9, 1e9))
     chosen = page.get_by_label("Training examples (JSON or JSONL)")
     chosen.set_input_files(file)
@@ -628,7 +452,7 @@ def test_a_file_changed_after_selection_is_an_error(page: Page, tmp_path: Path) 
 
 
 def test_run_is_disabled_until_tasks_are_loaded(page: Page) -> None:
-    """A form that is sent before its script is there would end the loading of that."""
+    """Submitting the form before its script has loaded would reload the page."""
     held: list[Route] = []
     known = False
     page.route("**/tasks", lambda route: route.continue_() if known else held.append(route))
@@ -664,10 +488,9 @@ def test_failed_requests_are_retried(page: Page) -> None:
 
 
 def test_tasks_are_loaded_a_few_at_a_time(page: Page, live: Live) -> None:
-    """A browser has six connections, one of which is left to what else is asked, and each of the rest would wait for
-    one until its time is over."""
+    """Browsers open six connections per host. One must stay free for other requests."""
     [task] = [task for task in live.get("/tasks")["tasks"] if task["name"] == "sentiment"]
-    told = live.get("/tasks/sentiment/performance")
+    shown = live.get("/tasks/sentiment/performance")
     held: list[Route] = []
     page.route("**/tasks", lambda r: r.fulfill(json={"tasks": [{**task, "name": f"t{n}"} for n in range(15)]}))
     page.route("**/performance", lambda route: held.append(route))
@@ -677,13 +500,13 @@ def test_tasks_are_loaded_a_few_at_a_time(page: Page, live: Live) -> None:
         page.wait_for_timeout(100)
         assert len(held) == wanted
         while held:
-            held.pop().fulfill(json=told)
+            held.pop().fulfill(json=shown)
     expect(page.locator("#task-list .task")).to_have_count(15)
     page.unroute_all()
 
 
 def test_a_button_keeps_the_focus_during_updates(page: Page) -> None:
-    job = job_told("kept", status="validating_files", started_at=None)
+    job = listed_job("kept", status="validating_files", started_at=None)
     page.route("**/jobs", lambda route: route.fulfill(json={"jobs": [job]}))
     page.get_by_role("tab", name="Jobs").click()
     page.get_by_role("button", name="Pause kept").focus()
@@ -713,41 +536,22 @@ def test_a_button_keeps_the_focus_during_updates(page: Page) -> None:
 
 
 def test_a_failed_curve_does_not_hide_other_jobs(page: Page) -> None:
-    jobs = [job_told(f"job{i}", id=f"ftjob-{i}", step=2, loss=1.0) for i in range(8)]
+    jobs = [listed_job(f"job{i}", id=f"ftjob-{i}", step=2, loss=1.0) for i in range(8)]
     curves = {"train_loss": [[1, 2.0], [2, 1.0]], "valid_loss": []}
 
     def one(route: Route) -> None:
         number = int(route.request.url.rsplit("-", 1)[1])
         if number == 1:
-            route.fulfill(status=500, json={"error": {"message": "this one is not to be had"}})
+            route.fulfill(status=500, json={"error": {"message": "not available"}})
         else:
             route.fulfill(json={**jobs[number], "curves": curves})
 
     page.route("**/jobs/ftjob-*", one)
     page.route("**/jobs", lambda route: route.fulfill(json={"jobs": jobs}))
     page.get_by_role("tab", name="Jobs").click()
-    expect(page.get_by_role("alert")).to_contain_text("this one is not to be had")
+    expect(page.get_by_role("alert")).to_contain_text("not available")
     expect(page.get_by_role("button", name="Cancel job")).to_have_count(8)
     expect(page.locator("#job-list canvas, #jobs canvas")).to_have_count(7)
-    page.unroute_all()
-
-
-def test_charts_of_removed_jobs_disappear(page: Page) -> None:
-    job = job_told("leaves", step=2, loss=1.0)
-    listed = [job]
-    page.evaluate(
-        """() => { const Plot = window.uPlot; window.destroyed = 0; window.uPlot = Object.assign(function (...given) {
-        const plot = new Plot(...given); const { destroy } = plot;
-        plot.destroy = () => { window.destroyed += 1; destroy(); }; return plot; }, Plot); }"""
-    )
-    curves = {"train_loss": [[1, 2.0], [2, 1.0]], "valid_loss": []}
-    page.route("**/jobs", lambda route: route.fulfill(json={"jobs": listed}))
-    page.route("**/jobs/ftjob-leaves", lambda route: route.fulfill(json={**job, "curves": curves}))
-    page.get_by_role("tab", name="Jobs").click()
-    expect(page.locator("#job-list canvas")).to_be_visible()
-    listed.clear()
-    expect(page.locator(".job")).to_have_count(0)
-    until(lambda: page.evaluate("window.destroyed") == 1)
     page.unroute_all()
 
 
@@ -758,14 +562,14 @@ def test_task_choices_load_without_jobs(page: Page) -> None:
     def tasks(route: Route) -> None:
         asked.append(route)
         if refused:
-            route.fulfill(status=500, json={"error": {"message": "these are not to be had"}})
+            route.fulfill(status=500, json={"error": {"message": "not available"}})
         else:
             route.continue_()
 
     page.route("**/tasks", tasks)
-    page.route("**/jobs", lambda route: route.fulfill(json={"jobs": [job_told("shown")]}))
+    page.route("**/jobs", lambda route: route.fulfill(json={"jobs": [listed_job("shown")]}))
     page.get_by_role("tab", name="Jobs").click()
-    expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
+    expect(page.get_by_role("alert")).to_contain_text("not available")
     expect(page.get_by_role("button", name="Cancel shown")).to_be_visible()
     task = page.get_by_label("Task template")
     expect(task.locator("option")).to_have_text(["same name as the adapter, if any"])
@@ -776,46 +580,29 @@ def test_task_choices_load_without_jobs(page: Page) -> None:
     for _ in range(3):
         with page.expect_response("**/jobs"):
             pass
-    assert len(asked) == before, "whole definitions, every two seconds"
+    assert len(asked) == before, "task definitions must not be polled"
     with page.expect_request("**/tasks"):
         task.focus()
     page.unroute_all()
 
 
-def test_one_failed_request_does_not_empty_the_tasks(page: Page) -> None:
-    refused: list[str] = []
-
-    def once(route: Route) -> None:
-        if refused:
-            route.continue_()
-        else:
-            refused.append(route.request.url)
-            route.fulfill(status=429, json={"error": {"message": "too many at once"}})
-
-    page.route("**/performance", once)
-    page.get_by_role("tab", name="Tasks").click()
-    expect(page.get_by_role("alert")).to_contain_text("too many at once")
-    expect(page.locator("[data-task=sentiment]")).to_be_visible()
-    expect(page.get_by_role("alert")).to_be_hidden()
-
-
 def test_a_failed_request_does_not_hide_other_figures(page: Page, live: Live) -> None:
     live.post("/generate?task=sentiment", {"prompt": FILM, "max_tokens": 1})
     [task] = [task for task in live.get("/tasks")["tasks"] if task["name"] == "sentiment"]
-    told = live.get("/tasks/sentiment/performance")
+    shown = live.get("/tasks/sentiment/performance")
     refused, requests = ["never"], 1_111
 
     def performance(route: Route) -> None:
         if route.request.url.split("/")[-2] in refused:
-            return route.fulfill(status=500, json={"error": {"message": "these are not to be had"}})
-        return route.fulfill(json={**told, "versions": [{**told["versions"][0], "requests": requests}]})
+            return route.fulfill(status=500, json={"error": {"message": "not available"}})
+        return route.fulfill(json={**shown, "versions": [{**shown["versions"][0], "requests": requests}]})
 
     names = ("good", "later", "never")
     page.route("**/tasks", lambda route: route.fulfill(json={"tasks": [{**task, "name": name} for name in names]}))
     page.route("**/performance", performance)
     page.get_by_role("tab", name="Tasks").click()
     good, later, never = (page.locator(f"[data-task={name}]") for name in names)
-    expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
+    expect(page.get_by_role("alert")).to_contain_text("not available")
     expect(good).to_contain_text("1,111")
     expect(later).to_contain_text("1,111")
     expect(never).to_contain_text("Figures not loaded yet.")
@@ -833,22 +620,22 @@ def test_a_failed_request_does_not_hide_other_figures(page: Page, live: Live) ->
 
 @pytest.mark.parametrize("event", ["a restart", "another key"])
 def test_tasks_are_reloaded(page: Page, event: str) -> None:
-    """Where time stands still they are never due. What was wrong is told until they are."""
+    """With the page's clock stopped, only the event makes the page load tasks again. The error stays until then."""
     asked: list[Route] = []
 
     def once(route: Route) -> None:
         asked.append(route)
         if len(asked) > 1:
             return route.continue_()
-        return route.fulfill(status=500, json={"error": {"message": "these are not to be had"}})
+        return route.fulfill(status=500, json={"error": {"message": "not available"}})
 
     page.evaluate("sessionStorage.setItem('key', 'one')")
     page.add_init_script("performance.now = () => 1000;")
     page.route("**/tasks/sentiment/performance", once)
     page.reload()
     page.get_by_role("tab", name="Tasks").click()
-    expect(page.get_by_role("alert")).to_contain_text("these are not to be had")
-    looks(page, 3)
+    expect(page.get_by_role("alert")).to_contain_text("not available")
+    wait_for_polls(page, 3)
     expect(page.get_by_role("alert")).to_be_visible()
     assert len(asked) == 1
     if event == "a restart":
@@ -861,61 +648,6 @@ def test_tasks_are_reloaded(page: Page, event: str) -> None:
     expect(page.locator("#status[data-ready]")).to_be_visible()
     until(lambda: page.wait_for_timeout(10) or len(asked) == 2)
     expect(page.get_by_role("alert")).to_be_hidden()
-    page.unroute_all()
-
-
-def test_a_new_key_reloads_the_tasks(page: Page) -> None:
-    asked: list[Route] = []
-    page.evaluate("sessionStorage.setItem('key', 'one')")
-    page.add_init_script("performance.now = () => 1000;")
-    page.route("**/tasks/sentiment/performance", lambda route: route.continue_() if asked else asked.append(route))
-    page.reload()
-    page.get_by_role("tab", name="Tasks").click()
-    until(lambda: page.wait_for_timeout(10) or asked)
-    page.get_by_label("Key").fill("two")
-    page.get_by_label("Key").press("Enter")
-    with page.expect_request("**/tasks/sentiment/performance"):
-        asked[0].fulfill(status=401, json={"error": {"message": "a key that is not known"}})
-    expect(page.locator("[data-task=sentiment]")).not_to_contain_text("not loaded yet")
-    expect(page.get_by_role("alert")).to_be_hidden()
-    page.unroute_all()
-
-
-def test_the_page_stays_usable_while_tasks_load(page: Page) -> None:
-    held: list[Route] = []
-
-    def busy(route: Route) -> None:
-        answer = route.fetch()
-        told = answer.json()
-        route.fulfill(response=answer, json={**told, "engine": {**told["engine"], "running": 77}})
-
-    page.evaluate("() => { AbortSignal.timeout = () => new AbortController().signal; }")  # nothing is given up
-    page.route("**/performance", lambda route: held.append(route))
-    page.get_by_role("tab", name="Tasks").click()
-    until(lambda: page.wait_for_timeout(10) or held)
-    looks(page, 1)  # finds the round under way
-    page.route("**/stats", busy)
-    expect(page.locator("#status")).to_contain_text("77 running")
-    page.unroute_all()
-
-
-def test_errors_stay_with_their_tab(page: Page) -> None:
-    held: list[Route] = []
-    page.route("**/tasks", lambda route: held.append(route))
-    page.get_by_role("tab", name="Tasks").click()
-    until(lambda: page.wait_for_timeout(10) or held)
-    page.get_by_role("tab", name="Adapters").click()
-    expect(row(page, "formal")).to_be_visible()
-    page.evaluate(
-        """() => { window.said = 0; new MutationObserver(() => { window.said += 1; }).observe(
-        document.getElementById('alert'), {childList: true, subtree: true, attributes: true}); }"""
-    )
-    for route in held:
-        route.fulfill(status=500, json={"error": {"message": "these are not to be had"}})
-    for _ in range(2):
-        with page.expect_response("**/adapters"):
-            pass
-    assert page.evaluate("window.said") == 0
     page.unroute_all()
 
 
@@ -941,7 +673,7 @@ def test_actions_in_the_adapters_table(page: Page, live: Live) -> None:
     expect(row(page, "formal")).not_to_contain_text("pinned")
     page.once("dialog", lambda dialog: dialog.dismiss())
     page.get_by_role("button", name="Remove spare").click()
-    assert live.client.get("/adapters/spare").status_code == 200, "asked first"
+    assert live.client.get("/adapters/spare").status_code == 200, "removed without confirmation"
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Remove spare").click()
     expect(page.get_by_role("button", name="Remove spare")).to_have_count(0)
@@ -951,7 +683,7 @@ def test_actions_in_the_adapters_table(page: Page, live: Live) -> None:
 
 
 def test_errors_stay_visible(page: Page, live: Live) -> None:
-    """An adapter that a task routes to cannot be retired: why outlives the polls, until it is closed."""
+    """The reason why an adapter cannot be removed stays visible across polls, until the user closes it."""
     route = {"choice": [{"name": "formal", "weight": 1.0}]}
     assert live.client.put("/tasks/guarded", json={"prompt": "{input}", "route": route}).is_success
     page.get_by_role("tab", name="Adapters").click()
@@ -959,14 +691,14 @@ def test_errors_stay_visible(page: Page, live: Live) -> None:
     page.get_by_role("button", name="Remove formal").click()
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("guarded")
-    looks(page, 3)
+    wait_for_polls(page, 3)
     expect(alert).to_be_visible()
     page.get_by_role("button", name="Close message").click()
     expect(alert).to_be_hidden()
     assert live.client.delete("/tasks/guarded").is_success
 
 
-def test_a_refused_prompt_shows_its_error_in_place(page: Page) -> None:
+def test_a_rejected_prompt_shows_its_error_as_the_answer(page: Page) -> None:
     page.locator("select.task").select_option("")
     ask(page, "hello", tokens=100_000)
     expect(page.locator(".answer.failed")).to_contain_text("100000")
@@ -976,7 +708,7 @@ def test_a_refused_prompt_shows_its_error_in_place(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_an_upload_is_served_at_once_and_a_bad_one_is_refused(
+def test_uploads_are_served_or_rejected(
     page: Page, live: Live, tmp_path: Path, write_random: Callable[..., Path]
 ) -> None:
     folder = write_random(tmp_path / "new", rank=3, seed=5)
@@ -999,7 +731,7 @@ def test_an_upload_is_served_at_once_and_a_bad_one_is_refused(
     assert live.client.get("/adapters/wrong").status_code == 404
 
 
-def test_rejected_folders_with_their_reasons(page: Page) -> None:
+def test_rejected_folders_are_shown_with_reasons(page: Page) -> None:
     page.get_by_role("tab", name="Adapters").click()
     rejected = page.locator("#rejected-rows tr")
     expect(rejected).to_have_count(1)
@@ -1041,11 +773,11 @@ def test_tasks_live_and_jobs_tabs(page: Page, live: Live) -> None:
 
 def test_versions_on_another_base_are_marked(page: Page, live: Live) -> None:
     live.post("/generate?task=sentiment", {"prompt": FILM, "max_tokens": 1})
-    told = live.get("/tasks/sentiment/performance")
-    version = told["versions"][0]
+    shown = live.get("/tasks/sentiment/performance")
+    version = shown["versions"][0]
     versions = [version, {**version, "base": f"{version['base']}-before"}]
     best = {"version": version["version"], "reason": "it leads"}
-    page.route("**/performance", lambda route: route.fulfill(json={**told, "versions": versions, "best": best}))
+    page.route("**/performance", lambda route: route.fulfill(json={**shown, "versions": versions, "best": best}))
     page.get_by_role("tab", name="Tasks").click()
     names = page.locator("[data-task=sentiment] tbody td:first-child")
     expect(names).to_have_text([re.compile(r"@\w{12} leader$"), re.compile(r"@\w{12} other base$")])
@@ -1068,9 +800,9 @@ def test_search_appears_for_many_adapters(page: Page, live: Live) -> None:
             field.fill("TONE 2")
             expect(shown).to_have_count(1)
             expect(shown).to_contain_text("tone-2")
-            looks(page, 3)  # and then it still is
+            wait_for_polls(page, 3)
             expect(shown).to_have_count(1)
-            field.fill("retire")  # what can be done with each is no word of it
+            field.fill("remove")  # labels of buttons do not match
             expect(page.get_by_text("No matches.").locator("visible=true")).to_have_count(1)
             field.fill("")
             expect(shown.filter(has_text="mail-3")).to_have_count(1)
@@ -1082,7 +814,7 @@ def test_search_appears_for_many_adapters(page: Page, live: Live) -> None:
 
 
 def test_a_narrow_window(page: Page, live: Live) -> None:
-    """390 pixels, as a phone has: nothing is wider, tables are lists, and every cell says what it is."""
+    """At the 390 pixels of a phone, nothing is wider than the window, and table cells show their column's name."""
     long = "long-" + "x" * 59
     live.post("/adapters/compose", {"name": long, "from": [{"name": "formal", "weight": 1.0}]}, 201)
     routes = {"prompt": "{input}", "route": {"choice": [{"name": "formal"}]}}
@@ -1096,19 +828,22 @@ def test_a_narrow_window(page: Page, live: Live) -> None:
         page.get_by_role("tab", name=tab).click()
         expect(page.get_by_role("tabpanel", name=tab)).to_be_visible()
         page.wait_for_timeout(200)
-        end = time.monotonic() + SECONDS  # charts are drawn anew after the browser has told of its size
-        while not page.evaluate("document.documentElement.scrollWidth <= innerWidth"):
-            assert time.monotonic() < end, f"{tab} is wider than the window"
-            page.wait_for_timeout(50)
+        # Charts are redrawn some time after the window has changed its size.
+        fits = "document.documentElement.scrollWidth <= innerWidth"
+        until(lambda: page.wait_for_timeout(20) or page.evaluate(fits), f"{tab} is wider than the window")  # noqa: B023
     page.get_by_role("tab", name="Adapters").click()
     expect(row(page, long)).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the longest name is wider"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+        "the longest name is wider than the window"
+    )
     assert live.client.delete(f"/adapters/{long}").is_success
     expect(row(page, "formal")).to_contain_text(re.compile(r"WWW, c and \d more"))
     page.set_viewport_size({"width": 910, "height": 844})
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "a table of long names is wider"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+        "a table of long names is wider than the window"
+    )
     name = row(page, "sentiment").get_by_role("cell").first
-    assert (name.bounding_box() or {"width": 0})["width"] > 120, "a short name is broken for the sake of a long one"
+    assert (name.bounding_box() or {"width": 0})["width"] > 120, "a long name breaks a short one"
     page.set_viewport_size({"width": 390, "height": 844})
     for task in tasks:
         assert live.client.delete(f"/tasks/{task}").is_success
@@ -1120,7 +855,7 @@ def test_a_narrow_window(page: Page, live: Live) -> None:
     expect(chart).to_be_visible()
     assert (chart.bounding_box() or {"width": 0})["width"] < 390
     page.goto("/docs")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page of routes is wider"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "/docs is wider than the window"
 
 
 def test_the_keyboard_alone(page: Page) -> None:
@@ -1198,14 +933,14 @@ def test_both_themes_are_readable(page: Page) -> None:
             page.wait_for_timeout(100)
             faint = [(text, ratio) for text, ratio in page.evaluate(CONTRAST, TEXTS) if ratio < 4.5]
             assert not faint, tab
-            assert all(ratio >= 3 for _, ratio in page.evaluate(CONTRAST, FIELDS)), "where a field ends"
+            assert all(ratio >= 3 for _, ratio in page.evaluate(CONTRAST, FIELDS)), "borders of fields"
         before = background()
         page.get_by_role("button", name="Change between light and dark").click()
         assert background() != before
     page.get_by_role("button", name="Change between light and dark").click()
     chosen = background()
     page.reload()
-    assert background() == chosen, "the choice is kept"
+    assert background() == chosen, "the chosen theme is lost on reload"
 
 
 def test_a_server_with_keys_asks_for_one(
@@ -1218,16 +953,16 @@ def test_a_server_with_keys_asks_for_one(
         expect(opened.get_by_role("alert")).to_contain_text("A key is needed: enter it in the Key field.")
         expect(opened.locator("#status")).to_have_text("no key")
         opened.evaluate(
-            """() => { window.said = 0; new MutationObserver(() => { window.said += 1; }).observe(
+            """() => { window.announcements = 0; new MutationObserver(() => { window.announcements += 1; }).observe(
             document.getElementById('alert'), {childList: true, subtree: true, characterData: true}); }"""
         )
-        looks(opened, 3)
-        assert opened.evaluate("window.said") == 0, "a screen reader would say it again and again"
+        wait_for_polls(opened, 3)
+        assert opened.evaluate("window.announcements") == 0, "a screen reader would repeat the message"
         expect(opened.get_by_label("Key")).to_be_visible()
-        for wrong in ("\u043a\u043b\u044e\u0447", "secret\u201d"):
-            opened.get_by_label("Key").fill(wrong)
+        for invalid in ("\u043a\u043b\u044e\u0447", "secret\u201d"):
+            opened.get_by_label("Key").fill(invalid)
             opened.get_by_label("Key").press("Enter")
-            expect(opened.get_by_role("alert")).to_contain_text("characters that no key can have")
+            expect(opened.get_by_role("alert")).to_contain_text("the key contains invalid characters")
             expect(opened.locator("#status")).to_have_text("unknown key")
         opened.get_by_label("Key").fill("secret-two")
         opened.get_by_label("Key").press("Enter")
@@ -1245,7 +980,7 @@ def test_a_server_with_keys_asks_for_one(
         opened.get_by_label("Key").press("Enter")
         expect(opened.locator("#status")).to_have_text("no key")
         expect(opened.locator("select.task option")).to_have_count(1)
-        assert not opened.locator(".answer").inner_text(), "what the key has shown has gone with it"
+        assert not opened.locator(".answer").inner_text(), "the answer is still shown without the key"
 
 
 def test_a_browser_without_storage(browser: Browser, live: Live) -> None:
@@ -1262,7 +997,7 @@ def test_a_browser_without_storage(browser: Browser, live: Live) -> None:
 
 
 def test_the_page_under_a_path_prefix(browser: Browser, live: Live) -> None:
-    """Everything that the page asks for is under it, and so is what it gives to be copied."""
+    """Every request of the page stays under the prefix."""
     strays: list[str] = []
 
     def proxied(route: Route) -> None:
@@ -1292,40 +1027,40 @@ def test_live_token_counters(page: Page, live: Live) -> None:
     body = {"prompt": FILM, "max_tokens": 8000, "ignore_eos": True, "stream": True}
     with live.client.stream("POST", "/generate", json=body) as answer:
         expect(now).to_contain_text(re.compile(r"tokens per second\s*[1-9]"))
-        lines = answer.iter_lines()  # which closes the answer when it is let go
-        assert next(lines), "it is still under way"
+        lines = answer.iter_lines()  # dropping the iterator would close the response
+        assert next(lines), "the request ended too early"
         assert live.get("/stats")["engine"]["running"] == 1
 
 
 def test_rates_use_observed_intervals_only(page: Page, live: Live) -> None:
-    told = live.get("/stats")
+    shown = live.get("/stats")
     held: list[Route] = []
     page.evaluate("location.hash = '#/live'")
     page.route("**/stats", lambda route: held.append(route))
     page.reload()
     now, chart = page.locator("#live-now"), page.locator("#chart-tokens")
 
-    def look(tokens: int) -> None:
+    def answer_poll(tokens: int) -> None:
         until(lambda: page.wait_for_timeout(10) or held)
-        engine = {**told["engine"], "generated": tokens, "prompt": tokens}
-        held.pop().fulfill(json={**told, "engine": engine})
+        engine = {**shown["engine"], "generated": tokens, "prompt": tokens}
+        held.pop().fulfill(json={**shown, "engine": engine})
 
-    look(1_000_000)
+    answer_poll(1_000_000)
     expect(now).to_contain_text(re.compile(r"tokens per second\s*…"))
-    look(1_000_000)
+    answer_poll(1_000_000)
     expect(now).to_contain_text(re.compile(r"tokens per second\s*0"))
-    look(2_000_000)
+    answer_poll(2_000_000)
     expect(now).to_contain_text(re.compile(r"tokens per second\s*[1-9]"))
     expect(chart).to_have_attribute("aria-label", re.compile(r"generated [1-9]\d*, prompt [1-9]"))
-    look(1_000)  # the server was started anew
+    answer_poll(1_000)  # lower counters: the server was restarted
     expect(now).to_contain_text(re.compile(r"tokens per second\s*…"))
     expect(chart).to_have_attribute("aria-label", "generated …, prompt …")
-    look(2_000)
+    answer_poll(2_000)
     expect(now).to_contain_text(re.compile(r"tokens per second\s*[1-9]"))
     page.evaluate("() => { const before = Date.now; Date.now = () => before() + 60_000; }")
-    look(1_000_000)
+    answer_poll(1_000_000)
     expect(now).to_contain_text(re.compile(r"tokens per second\s*…"))
-    look(1_000_000)
+    answer_poll(1_000_000)
     expect(now).to_contain_text(re.compile(r"tokens per second\s*0"))
     page.unroute_all()
 
@@ -1362,7 +1097,7 @@ def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, live: Live) -
     def card(name: str):
         return page.locator(".job").filter(has=page.locator("h2", has_text=name))
 
-    start("words", lines, 20, lines)  # steps enough to be paused between two of them on a quick machine
+    start("words", lines, 20, lines)  # enough steps to pause the job on a fast machine
     expect(card("words").locator(".chart canvas")).to_be_visible(timeout=120_000)
     page.get_by_role("button", name="Pause words").click()
     expect(card("words").locator(".state")).to_have_text("paused", timeout=60_000)
@@ -1390,4 +1125,4 @@ def test_a_job_is_started_paused_resumed_and_cancelled(page: Page, live: Live) -
     before = live.get("/v1/files")["data"]
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_role("alert")).to_contain_text("reserved")
-    assert live.get("/v1/files")["data"] == before, "what was sent for it goes"
+    assert live.get("/v1/files")["data"] == before, "the uploaded file is left over"
