@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from server.api.schemas import GenerationFields, Out, Stop, Text, TopK
+from server.api.schemas import GenerationFields, Logprobs, Out, Stop, Text, bounds
 from server.engine.grammar import ANY_OBJECT, check_size
 from server.errors import InvalidRequest, UnsupportedParameter
 from server.tasks import sampling as s
@@ -131,7 +131,7 @@ class V1Fields(GenerationFields, V1):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     n: Annotated[int, Field(ge=1, le=s.MAX_N)] | None = None
-    top_k: Annotated[TopK | None, BeforeValidator(_minus_one_as_zero)] = None
+    top_k: Annotated[Annotated[int, bounds("top_k")] | None, BeforeValidator(_minus_one_as_zero)] = None
     stop: Annotated[Stop | None, BeforeValidator(empty_as_none)] = None
     stream_options: StreamOptions | None = None
     response_format: Annotated[ResponseFormat | None, BeforeValidator(empty_as_none)] = None
@@ -151,7 +151,7 @@ class CompletionBody(V1Fields):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES)]
     )
     logprobs: Annotated[
-        Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | Literal[False] | None,
+        Logprobs | Literal[False] | None,
         BeforeValidator(lambda value: 1 if value is True else value),
     ] = None
     """False and true are accepted too, as in chat."""
@@ -186,7 +186,7 @@ class ChatBody(V1Fields):
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
+    top_logprobs: Logprobs | None = None
 
 
 def refuse_unserved(body: V1Fields) -> None:

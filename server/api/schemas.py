@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from adapters.weights import DIGEST_SUFFIX, MAX_ABS_WEIGHT, MAX_TERMS, MIN_DIGEST, NAME, NAME_RULE
 from server.tasks import definitions as d
@@ -100,39 +100,34 @@ Mix = Annotated[
 ]
 
 
-TopK = Annotated[int, Field(ge=0, le=s.MAX_TOKENS)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=s.MAX_STOP)]
 
 
-def _bounds(name: str, description: str | None = None) -> Any:
-    """The bounds of a number, which task files share."""
-    number = s.NUMBERS[name]
-    above, least = (number.low, None) if number.above else (None, number.low)
-    return Field(gt=above, ge=least, le=number.high, description=description)
+def bounds(name: str) -> Any:
+    """Bounds and description of a generation field, from its row in `NUMBERS`."""
+    row = s.NUMBERS[name]
+    above, least = (row.low, None) if row.above else (None, row.low)
+    return Field(gt=above, ge=least, le=row.high, description=row.description)
 
 
-class SamplingFields(BaseModel):
-    """How tokens are sampled and when the answer ends. Requests and task defaults have these fields."""
+Logprobs = Annotated[int, bounds("logprobs")]
+_NUMBERS: dict[str, Any] = {
+    name: (Annotated[row.kind, bounds(name)] | None, None) for name, row in s.NUMBERS.items() if name != "logprobs"
+}
 
-    max_tokens: Annotated[int, _bounds("max_tokens")] | None = None
-    min_tokens: Annotated[int, _bounds("min_tokens", "no end of sequence before so many tokens")] | None = None
-    temperature: Annotated[float, _bounds("temperature")] | None = None
-    top_p: Annotated[float, _bounds("top_p")] | None = None
-    top_k: TopK | None = None
-    min_p: Annotated[float, _bounds("min_p")] | None = None
-    seed: Annotated[int, _bounds("seed")] | None = None
+
+class SamplingFields(create_model("_Numbers", **_NUMBERS)):  # type: ignore[misc]
+    """How tokens are sampled and when the answer ends: the rows of `NUMBERS`, and fields of other types."""
+
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=s.MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
-    repetition_penalty: Annotated[float, _bounds("repetition_penalty")] | None = None
-    presence_penalty: Annotated[float, _bounds("presence_penalty")] | None = None
-    frequency_penalty: Annotated[float, _bounds("frequency_penalty")] | None = None
 
 
 class GenerationFields(SamplingFields):
     """Fields of all generation routes. The default of each is the task's, then the server's."""
 
-    max_completion_tokens: Annotated[int, _bounds("max_tokens")] | None = None
+    max_completion_tokens: Annotated[int, bounds("max_tokens")] | None = None
     stream: Annotated[bool, Field(description="answer with server-sent events, ending with `data: [DONE]`")] | None = (
         None
     )
@@ -170,7 +165,7 @@ class GenerateBody(GenerationFields, Body):
     )
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
-    logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
+    logprobs: Logprobs | None = None
 
 
 class ClassifyBody(Body):
@@ -321,7 +316,7 @@ class Route(Body):
 class TaskDefaults(SamplingFields, Body):
     """Default sampling fields of a task."""
 
-    logprobs: Annotated[int, Field(ge=0, le=s.MAX_LOGPROBS)] | None = None
+    logprobs: Logprobs | None = None
 
 
 class TaskBody(Body):

@@ -32,6 +32,7 @@ class Number:
     low: float
     high: float
     above: bool = False
+    description: str | None = None
 
     def check(self, name: str, value: Any) -> Any:
         """`value` as this type. Raises InvalidRequest."""
@@ -46,7 +47,7 @@ class Number:
 
 NUMBERS: Mapping[str, Number] = {
     "max_tokens": Number(int, 1, MAX_TOKENS),
-    "min_tokens": Number(int, 0, MAX_TOKENS),
+    "min_tokens": Number(int, 0, MAX_TOKENS, description="no end of sequence before so many tokens"),
     "temperature": Number(float, 0, 2),
     "top_p": Number(float, 0, 1, above=True),
     "top_k": Number(int, 0, MAX_TOKENS),
@@ -57,6 +58,7 @@ NUMBERS: Mapping[str, Number] = {
     "frequency_penalty": Number(float, -2, 2),
     "logprobs": Number(int, 0, MAX_LOGPROBS),
 }
+"""The HTTP schemas and the defaults of tasks have these fields. Each one is a field of `Sampling` too."""
 OWN_DEFAULTS: Mapping[str, Any] = {"max_tokens": 64, "temperature": 0.0}
 COMPLETION_DEFAULTS: Mapping[str, Any] = {"max_tokens": 16, "temperature": 1.0}
 CHAT_DEFAULTS: Mapping[str, Any] = {"temperature": 1.0}
